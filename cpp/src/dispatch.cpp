@@ -1,0 +1,64 @@
+#include "dispatch.hpp"
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+
+namespace fastema {
+
+extern const Kernels kernels_baseline;
+#ifdef FASTEMA_X86
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+namespace {
+
+struct Found {
+  std::array<const Kernels*, 3> kernels{};
+  std::size_t count = 0;
+
+  Found() noexcept {
+#ifdef FASTEMA_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      kernels[count++] = &kernels_avx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+      kernels[count++] = &kernels_avx2;
+    }
+#endif
+    kernels[count++] = &kernels_baseline;
+  }
+};
+
+const Found& found() noexcept {
+  static const Found once;
+  return once;
+}
+
+std::atomic<const Kernels*>& chosen() noexcept {
+  static std::atomic<const Kernels*> kernels{found().kernels[0]};
+  return kernels;
+}
+
+}  // namespace
+
+std::span<const Kernels* const> available() noexcept {
+  return {found().kernels.data(), found().count};
+}
+
+const Kernels& active() noexcept { return *chosen().load(std::memory_order_acquire); }
+
+bool activate(std::string_view name) noexcept {
+  for (const Kernels* kernels : available()) {
+    if (name == kernels->name) {
+      chosen().store(kernels, std::memory_order_release);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace fastema

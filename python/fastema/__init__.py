@@ -1,0 +1,18 @@
+"""Exponential moving averages of model weights: in place, at memory bandwidth, exact to the bit."""
+
+from . import schedules
+from ._build import build_config
+from ._core import instruction_sets, use_instruction_set
+from .functional import Pairs, swap, update
+
+__version__ = build_config()["version"]
+
+__all__ = [
+    "Pairs",
+    "build_config",
+    "instruction_sets",
+    "schedules",
+    "swap",
+    "update",
+    "use_instruction_set",
+]

@@ -1,0 +1,249 @@
+"""The averages of a model's variables: which there are, how they move, how they change places."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from .. import schedules
+from .. import tensorflow as engines
+from . import variables as kv
+
+Key = Any  # what identifies a variable, also across the replicas of a strategy
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of the wrapper that concern averaging, checked."""
+
+    trainable_weights_only: bool
+    average_decay: float
+    start_step: int
+    dynamic_decay: bool
+    initial_average: Literal["zeros", "weights"]
+    average_dtype: str | None
+    update_every: int
+    engine: engines.Engine
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.average_decay <= 1.0:
+            raise ValueError(f"average_decay must be from 0 to 1, got {self.average_decay!r}")
+        for name, least in (("start_step", 0), ("update_every", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
+        for name, allowed in (
+            ("initial_average", ("zeros", "weights")),
+            ("engine", ("auto", "native", "graph")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.average_dtype is not None and not tf.as_dtype(self.average_dtype).is_floating:
+            raise ValueError(
+                f"average_dtype must be a floating-point type or None, got {self.average_dtype!r}"
+            )
+
+    @property
+    def biased(self) -> bool:
+        """Whether the averages stay close to their initial zeros for long."""
+        return self.initial_average == "zeros" and not self.dynamic_decay and self.start_step < 2
+
+    def decay(self, step: Any) -> Any:
+        """Return the decay of a step as a float64 scalar tensor."""
+        kind = schedules.dynamic if self.dynamic_decay else schedules.constant
+        schedule = kind(self.average_decay, self.start_step)
+        return schedules.compound(schedule.at(tf.cast(step, tf.float64), tf), self.update_every)
+
+    def dtype(self, variable: Any) -> str:
+        """Return the type of a variable's average."""
+        own = keras.backend.standardize_dtype(variable.dtype)
+        return self.average_dtype or ("float32" if own in ("float16", "bfloat16") else str(own))
+
+
+class Averages:
+    """One average for each variable that was ever paired; the pairs say which ones move.
+
+    Args:
+        settings: How they move.
+        create: ``create(variable, dtype)`` makes the variable that holds an average, at zero.
+        key: ``key(variable)`` identifies a variable.
+    """
+
+    def __init__(
+        self, settings: Settings, create: Callable[[Any, str], Any], key: Callable[[Any], Key]
+    ) -> None:
+        self.settings = settings
+        self.engine: Literal["native", "graph"] | None = None
+        self.pairs: list[tuple[Any, Any]] = []  # (variable, average)
+        self._create = create
+        self._key = key
+        self._all: dict[Key, Any] = {}
+        self._trained: list[Any] = []  # the variables that the optimizer trains
+        self._places: dict[Key, int] = {}  # and the place of each among them
+        self._named: Callable[[], Iterable[Any] | None] = lambda: None  # those that `shadow` named
+        self._raw: dict[Key, Any] = {}  # weights kept aside while swapped
+        self._loaded: dict[str, np.ndarray] = {}  # values that came before their averages
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._all.values())
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def of(self, variable: Any) -> Any:
+        """Return the average of a variable; None where it has none."""
+        return self._all.get(self._key(variable))
+
+    # --- which ------------------------------------------------------------------------------------
+
+    def shadow(self, model: Any) -> None:
+        """Average the weights of a model (held weakly, it may be built later) or a list of variables."""
+        if isinstance(model, list | tuple):
+            listed = list(model)
+            self._named = lambda: listed
+        else:
+            reference = weakref.ref(model)
+
+            def weights() -> Iterable[Any] | None:
+                model = reference()
+                if model is None:
+                    return None
+                only = self.settings.trainable_weights_only
+                weights: Iterable[Any] = model.trainable_variables if only else model.variables
+                return weights
+
+            self._named = weights
+        self._pair()
+
+    def train(self, variables: Sequence[Any]) -> None:
+        """Average the variables that the optimizer trains, unless `shadow` named others."""
+        self._trained = list(variables)
+        self._places = {self._key(variable): i for i, variable in enumerate(variables)}
+        self._pair()
+
+    def _pair(self) -> None:
+        named = self._named()
+        self.pairs = [
+            (variable, self._find_or_create(variable))
+            for variable in (self._trained if named is None else named)
+            if kv.is_floating(variable)
+        ]
+        self._assign_loaded()
+
+    def _find_or_create(self, variable: Any) -> Any:
+        key = self._key(variable)
+        if key not in self._all:
+            average = self._create(variable, self.settings.dtype(variable))
+            if self.settings.initial_average == "weights":
+                average.assign(tf.cast(kv.native(variable), average.dtype))
+            self._all[key] = average
+        return self._all[key]
+
+    # --- moving -----------------------------------------------------------------------------------
+
+    def update(self, step: Any) -> None:
+        """Average once, if this step is one that averages."""
+        if self.settings.update_every == 1:
+            self._update_now(step)
+        else:
+            due = tf.equal(step % self.settings.update_every, 0)
+            tf.cond(due, lambda: self._update_now(step), lambda: None)
+
+    def _update_now(self, step: Any) -> None:
+        if self.pairs:
+            weights, averages = self._natives(self.pairs)
+            self.engine = engines.update(
+                averages, weights, self.settings.decay(step), engine=self.settings.engine
+            )
+
+    @staticmethod
+    def _natives(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+        pairs = list(pairs)
+        return [kv.native(variable) for variable, _ in pairs], [kv.native(average) for _, average in pairs]
+
+    def assign_to(self, variables: Iterable[Any]) -> list[Any]:
+        """Assign variables their averages; return the operations, in a graph."""
+        assigned = []
+        for variable in variables:
+            average = self.of(variable)
+            if average is None:
+                warnings.warn(f"{kv.name_of(variable)} has no average and keeps its value", stacklevel=3)
+                continue
+            target = kv.native(variable)
+            assigned.append(target.assign(tf.cast(kv.native(average), target.dtype), read_value=False))
+        return assigned
+
+    # --- changing places --------------------------------------------------------------------------
+
+    def swap(self, back: bool) -> None:
+        """Exchange variables and averages; `back` says that they are exchanged now."""
+        same = [(v, a) for v, a in self.pairs if kv.native(v).dtype == kv.native(a).dtype]
+        other = [(v, a) for v, a in self.pairs if kv.native(v).dtype != kv.native(a).dtype]
+        if other and not tf.executing_eagerly():
+            raise RuntimeError(
+                "swap_weights must be called outside of tf.function where averages and weights differ in type"
+            )
+        engines.swap(*self._natives(same))
+        for variable, average in other:
+            target = kv.native(variable)
+            if back:
+                target.assign(self._raw.pop(self._key(variable)))
+            else:
+                self._raw[self._key(variable)] = target.read_value()
+                target.assign(tf.cast(kv.native(average), target.dtype))
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def _slots(self) -> Iterator[tuple[str, Any, Any]]:
+        """Name each pair by its variable's place: names of variables change when a model is loaded."""
+        others = 0
+        for variable, average in self.pairs:
+            place = self._places.get(self._key(variable))
+            if place is None:
+                yield f"other_{others}", variable, average
+                others += 1
+            else:
+                yield f"trained_{place}", variable, average
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the averages, and the weights kept aside, by their names in a file."""
+        state = {}
+        for slot, variable, average in self._slots():
+            state[f"average_{slot}"] = average.numpy()
+            if (raw := self._raw.get(self._key(variable))) is not None:
+                state[f"raw_{slot}"] = raw.numpy()
+        return state
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Assign what `state` returned; values whose averages do not exist yet wait for them.
+
+        Raises:
+            ValueError: An average is missing, or of another shape. Nothing is changed then.
+        """
+        for slot, variable, average in self._slots():
+            value = state.get(f"average_{slot}")
+            if value is None:
+                raise ValueError(f"the file lacks the average of {kv.name_of(variable)} (average_{slot})")
+            if value.shape != tuple(average.shape):
+                raise ValueError(
+                    f"the average of {kv.name_of(variable)} must have shape {tuple(average.shape)}, "
+                    f"got {value.shape} from the file"
+                )
+        self._loaded = dict(state)
+        self._assign_loaded()
+
+    def _assign_loaded(self) -> None:
+        if not self._loaded or not self._places:  # they are known once the optimizer is built
+            return
+        for slot, variable, average in self._slots():
+            value = self._loaded.pop(f"average_{slot}", None)
+            if value is not None:
+                average.assign(value)
+            raw = self._loaded.pop(f"raw_{slot}", None)
+            if raw is not None:
+                self._raw[self._key(variable)] = tf.constant(raw, kv.native(variable).dtype)

@@ -1,0 +1,472 @@
+"""The optimizer wrapper: another optimizer's training, plus an average of every weight."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ..tensorflow import Engine
+from . import variables as kv
+from .averages import Averages, Settings
+
+_CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
+_KWARGS = (*_CLIPPING, "lr", "decay")
+
+
+class _Variables(list[Any]):
+    """A list that can also be called: Keras has a property here, the documented API a method."""
+
+    def __call__(self) -> "_Variables":
+        return self
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return the optimizer that does the work, below those that scale the loss."""
+    while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def _delegated(name: str) -> property:
+    """Delegate an attribute to the optimizer that does the work."""
+
+    def get(self: "ExponentialMovingAverage") -> Any:
+        return getattr(_innermost(self._optimizer), name)
+
+    def put(self: "ExponentialMovingAverage", value: Any) -> None:
+        if "_optimizer" in self.__dict__:  # keras.Optimizer.__init__ assigns before there is one
+            setattr(_innermost(self._optimizer), name, value)
+
+    return property(get, put, doc=f"``{name}`` of the wrapped optimizer.")
+
+
+@keras.saving.register_keras_serializable(package="fastema")
+class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc]  # Keras is untyped
+    """Wraps a Keras optimizer and keeps an exponential moving average of the weights it trains.
+
+    After every step ``average += (1 - decay) * (weight - average)``. Averaged weights generalise
+    better than the last ones, which carry the noise of the last batches; evaluate, save or export
+    them with `averaged_weights` or `swap_weights`. The API is that of TensorFlow Model Garden's
+    ``tfm.optimization.ExponentialMovingAverage``, with its decay schedule:
+
+    ========================= ===================================================
+    step ``t < start_step``   0: the average copies the weight
+    ``dynamic_decay=True``    ``min(average_decay, (1 + k) / (10 + k))``, ``k = t - start_step``
+    ``dynamic_decay=False``   ``average_decay``
+    ========================= ===================================================
+
+    where ``t`` is ``iterations`` after the step (1 at the first).
+
+    Outside of XLA, on the CPU, the averages are computed by the native core and have NumPy's bits.
+    Under ``jit_compile=True`` XLA may fuse the operations; one unit in the last place may differ at
+    each update.
+
+    Args:
+        optimizer: The optimizer that trains: an instance, a name or a config.
+        trainable_weights_only: False also averages a model's non-trainable floating-point weights
+            (the statistics of batch normalisation); call `shadow_copy` with the model then.
+        average_decay: From 0 to 1; towards 1 averages over more steps (about ``1 / (1 - decay)``).
+        start_step: The first step that averages; before it the average copies the weight.
+        dynamic_decay: Whether the decay rises with the number of updates, as above.
+        name: The optimizer's name.
+        initial_average: ``"zeros"``, as documented, or ``"weights"``.
+        average_dtype: The type of the averages; None: float32 for 16-bit weights, else the weight's.
+        update_every: Average after every so many steps, with ``decay ** update_every``, so that the
+            averaging window stays the same.
+        engine: ``"native"`` (an error where native code cannot run), ``"graph"`` (TensorFlow's
+            operations) or ``"auto"`` (native where it can run).
+        **kwargs: ``clipnorm``, ``clipvalue`` or ``global_clipnorm`` (at most one, counting the
+            wrapped optimizer's), ``lr`` (its learning rate; use ``learning_rate`` of the wrapped
+            optimizer) and ``decay`` (its inverse time decay), all set on the wrapped optimizer.
+
+    Raises:
+        TypeError: `optimizer` is not a Keras 3 optimizer, or a keyword is unknown.
+        ValueError: An argument is outside of its range.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> from fastema.keras import ExponentialMovingAverage
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> optimizer = ExponentialMovingAverage(keras.optimizers.SGD(0.1), average_decay=0.9)
+        >>> model.compile(optimizer, loss="mse")
+        >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), epochs=2, verbose=0)
+        >>> with optimizer.averaged_weights():
+        ...     loss = model.evaluate(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
+    """
+
+    built: bool
+    clipnorm = _delegated("clipnorm")
+    clipvalue = _delegated("clipvalue")
+    global_clipnorm = _delegated("global_clipnorm")
+    weight_decay = _delegated("weight_decay")
+    loss_scale_factor = _delegated("loss_scale_factor")
+    gradient_accumulation_steps = _delegated("gradient_accumulation_steps")
+    use_ema = _delegated("use_ema")
+    ema_momentum = _delegated("ema_momentum")
+    ema_overwrite_frequency = _delegated("ema_overwrite_frequency")
+
+    def __init__(  # noqa: PLR0917 - the documented signature
+        self,
+        optimizer: Any,
+        trainable_weights_only: bool = True,
+        average_decay: float = 0.99,
+        start_step: int = 0,
+        dynamic_decay: bool = True,
+        name: str | None = "moving_average",
+        *,
+        initial_average: Literal["zeros", "weights"] = "zeros",
+        average_dtype: str | None = None,
+        update_every: int = 1,
+        engine: Engine = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if keras.backend.backend() != "tensorflow":
+            raise NotImplementedError(
+                "fastema.keras needs Keras' TensorFlow backend (KERAS_BACKEND=tensorflow), "
+                f"got {keras.backend.backend()}"
+            )
+        if not isinstance(optimizer, keras.optimizers.Optimizer | str | dict):
+            raise TypeError(
+                "optimizer must be a Keras 3 optimizer, its name or config, "
+                f"got {type(optimizer).__module__}.{type(optimizer).__name__}"
+            )
+        optimizer = keras.optimizers.get(optimizer)
+        settings = Settings(
+            trainable_weights_only=trainable_weights_only,
+            average_decay=average_decay,
+            start_step=start_step,
+            dynamic_decay=dynamic_decay,
+            initial_average=initial_average,
+            average_dtype=average_dtype,
+            update_every=update_every,
+            engine=engine,
+        )
+        optimizer = _with_keywords(optimizer, kwargs)
+        super().__init__(learning_rate=0.0, name=name)
+        self._optimizer = optimizer
+        self._averages = Averages(settings, self._create_average, self._var_key)
+        self._swapped = keras.Variable(0, dtype="int32", trainable=False, name="swapped")
+        if settings.biased:
+            warnings.warn(
+                f"with dynamic_decay=False, start_step={start_step} and averages that start at zero, the "
+                "averages stay close to zero for about 1 / (1 - average_decay) steps; use "
+                "initial_average='weights' or start_step=2",
+                stacklevel=2,
+            )
+        if self.use_ema:
+            warnings.warn(
+                "the wrapped optimizer has use_ema=True: at the end of fit it overwrites the weights with "
+                "its own average",
+                stacklevel=2,
+            )
+
+    # --- building -------------------------------------------------------------------------------
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Create the state for these variables: the wrapped optimizer's, then an average each."""
+        if self.built:
+            return
+        with tf.init_scope(), keras.name_scope(self.name, caller=self):
+            self._optimizer.build(list(variables))
+            # plain lists, or Keras would track the model's variables as the optimizer's own
+            object.__setattr__(self, "_trainable_variables", list(variables))
+            for i, variable in enumerate(variables):
+                self._trainable_variables_indices[self._var_key(variable)] = i
+            self._averages.train(variables)
+            self.built = True
+
+    def shadow_copy(self, model: Any) -> None:
+        """Create an average of every weight of a model, and average these from now on.
+
+        Not needed where the optimizer trains what it averages: averages are then created with its
+        other state. A model that is not built yet is remembered (weakly) and finished when the
+        optimizer is built.
+
+        Args:
+            model: A model, or a list of variables. Of a model, the trainable weights, or all
+                floating-point weights with ``trainable_weights_only=False``.
+        """
+        with tf.init_scope(), keras.name_scope(self.name, caller=self):
+            self._averages.shadow(model)
+
+    def _create_average(self, variable: Any, dtype: str) -> Any:
+        name = kv.name_of(variable).replace("/", "_").replace(":", "_")
+        with kv.colocated(variable):
+            return self.add_variable(shape=variable.shape, dtype=dtype, name=f"{name}_average")
+
+    # --- training -------------------------------------------------------------------------------
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        name: str | None = None,  # noqa: ARG002 - of the documented API: TensorFlow 2 names no operations
+        experimental_aggregate_gradients: bool = True,
+    ) -> Any:
+        """Apply gradients with the wrapped optimizer, then average.
+
+        Args:
+            grads_and_vars: (gradient, variable) pairs. None of them: nothing happens.
+            name: Ignored.
+            experimental_aggregate_gradients: Whether to sum the gradients of all replicas.
+
+        Returns:
+            `iterations`.
+
+        Raises:
+            TypeError: `grads_and_vars` is malformed.
+            ValueError: No variable has a gradient.
+            RuntimeError: Called in the cross-replica context of a strategy.
+        """
+        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+            raise RuntimeError(
+                "apply_gradients must be called in a replica context: use strategy.run, got the "
+                "cross-replica context"
+            )
+        if not experimental_aggregate_gradients and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise NotImplementedError("experimental_aggregate_gradients=False with several replicas")
+        try:
+            pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"grads_and_vars must be (gradient, variable) pairs, got {grads_and_vars!r}"
+            ) from None
+        if pairs:
+            gradients, variables = zip(*pairs, strict=True)
+            self.apply(gradients, variables)
+        return self.iterations
+
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Apply gradients with the wrapped optimizer, then average."""
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                self.build(trainable_variables)
+        with tf.control_dependencies(self._refuse_while_swapped("train")):
+            before = tf.identity(self.iterations)
+            self._optimizer.apply(grads, trainable_variables)
+        step = tf.identity(self.iterations)
+        if self._always_advances():
+            self._averages.update(step)
+        else:
+            tf.cond(step > before, lambda: self._averages.update(step), lambda: None)
+
+    def _always_advances(self) -> bool:
+        """Whether each call is a step: not where gradients accumulate, or steps may be skipped."""
+        return not self.gradient_accumulation_steps and not isinstance(
+            self._optimizer, keras.optimizers.LossScaleOptimizer
+        )
+
+    def update_average(self) -> None:
+        """Average once, with the decay of the current `iterations`.
+
+        `apply` does it after each step; this is for weights that are trained elsewhere.
+        """
+        with tf.control_dependencies(self._refuse_while_swapped("average")):
+            self._averages.update(tf.identity(self.iterations))
+
+    @property
+    def engine(self) -> Literal["native", "graph"] | None:
+        """What carried the last traced or eager averaging out; None before the first."""
+        return self._averages.engine
+
+    # --- the averages and the weights ------------------------------------------------------------
+
+    @property
+    def has_shadow_copy(self) -> bool:
+        """Whether averages exist."""
+        return len(self._averages) > 0
+
+    def swap_weights(self) -> None:
+        """Exchange weights and averages: the model then holds the averages. Twice is nothing.
+
+        Bit for bit, without arithmetic. Where an average is of another type than its weight, the
+        weight is kept aside and comes back exactly.
+
+        Raises:
+            RuntimeError: There are no averages, or the call is made in a replica context.
+        """
+        if not self._averages.pairs:
+            raise RuntimeError("there are no averages to swap: train a step, or call shadow_copy(model)")
+        # only swaps between types look at the flag, and those are eager
+        self._averages.swap(back=tf.executing_eagerly() and self.is_swapped)
+        self._swapped.assign(1 - self._swapped)
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether the model holds the averages now, and the optimizer the weights."""
+        with tf.init_scope():
+            return bool(self._swapped.numpy())
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Give the model its averaged weights within a ``with`` block.
+
+        The weights come back exactly on every way out, an exception included.
+
+        Raises:
+            RuntimeError: The weights are swapped already, or there are no averages.
+
+        Example:
+            ``with optimizer.averaged_weights(): model.evaluate(x, y)``
+        """
+        if self.is_swapped:
+            raise RuntimeError("the weights are swapped already: averaged_weights does not nest")
+        self.swap_weights()
+        try:
+            yield
+        finally:
+            if self.is_swapped:
+                self.swap_weights()
+
+    def assign_average_vars(self, var_list: Iterable[Any]) -> Any:
+        """Assign every listed variable its average; the weights are lost.
+
+        Args:
+            var_list: Variables of the model. One without an average is left alone, with a warning.
+
+        Returns:
+            In a graph, the operation that assigns; else None.
+
+        Raises:
+            RuntimeError: The weights are swapped: the averages stand in them already.
+        """
+        with tf.control_dependencies(self._refuse_while_swapped("assign averages")):
+            assigned = self._averages.assign_to(var_list)
+        return None if tf.executing_eagerly() else tf.group(assigned)
+
+    def _refuse_while_swapped(self, what: str) -> list[Any]:
+        """Raise, or return the graph operations that will; XLA leaves such operations out."""
+        message = f"cannot {what} while the weights are swapped: call swap_weights() first"
+        if not tf.executing_eagerly():
+            return [tf.debugging.assert_equal(self._swapped.value, 0, message=message)]
+        if self.is_swapped:
+            raise RuntimeError(message)
+        return []
+
+    # --- what Keras asks of an optimizer ----------------------------------------------------------
+
+    @property
+    def variables(self) -> Any:
+        """The wrapped optimizer's variables, then the averages, as they were created."""
+        if "_optimizer" not in self.__dict__:
+            return _Variables()
+        return _Variables([*self._optimizer.variables, *self._averages])
+
+    weights = variables
+
+    @property
+    def iterations(self) -> Any:
+        """The number of steps so far: those of the wrapped optimizer."""
+        return self._optimizer.iterations
+
+    @property
+    def learning_rate(self) -> Any:
+        """The wrapped optimizer's learning rate."""
+        return self._optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self._optimizer.learning_rate = value
+
+    lr = learning_rate
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Scale a loss as the wrapped optimizer wants it."""
+        return self._optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        """Do what the wrapped optimizer does at the end of training; the averages stay aside."""
+        self._optimizer.finalize_variable_values(var_list)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Exclude variables from the wrapped optimizer's weight decay."""
+        self._optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor as plain values."""
+        return {
+            "optimizer": keras.saving.serialize_keras_object(self._optimizer),
+            "name": self.name,
+            **asdict(self._averages.settings),
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "ExponentialMovingAverage":
+        """Make an optimizer from what `get_config` returned, which is left as it is."""
+        config = dict(config)
+        if isinstance(config["optimizer"], dict):
+            config["optimizer"] = keras.saving.deserialize_keras_object(
+                config["optimizer"], custom_objects=custom_objects
+            )
+        return cls(**config)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the averages and whether the weights are swapped; the wrapped optimizer writes itself."""
+        store["swapped"] = np.asarray(self._swapped.numpy())
+        for key, value in self._averages.state().items():
+            store[key] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read what `save_own_variables` wrote; what comes before its variable waits for it.
+
+        Raises:
+            ValueError: The file holds no averages, or they do not fit. Nothing is changed then.
+        """
+        state = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - no dict
+        swapped = state.pop("swapped", None)
+        if swapped is None:
+            raise ValueError(
+                f"{self.name}: the file holds no averages; it was not saved with an ExponentialMovingAverage"
+            )
+        if state:  # else it was saved before there were any
+            self._averages.load(state)
+            self._swapped.assign(swapped)
+
+
+def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:
+    """Set the documented keywords on the optimizer that does the work, or on a new one like it."""
+    unknown = set(kwargs) - set(_KWARGS)
+    if unknown:
+        raise TypeError(f"keywords must be among {', '.join(_KWARGS)}, got {', '.join(sorted(unknown))}")
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    inner = _innermost(optimizer)
+    clipping = {
+        name: value
+        for name in _CLIPPING
+        if (value := given.get(name, getattr(inner, name, None))) is not None
+    }
+    if len(clipping) > 1:
+        raise ValueError(f"only one of {', '.join(_CLIPPING)} can be set, got {clipping}")
+    if "lr" in given or "decay" in given:
+        warnings.warn(
+            "lr and decay are old names: set learning_rate of the wrapped optimizer, to a rate or a schedule",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    if "decay" in given and (inner.built or inner is not optimizer):
+        raise ValueError("decay can only be set on an optimizer that is not built, nor wrapped itself")
+    for name in _CLIPPING:
+        if name in given:
+            setattr(inner, name, float(given[name]))
+    if "lr" in given:
+        optimizer.learning_rate = given["lr"]
+    if "decay" in given:
+        # A new optimizer: one that is given a schedule later keeps a variable for its old rate.
+        config = optimizer.get_config()
+        config["learning_rate"] = keras.optimizers.schedules.InverseTimeDecay(
+            config["learning_rate"], decay_steps=1, decay_rate=given["decay"]
+        )
+        optimizer = type(optimizer).from_config(config)
+    return optimizer

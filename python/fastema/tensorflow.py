@@ -1,0 +1,177 @@
+"""Averaging and swapping lists of tf.Variables, in eager code and in graphs.
+
+A variable's buffer may be shared: with a tensor read earlier, with a constant, with another
+variable. So nothing here writes into one. New values are made beside the old and assigned; TensorFlow
+then takes over the new buffer, and whoever holds the old one keeps it unchanged.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from . import functional
+
+__all__ = ["swap", "update"]
+
+Engine = Literal["auto", "native", "graph"]
+
+_NATIVE_TYPES = frozenset({tf.float32, tf.float64})
+
+
+def update(
+    averages: Sequence[Any], values: Sequence[Any], decay: Any, *, engine: Engine = "auto"
+) -> Literal["native", "graph"]:
+    """Move averages towards values: ``average += (1 - decay) * (value - average)``.
+
+    Works in eager code, in ``tf.function`` and under a ``tf.distribute`` strategy. A decay of 0
+    copies exactly.
+
+    Args:
+        averages: tf.Variables of any floating type and shape. Assigned.
+        values: tf.Variables or tensors of the same shapes. Read.
+        decay: From 0 to 1; a float or a scalar float64 tensor.
+        engine: ``"native"``: the C++ core, with NumPy's bits; ``"graph"``: TensorFlow's operations,
+            which XLA may fuse, then one unit in the last place may differ; ``"auto"``: native where
+            it can run.
+
+    Returns:
+        What did it, ``"native"`` or ``"graph"``; in a ``tf.function``, what will.
+
+    Raises:
+        ValueError: The lists differ in length, or two shapes differ.
+        RuntimeError: `engine` is ``"native"`` and native code cannot run here; the message says why.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import fastema.tensorflow
+        >>> weight = tf.Variable([1.0, 2.0])
+        >>> average = tf.Variable(tf.zeros(2))
+        >>> fastema.tensorflow.update([average], [weight], 0.5)
+        'native'
+        >>> average.numpy()
+        array([0.5, 1. ], dtype=float32)
+    """
+    averages, values = list(averages), list(values)
+    _check_pairs(averages, values, ("averages", "values"))
+    if not tf.is_tensor(decay) and not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay must be from 0 to 1, got {decay!r}")
+    obstacle = "engine='graph' was asked for" if engine == "graph" else _obstacle(averages, values)
+    if obstacle and engine == "native":
+        raise RuntimeError(f"engine='native' cannot run here: {obstacle}")
+    decay = tf.convert_to_tensor(decay, tf.float64)
+    if obstacle:
+        _update_by_framework(averages, values, decay)
+        return "graph"
+    _update_natively(averages, values, decay)
+    return "native"
+
+
+def swap(a: Sequence[Any], b: Sequence[Any]) -> None:
+    """Exchange the contents of variables, bit for bit, by exchanging their buffers.
+
+    Costs nothing that grows with the size. Works in eager code, in ``tf.function`` and across the
+    replicas of a ``tf.distribute`` strategy.
+
+    Args:
+        a: tf.Variables.
+        b: tf.Variables of the same types and shapes.
+
+    Raises:
+        ValueError: The lists differ in length, or two shapes or types differ.
+        RuntimeError: Called in a replica context.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import fastema.tensorflow
+        >>> a, b = tf.Variable([1.0]), tf.Variable([2.0])
+        >>> fastema.tensorflow.swap([a], [b])
+        >>> a.numpy(), b.numpy()
+        (array([2.], dtype=float32), array([1.], dtype=float32))
+    """
+    a, b = list(a), list(b)
+    _check_pairs(a, b, ("a", "b"))
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x.dtype != y.dtype:
+            raise ValueError(f"a[{i}] and b[{i}] must have one type, got {x.dtype.name} and {y.dtype.name}")
+    if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+        raise RuntimeError("swap must be called outside of a replica context (not in strategy.run)")
+    for x, y in zip(a, b, strict=True):
+        strategy_of(x).extended.update(x, _exchange, args=(y,), group=False)
+
+
+def strategy_of(variable: Any) -> Any:
+    """Return the strategy that distributes this variable; the default one where none does."""
+    return getattr(variable, "distribute_strategy", None) or tf.distribute.get_strategy()
+
+
+def _exchange(x: Any, y: Any) -> None:
+    x_value, y_value = x.read_value(), y.read_value()
+    x.assign(y_value)
+    y.assign(x_value)
+
+
+def _check_pairs(a: list[Any], b: list[Any], names: tuple[str, str]) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"{names[0]} and {names[1]} must have one length, got {len(a)} and {len(b)}")
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        if not x.shape.is_compatible_with(y.shape):
+            raise ValueError(
+                f"{names[0]}[{i}] and {names[1]}[{i}] must have one shape, got {x.shape} and {y.shape}"
+            )
+
+
+def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
+    """Say what keeps native code from running here; None where nothing does."""
+    if not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        return "this is compiled by XLA (jit_compile=True)"
+    if tf.distribute.has_strategy():
+        return "a tf.distribute strategy updates its variables itself"
+    for i, (average, value) in enumerate(zip(averages, values, strict=True)):
+        if average.dtype not in _NATIVE_TYPES or value.dtype != average.dtype:
+            return f"averages[{i}] is {average.dtype.name}, values[{i}] {value.dtype.name}"
+        if average.device and "CPU" not in average.device:
+            return f"averages[{i}] lies on {average.device}"
+    return None
+
+
+def _update_natively(averages: list[Any], values: list[Any], decay: Any) -> None:
+    inputs = [tf.convert_to_tensor(x) for x in (*averages, *values)]
+    updated: Sequence[Any]
+    if tf.executing_eagerly():
+        updated = _average(decay.numpy(), *(memoryview(tensor) for tensor in inputs))
+    else:
+        # stateful: it keeps its place between the reads and the writes of its variables
+        types = [average.dtype for average in averages]
+        updated = tf.numpy_function(_average, [decay, *inputs], types, stateful=True, name="fastema_update")
+        for average, new in zip(averages, updated, strict=True):
+            new.set_shape(average.shape)
+    for average, new in zip(averages, updated, strict=True):
+        average.assign(new)
+
+
+def _average(decay: Any, *buffers: Any) -> list[np.ndarray]:
+    """Average copies: the buffers themselves are TensorFlow's own."""
+    half = len(buffers) // 2
+    averages = [np.array(average) for average in buffers[:half]]
+    values = [np.asarray(value) for value in buffers[half:]]
+    functional.update(averages, values, float(decay))
+    return averages
+
+
+def _update_by_framework(averages: list[Any], values: list[Any], decay: Any) -> None:
+    weight = 1.0 - decay
+
+    def update_one(average: Any, value: Any, decay: Any, weight: Any) -> None:
+        compute = tf.float64 if average.dtype == tf.float64 else tf.float32
+        old, new = tf.cast(average, compute), tf.cast(value, compute)
+        blended = old + tf.cast(weight, compute) * (new - old)
+        average.assign(tf.cast(tf.where(tf.equal(decay, 0.0), new, blended), average.dtype))
+
+    def update_all(strategy: Any) -> None:
+        for average, value in zip(averages, values, strict=True):
+            strategy.extended.update(average, update_one, args=(value, decay, weight), group=False)
+
+    tf.__internal__.distribute.interim.maybe_merge_call(update_all, tf.distribute.get_strategy())

@@ -1,0 +1,31 @@
+"""What all tests share."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before anything imports TensorFlow
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import fastema
+
+settings.register_profile(
+    "fastema", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("fastema")
+
+
+@pytest.fixture(params=fastema.instruction_sets())
+def every_instruction_set(request):
+    """Run a test once on each instruction set of this machine."""
+    before = fastema.build_config()["instruction_set"]
+    fastema.use_instruction_set(request.param)
+    yield request.param
+    fastema.use_instruction_set(before)
+
+
+@pytest.fixture
+def rng():
+    """Return a generator with a fixed seed."""
+    return np.random.default_rng(20_240_229)

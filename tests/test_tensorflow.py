@@ -1,0 +1,143 @@
+"""Averaging tf.Variables: NumPy's bits, and never a write into memory that TensorFlow shares."""
+
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import fastema.tensorflow as engines
+import oracle
+
+MODES = ["eager", "graph", "xla"]
+
+
+def run(mode, function):
+    if mode == "eager":
+        return function()
+    return tf.function(function, jit_compile=mode == "xla")()
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def lists(request, rng):
+    shapes = [(), (7,), (33, 5), (0, 2), (70_000,)]
+    return [[rng.standard_normal(s).astype(request.param) for s in shapes] for _ in range(2)]
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+def test_native_update_has_numpys_bits(lists, mode, decay):
+    averages, values = [[tf.Variable(x) for x in arrays] for arrays in lists]
+    said = []
+    run(mode, lambda: said.append(engines.update(averages, values, decay)))
+    assert said == ["native"]
+    for average, a, v in zip(averages, *lists, strict=True):
+        assert oracle.same_bits(average.numpy(), oracle.update(a, v, decay))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_framework_update_is_the_same_within_a_unit_in_the_last_place(lists, mode, decay):
+    averages, values = [[tf.Variable(x) for x in arrays] for arrays in lists]
+    said = []
+    run(mode, lambda: said.append(engines.update(averages, values, decay, engine="graph")))
+    assert said == ["graph"]
+    for average, a, v in zip(averages, *lists, strict=True):
+        # XLA fuses a multiplication with an addition; the difference is of the terms' last place
+        last_place = np.spacing(np.maximum(np.abs(a), np.abs(v)))
+        assert (np.abs(average.numpy() - oracle.update(a, v, decay)) <= 2 * last_place).all()
+
+
+def test_engine_auto_leaves_xla_to_the_framework_and_native_refuses_it():
+    average, value = tf.Variable([1.0]), tf.Variable([2.0])
+    said = []
+    run("xla", lambda: said.append(engines.update([average], [value], 0.5)))
+    assert said == ["graph"]
+    with pytest.raises(RuntimeError, match="engine='native' cannot run here: this is compiled by XLA"):
+        run("xla", lambda: engines.update([average], [value], 0.5, engine="native"))
+
+
+def test_types_without_a_native_kernel_go_to_the_framework():
+    average, value = tf.Variable([1.0]), tf.Variable(tf.constant([2.0], tf.bfloat16))
+    assert engines.update([average], [value], 0.5) == "graph"
+    assert average.numpy() == 1.5
+    with pytest.raises(RuntimeError, match=re.escape("averages[0] is float32, values[0] bfloat16")):
+        engines.update([average], [value], 0.5, engine="native")
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_nobody_who_shares_the_buffer_sees_an_update_or_a_swap(mode):
+    """A variable shares its buffer with what was read from it, and with what it was made from."""
+    constant = tf.constant(np.full(1000, 3.0, np.float32))
+    average, twin = tf.Variable(constant), tf.Variable(constant)
+    value = tf.Variable(tf.zeros(1000))
+    held = [average.read_value(), tf.identity(average), average.value(), constant]
+    view = np.asarray(memoryview(average.read_value()))
+    run(mode, lambda: engines.update([average], [value], 0.5) and None)
+    run(mode, lambda: engines.swap([average], [value]))
+    assert (value.numpy() == 1.5).all()
+    assert (average.numpy() == 0).all()
+    assert all((x.numpy() == 3).all() for x in [*held, twin])
+    assert (view == 3).all()
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_gradient_sees_the_value_that_was_read(mode):
+    average, value = tf.Variable([2.0]), tf.Variable([100.0])
+
+    def gradient():
+        with tf.GradientTape() as tape:
+            y = average * average
+            engines.update([average], [value], 0.0)
+        return tape.gradient(y, average)
+
+    assert run(mode, gradient).numpy() == 4.0
+
+
+def test_reads_and_writes_keep_their_order_in_a_graph():
+    average, value = tf.Variable([0.0]), tf.Variable([0.0])
+
+    @tf.function
+    def chain():
+        before = average.read_value()
+        value.assign_add([1.0])
+        engines.update([average], [value], 0.5)
+        middle = average.read_value()
+        value.assign_add([1.0])
+        engines.update([average], [value], 0.5)
+        return before, middle, average.read_value()
+
+    a = v = 0.0
+    for _ in range(200):
+        b = a + 0.5 * (v + 1 - a)
+        c = b + 0.5 * (v + 2 - b)
+        assert [float(x.numpy()[0]) for x in chain()] == [np.float32(a), np.float32(b), np.float32(c)]
+        a, v = float(np.float32(c)), v + 2
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
+def test_swap_is_exact_and_its_own_inverse(rng, mode, dtype):
+    x, y = (np.frombuffer(rng.bytes(800), dtype) for _ in range(2))
+    a, b = tf.Variable(x), tf.Variable(y)
+    run(mode, lambda: engines.swap([a], [b]))
+    assert (a.numpy().tobytes(), b.numpy().tobytes()) == (y.tobytes(), x.tobytes())
+    run(mode, lambda: engines.swap([a], [b]))
+    assert (a.numpy().tobytes(), b.numpy().tobytes()) == (x.tobytes(), y.tobytes())
+
+
+def test_bad_input_is_refused_and_nothing_changes():
+    a, b = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="averages and values must have one length, got 1 and 0"):
+        engines.update([a], [], 0.5)
+    with pytest.raises(
+        ValueError, match=re.escape("averages[0] and values[0] must have one shape, got (2,) and (3,)")
+    ):
+        engines.update([a], [b], 0.5)
+    with pytest.raises(ValueError, match="decay must be from 0 to 1, got nan"):
+        engines.update([a], [a], float("nan"))
+    with pytest.raises(
+        ValueError, match=re.escape("a[0] and b[0] must have one type, got float32 and float64")
+    ):
+        engines.swap([a], [tf.Variable([1.0, 2.0], dtype=tf.float64)])
+    assert a.numpy().tolist() == [1.0, 2.0]

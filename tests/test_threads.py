@@ -1,0 +1,103 @@
+"""Threads, processes and the interpreter's lock."""
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import fastema
+import oracle
+from processes import output_of
+
+LARGE = 3_000_000
+
+
+@pytest.mark.parametrize("parent_uses_threads", [True, False])
+def test_a_forked_child_works_alone_and_does_not_hang(parent_uses_threads):
+    """GNU OpenMP's threads do not survive fork: a child that waits for them waits for ever."""
+    code = f"""
+        import os, signal
+        import numpy as np
+        import fastema
+
+        a, v = np.zeros({LARGE}, np.float32), np.ones({LARGE}, np.float32)
+        if {parent_uses_threads}:
+            fastema.update(a, v, 0.5, threads=2)
+        before = a[0]
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            fastema.update(a, v, 0.5, threads=2)
+            fastema.swap(a, v)
+            right = (v == before + np.float32(0.5) * (1 - before)).all() and (a == 1).all()
+            os._exit(0 if right and fastema.build_config()["threads"] == 1 else 1)
+        status = os.waitpid(child, 0)[1]
+        assert status == 0, status
+        fastema.update(a, v, 0.5, threads=2)  # the parent still has its threads
+        print("fine")
+    """
+    assert output_of(code, OMP_NUM_THREADS="2") == "fine"
+
+
+def test_omp_num_threads_is_respected():
+    code = "import fastema; print(fastema.build_config()['threads'])"
+    if not fastema.build_config()["openmp"]:
+        pytest.skip("this build has no OpenMP")
+    assert [output_of(code, OMP_NUM_THREADS=str(n)) for n in (1, 3)] == ["1", "3"]
+
+
+def test_one_thread_equals_many(rng):
+    a, v = rng.standard_normal(1_000_003), rng.standard_normal(1_000_003)
+    results = []
+    for threads in (1, 2, 3, 7):
+        average = a.copy()
+        fastema.update(average, v, 0.999, threads=threads)
+        results.append(average)
+    assert all(oracle.same_bits(results[0], result) for result in results[1:])
+
+
+def test_calls_from_many_python_threads_at_once(rng):
+    values = rng.standard_normal(200_000)
+    start = rng.standard_normal(200_000)
+
+    def average(_):
+        mine = start.copy()
+        for _ in range(20):
+            fastema.update(mine, values, 0.9)
+        return mine
+
+    expected = start
+    for _ in range(20):
+        expected = oracle.update(expected, values, 0.9)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(oracle.same_bits(expected, result) for result in pool.map(average, range(32)))
+
+
+def test_other_python_threads_run_during_a_call():
+    """The interpreter's lock is released: another thread goes on while averages are computed."""
+    a = np.zeros(20_000_000, np.float32)
+    pairs = fastema.Pairs([a], [np.ones_like(a)])
+    counted, stop = [0], threading.Event()
+
+    def count():
+        while not stop.is_set():
+            counted[0] += 1
+            time.sleep(1e-4)  # gives the lock back
+
+    counter = threading.Thread(target=count)
+    switch = sys.getswitchinterval()
+    counter.start()
+    sys.setswitchinterval(60.0)  # nobody is interrupted: the lock changes hands only where it is released
+    before = counted[0]
+    try:
+        for _ in range(5):
+            pairs.update(0.9, threads=1)
+        after = counted[0]
+    finally:
+        sys.setswitchinterval(switch)
+        stop.set()
+        counter.join()
+    assert after > before

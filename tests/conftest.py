@@ -1,9 +1,5 @@
 """What all tests share."""
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before anything imports TensorFlow
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings

@@ -66,9 +66,7 @@ def test_bad_arguments_are_refused(arguments, error, message):
 
 
 def test_what_is_no_optimizer_is_refused():
-    with pytest.raises(
-        TypeError, match="optimizer must be a Keras 3 optimizer, its name or config, got"
-    ):
+    with pytest.raises(TypeError, match="optimizer must be a Keras 3 optimizer, its name or config, got"):
         ExponentialMovingAverage(lambda: 0.1)
     with pytest.raises(ValueError, match="sdg"):
         ExponentialMovingAverage("sdg")

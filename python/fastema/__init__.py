@@ -1,8 +1,7 @@
 """Exponential moving averages of model weights: in place, at memory bandwidth, exact to the bit."""
 
 from . import schedules
-from ._build import build_config
-from ._core import instruction_sets, use_instruction_set
+from ._build import build_config, instruction_sets, use_instruction_set
 from .functional import Pairs, swap, update
 
 __version__ = build_config()["version"]

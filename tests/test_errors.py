@@ -33,9 +33,10 @@ BAD_PAIRS = {
         ValueError,
         f"{LIES} must have one order in memory, got (12, 4) and (4, 8)",
     ),
-    "types": (f32(3), np.zeros(3), TypeError, f"{LIES} must have one type, got float32 and float64"),
-    "integers": (np.zeros(3, int), np.zeros(3, int), TypeError, "averages must be float32 or float64"),
-    "byte order": (np.zeros(3, ">f4"), f32(3), TypeError, "averages must be float32 or float64"),
+    "types": (f32(3), np.zeros(3), TypeError, f"{LIES} must have one type"),
+    "a narrower average": (np.zeros(3, "f2"), f32(3), TypeError, f"{LIES} must have one type"),
+    "integers": (np.zeros(3, int), np.zeros(3, int), TypeError, "averages must be float16, bfloat16, float"),
+    "byte order": (np.zeros(3, ">f4"), f32(3), TypeError, "averages must be float16, bfloat16, float32"),
     "strided average": (f32(6)[::2], f32(3), ValueError, "averages must be dense"),
     "strided value": (f32(3), f32(6)[::2], ValueError, "values must be dense"),
     "reversed": (f32(3)[::-1], f32(3)[::-1], ValueError, "averages must be dense"),
@@ -44,14 +45,10 @@ BAD_PAIRS = {
     "unaligned": (f32(3), unaligned(3), ValueError, "values must be aligned to its 4-byte elements"),
     "overlap": (BASE[:10], BASE[9:19], ValueError, f"{LIES} must not overlap"),
     "the same": (BASE, BASE, ValueError, f"{LIES} must not overlap"),
-    "no array": (
-        3.0,
-        f32(3),
-        TypeError,
-        "averages must be a NumPy array or a sequence of NumPy arrays, got float",
-    ),
-    "text": (f32(3), "abc", TypeError, "values must be a NumPy array or a sequence of NumPy arrays, got str"),
-    "numbers": ([f32(3)], [[1.0, 2.0, 3.0]], TypeError, "values[0] must be a NumPy array, got list"),
+    "no array": (3.0, f32(3), TypeError, "averages must be a NumPy array, a torch tensor, "),
+    "text": (f32(3), "abc", TypeError, "values must be a NumPy array, a torch tensor, "),
+    "a mapping": ({"w": f32(3)}, [f32(3)], TypeError, "averages must be a NumPy array, a torch tensor, "),
+    "numbers": ([f32(3)], [[1.0, 2.0, 3.0]], TypeError, "values[0] must be a NumPy array, a torch tensor, "),
     "lengths": ([f32(3)], [f32(3), f32(3)], ValueError, f"{LIES} must have one length, got 1 and 2"),
     "second": (
         [f32(3), f32(3)],
@@ -100,6 +97,9 @@ BAD_NUMBERS = [
     ({"decay": None}, TypeError, "decay must be a number from 0 to 1, got NoneType"),
     ({"decay": 0.5, "threads": -1}, ValueError, "threads must be 0 (OpenMP's choice) or more, got -1"),
     ({"decay": 0.5, "threads": 1.5}, TypeError, "threads must be a whole number"),
+    ({"decay": 0.5, "rounding": "up"}, ValueError, "rounding must be 'nearest' or 'stochastic', got 'up'"),
+    ({"decay": 0.5, "seed": -1}, ValueError, "seed must be a whole number from 0 below 2**64, got -1"),
+    ({"decay": 0.5, "step": 0.5}, ValueError, "step must be a whole number from 0 below 2**64, got 0.5"),
 ]
 
 
@@ -138,3 +138,33 @@ def test_an_array_that_was_resized_is_noticed():
     with pytest.raises(ValueError, match=re.escape("averages[0] was resized")):
         pairs.swap()
     assert not a.any()
+
+
+def test_several_averages_need_as_many_decays_and_cannot_be_swapped():
+    pairs = fastema.Pairs.several([[f32(3)], [f32(3)]], [f32(3)])
+    with pytest.raises(ValueError, match="averages and decay must have one length, got 2 and 3"):
+        pairs.update([0.1, 0.2, 0.3])
+    with pytest.raises(TypeError, match="decay must be a sequence of 2 numbers"):
+        pairs.update(0.5)
+    with pytest.raises(ValueError, match="swap needs one list of averages, got several"):
+        pairs.swap()
+    with pytest.raises(ValueError, match=re.escape("averages[1][0] and values[0] must have one size")):
+        fastema.Pairs.several([[f32(3)], [f32(4)]], [f32(3)])
+    with pytest.raises(
+        ValueError, match=re.escape("averages[1] and values must have one length, got 0 and 1")
+    ):
+        fastema.Pairs.several([[f32(3)], []], [f32(3)])
+
+
+def test_carries_must_fit_their_averages():
+    a, v = f32(3), f32(3)
+    with pytest.raises(TypeError, match="carries must be float32 beside a float32 average, got float64"):
+        fastema.Pairs(a, v, carries=np.zeros(3))
+    with pytest.raises(ValueError, match="averages and carries must have one size, got 3 and 4"):
+        fastema.Pairs(a, v, carries=f32(4))
+    with pytest.raises(ValueError, match="averages and carries must not overlap"):
+        fastema.Pairs(a, v, carries=a)
+    with pytest.raises(TypeError, match="averages must be float32, or bfloat16 as its value, to be compens"):
+        fastema.Pairs(np.zeros(3), np.zeros(3), carries=np.zeros(3))
+    with pytest.raises(TypeError, match="averages is compensated, and cannot be swapped without its carry"):
+        fastema.Pairs(a, v, carries=np.zeros(3, np.float32)).swap()

@@ -1,5 +1,6 @@
 """fastema.swap and Pairs.swap: exact, in place, its own inverse."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ import oracle
 
 pytestmark = pytest.mark.usefixtures("every_instruction_set")
 
-TYPES = [np.float32, np.float64]
+TYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -4,6 +4,7 @@ import ctypes
 import platform
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,31 +15,36 @@ import oracle
 
 pytestmark = pytest.mark.usefixtures("every_instruction_set")
 
-TYPES = [np.float32, np.float64]
+bfloat16 = ml_dtypes.bfloat16
+TYPES = [np.float16, bfloat16, np.float32, np.float64]
+# average, value
+MIXES = [*((t, t) for t in TYPES), (np.float32, bfloat16), (np.float32, np.float16), (np.float64, np.float32)]
 PIECE = 256 << 10  # bytes: how the core cuts large arrays
 SIZES = [0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1000]
 
 
 def of_many_magnitudes(rng, size, dtype):
-    return (rng.standard_normal(size) * 10.0 ** rng.integers(-12, 12, size)).astype(dtype)
+    with np.errstate(over="ignore"):
+        return (rng.standard_normal(size) * 10.0 ** rng.integers(-12, 12, size)).astype(dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("average", "value"), MIXES)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_update_has_numpys_bits_around_every_vector_and_piece(rng, dtype, threads):
-    per_piece = PIECE // np.dtype(dtype).itemsize
+def test_update_has_numpys_bits_around_every_vector_and_piece(rng, average, value, threads):
+    per_piece = PIECE // np.dtype(average).itemsize
     for size in [*SIZES, per_piece - 1, per_piece, per_piece + 1, 3 * per_piece + 17]:
-        a, v = of_many_magnitudes(rng, size, dtype), of_many_magnitudes(rng, size, dtype)
+        a, v = of_many_magnitudes(rng, size, average), of_many_magnitudes(rng, size, value)
         expected = oracle.update(a, v, 0.999)
         fastema.update(a, v, 0.999, threads=threads)
         assert oracle.same_bits(a, expected), size
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("average", "value"), MIXES)
 @pytest.mark.parametrize("offsets", [(0, 0), (1, 0), (0, 1), (3, 5)])
-def test_alignment_changes_no_bit(rng, dtype, offsets):
+def test_alignment_changes_no_bit(rng, average, value, offsets):
     size = 1001
-    a, v = (of_many_magnitudes(rng, size + 8, dtype)[o : o + size] for o in offsets)
+    a = of_many_magnitudes(rng, size + 8, average)[offsets[0] : offsets[0] + size]
+    v = of_many_magnitudes(rng, size + 8, value)[offsets[1] : offsets[1] + size]
     expected = oracle.update(a, v, 0.9)
     fastema.update(a, v, 0.9)
     assert oracle.same_bits(a, expected)
@@ -47,34 +53,63 @@ def test_alignment_changes_no_bit(rng, dtype, offsets):
 @pytest.mark.parametrize("threads", [0, 1, 2, 3, 16])
 def test_a_list_of_many_sizes_is_its_arrays_one_by_one(rng, threads):
     sizes = [0, 5, 70_000, 1, 64, 65_536, 3, 200_001, 0, 17]
-    dtypes = [TYPES[i % 2] for i in range(len(sizes))]
-    averages = [of_many_magnitudes(rng, n, d) for n, d in zip(sizes, dtypes, strict=True)]
-    values = [of_many_magnitudes(rng, n, d) for n, d in zip(sizes, dtypes, strict=True)]
+    mixes = [MIXES[i % len(MIXES)] for i in range(len(sizes))]
+    averages = [of_many_magnitudes(rng, n, a) for n, (a, _) in zip(sizes, mixes, strict=True)]
+    values = [of_many_magnitudes(rng, n, v) for n, (_, v) in zip(sizes, mixes, strict=True)]
     expected = [oracle.update(a, v, 0.99) for a, v in zip(averages, values, strict=True)]
     fastema.update(averages, values, 0.99, threads=threads)
     assert all(oracle.same_bits(a, e) for a, e in zip(averages, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("average", "value"), MIXES)
 @given(data=st.data())
-def test_any_bytes_average_as_in_numpy(dtype, data):
-    itemsize = np.dtype(dtype).itemsize
+def test_any_bytes_average_as_in_numpy(average, value, data):
     size = data.draw(st.integers(0, 70))
-    raw = st.binary(min_size=size * itemsize, max_size=size * itemsize)
-    a = np.frombuffer(data.draw(raw), dtype).copy()
-    v = np.frombuffer(data.draw(raw), dtype)
+
+    def draw(dtype):
+        count = size * np.dtype(dtype).itemsize
+        return np.frombuffer(data.draw(st.binary(min_size=count, max_size=count)), dtype).copy()
+
+    a, v = draw(average), draw(value)
     decay = data.draw(st.floats(0, 1))
     expected = oracle.update(a, v, decay)
     fastema.update(a, v, decay)
     assert oracle.same_bits(a, expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+@pytest.mark.parametrize("role", ["average", "value"])
+def test_all_65536_patterns_of_16_bits_in_both_roles(rng, dtype, role):
+    every = np.arange(2**16, dtype=np.uint16).view(dtype)
+    others = [np.full(2**16, x, dtype) for x in (0.0, 1.5, -6e-6, 6e4, np.inf, np.nan)]
+    for other in (*others, rng.permutation(every)):
+        a, v = (every, other) if role == "average" else (other, every)
+        for decay in (0.0, 0.5, 0.9, 0.999, 1.0):
+            average = a.copy()
+            fastema.update(average, v, decay)
+            assert oracle.same_bits(average, oracle.update(a, v, decay))
+        if role == "value":
+            average = a.astype(np.float32)
+            expected = oracle.update(average, v, 0.9)
+            fastema.update(average, v, 0.9)
+            assert oracle.same_bits(average, expected)
+
+
+def test_lists_larger_than_caches_have_the_same_bits(rng):
+    """They take other loops, which ask for memory ahead of its use."""
+    for average, value in MIXES:
+        a, v = (rng.standard_normal(10_000_019, np.float32).astype(t) for t in (average, value))
+        expected = oracle.update(a, v, 0.99)
+        fastema.update(a, v, 0.99)
+        assert oracle.same_bits(a, expected), (average, value)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_decay_of_zero_copies_every_bit(dtype):
     bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
-    v = np.array([1.0, -0.0, np.inf, np.nan, 1e-45, 1e30], dtype)
-    v.view(bits)[3] |= 12345  # a NaN's payload
-    a = np.array([1e8, 1e8, np.nan, 0.0, np.inf, 1.0], dtype)
+    v = np.array([1.0, -0.0, np.inf, np.nan, 6e-8, 6e4], dtype)
+    v.view(bits)[3] |= 5  # a NaN's payload
+    a = np.array([1e4, 1e4, np.nan, 0.0, np.inf, 1.0], dtype)
     fastema.update(a, v, 0.0)
     assert (a.view(bits) == v.view(bits)).all()
 
@@ -83,7 +118,7 @@ def test_a_decay_of_zero_copies_every_bit(dtype):
 def test_a_decay_of_one_still_lets_a_nan_through(dtype):
     a = np.array([1.0, 2.0], dtype)
     fastema.update(a, np.array([np.nan, 5.0], dtype), 1.0)
-    assert np.isnan(a[0])
+    assert np.isnan(float(a[0]))
     assert a[1] == 2.0
 
 
@@ -136,6 +171,21 @@ def test_pairs_see_new_contents_and_keep_their_arrays_alive(rng):
         expected = oracle.update(expected, v, 0.9)
         pairs.update(0.9)
     assert oracle.same_bits(a, expected)
+
+
+def test_several_averages_of_the_same_values_are_those_averages_one_by_one(rng):
+    values = [rng.standard_normal(n).astype(np.float32) for n in (5, 0, 100_003, 64)]
+    decays, dtypes = [0.9, 0.999, 0.0], [np.float32, np.float64, np.float32]
+    lists = [[rng.standard_normal(v.size).astype(dtype) for v in values] for dtype in dtypes]
+    expected = [
+        [oracle.update(a, v, decay) for a, v in zip(averages, values, strict=True)]
+        for averages, decay in zip(lists, decays, strict=True)
+    ]
+    pairs = fastema.Pairs.several(lists, values)
+    assert len(pairs) == len(values)
+    pairs.update(decays, threads=2)
+    for averages, right in zip(lists, expected, strict=True):
+        assert all(oracle.same_bits(a, e) for a, e in zip(averages, right, strict=True))
 
 
 def test_a_memory_mapped_average(tmp_path, rng):

@@ -2,6 +2,7 @@
 #include "fastema/core.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "dispatch.hpp"
 #include "kernels.hpp"
@@ -10,16 +11,26 @@
 namespace fastema {
 namespace {
 
-constexpr std::size_t kPiece = std::size_t{256} << 10;  // bytes of averages; see bench/
+// Both measured by bench/bench_update.py, in bytes of averages.
+constexpr std::size_t kPiece = std::size_t{256} << 10;
+constexpr std::size_t kCached = std::size_t{8} << 20;  // smaller lists may well lie in caches
 
 const Mix* mix_of(const Kernels& kernels, DType average, DType value) noexcept {
-  if (average != value) return nullptr;
-  switch (average) {
-    case DType::f32:
-      return &kernels.f32;
-    case DType::f64:
-      return &kernels.f64;
+  if (average == value) {
+    switch (average) {
+      case DType::f16:
+        return &kernels.f16;
+      case DType::bf16:
+        return &kernels.bf16;
+      case DType::f32:
+        return &kernels.f32;
+      case DType::f64:
+        return &kernels.f64;
+    }
   }
+  if (average == DType::f32 && value == DType::f16) return &kernels.f32_from_f16;
+  if (average == DType::f32 && value == DType::bf16) return &kernels.f32_from_bf16;
+  if (average == DType::f64 && value == DType::f32) return &kernels.f64_from_f32;
   return nullptr;
 }
 
@@ -31,86 +42,150 @@ std::size_t extent_of(const Pair& pair) noexcept {
   return (bytes_of(pair.average) + kLine - 1) / kLine * kLine;
 }
 
-// Calls body(pair, first, size) for every part of every pair that lies in the pieces it takes.
+// A list in groups of so many pairs that share a value; its first pair stands for a group.
+struct Groups {
+  std::span<const Pair> pairs;
+  std::size_t each;
+
+  std::size_t size() const noexcept { return pairs.size() / each; }
+  const Pair& operator[](std::size_t i) const noexcept { return pairs[i * each]; }
+};
+
+// Calls body(group, first, size) for every part of every group that lies in the pieces it takes.
 template <class Body>
-void for_each_part(std::span<const Pair> pairs, Pieces& pieces, const Body& body) noexcept {
-  std::size_t index = 0;  // the pair being walked, and where it begins
+void for_each_part(const Groups& groups, Pieces& pieces, const Body& body) noexcept {
+  std::size_t index = 0;  // the group being walked, and where it begins
   std::size_t begin = 0;
   for (std::size_t piece; pieces.take(piece);) {
     const std::size_t from = piece * kPiece;
     const std::size_t to = from + kPiece;
-    while (index < pairs.size() && begin + extent_of(pairs[index]) <= from) {
-      begin += extent_of(pairs[index++]);
+    while (index < groups.size() && begin + extent_of(groups[index]) <= from) {
+      begin += extent_of(groups[index++]);
     }
-    while (index < pairs.size()) {
-      const Pair& pair = pairs[index];
-      const std::size_t end = begin + bytes_of(pair.average);
+    while (index < groups.size()) {
+      const Span& average = groups[index].average;
       const std::size_t first = std::max(from, begin);
-      const std::size_t last = std::min(to, end);
+      const std::size_t last = std::min(to, begin + bytes_of(average));
       if (first < last) {
-        const std::size_t element = size_of(pair.average.dtype);
-        body(pair, (first - begin) / element, (last - first) / element);
+        const std::size_t element = size_of(average.dtype);
+        body(index, (first - begin) / element, (last - first) / element);
       }
-      if (begin + extent_of(pair) > to) break;  // the next piece continues here
-      begin += extent_of(pair);
-      ++index;
+      if (begin + extent_of(groups[index]) > to) break;  // the next piece continues here
+      begin += extent_of(groups[index++]);
     }
   }
 }
 
-std::size_t count_pieces(std::span<const Pair> pairs) noexcept {
+std::size_t count_pieces(const Groups& groups) noexcept {
   std::size_t total = 0;
-  for (const Pair& pair : pairs) total += extent_of(pair);
+  for (std::size_t i = 0; i < groups.size(); ++i) total += extent_of(groups[i]);
   return (total + kPiece - 1) / kPiece;
+}
+
+template <class Body>
+struct Job {
+  Groups groups;
+  Body body;
+
+  static void work(Pieces& pieces, const void* job) noexcept {
+    const auto& self = *static_cast<const Job*>(job);
+    for_each_part(self.groups, pieces, self.body);
+  }
+};
+
+template <class Body>
+void run(const Groups& groups, int threads, Body body) noexcept {
+  const Job<Body> job{groups, body};
+  run_pieces(count_pieces(groups), threads, Job<Body>::work, &job);
 }
 
 void* at(const Span& span, std::size_t first) noexcept {
   return static_cast<std::byte*>(span.data) + first * size_of(span.dtype);
 }
 
-template <class Body>
-struct Job {
-  std::span<const Pair> pairs;
-  Body body;
+// Sebastiano Vigna's splitmix64.
+std::uint64_t mixed(std::uint64_t x) noexcept {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
 
-  static void work(Pieces& pieces, const void* job) noexcept {
-    const auto& self = *static_cast<const Job*>(job);
-    for_each_part(self.pairs, pieces, self.body);
+// A piece never crosses a multiple of 2^32 elements, so one key serves all of a part.
+Noise noise_of(const Options& options, std::size_t pair, std::size_t first) noexcept {
+  const std::uint64_t element = first;
+  const std::uint64_t call = mixed(mixed(options.seed) ^ options.step);
+  const std::uint64_t key = mixed(mixed(call ^ pair) ^ (element >> 32));
+  return {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32),
+          static_cast<std::uint32_t>(element)};
+}
+
+struct Updater {
+  const Kernels& kernels;
+  std::span<const Pair> pairs;
+  std::span<const double> decays;
+  const Options& options;
+  bool far;
+
+  void operator()(std::size_t group, std::size_t first, std::size_t size) const noexcept {
+    for (std::size_t k = 0; k < decays.size(); ++k) {
+      update_one(group * decays.size() + k, decays[k], first, size);
+    }
+  }
+
+  void update_one(std::size_t index, double decay, std::size_t first,
+                  std::size_t size) const noexcept {
+    const Pair& pair = pairs[index];
+    const Mix& mix = *mix_of(kernels, pair.average.dtype, pair.value.dtype);
+    Run run{at(pair.average, first), nullptr, at(pair.value, first), size, 1.0 - decay, {}, far};
+    if (pair.carry != nullptr) {
+      const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
+      run.carry = static_cast<std::byte*>(pair.carry) + first * element;
+      if (decay != 0.0) return mix.compensated(run);
+      std::memset(run.carry, 0, size * element);
+    }
+    if (decay == 0.0) return mix.copy(run);
+    if (!options.stochastic || mix.at_random == nullptr) return mix.update(run);
+    run.noise = noise_of(options, index, first);
+    mix.at_random(run);
   }
 };
 
-template <class Body>
-void run(std::span<const Pair> pairs, int threads, Body body) noexcept {
-  const Job<Body> job{pairs, body};
-  run_pieces(count_pieces(pairs), threads, Job<Body>::work, &job);
-}
-
 }  // namespace
 
-std::size_t size_of(DType dtype) noexcept { return dtype == DType::f32 ? 4 : 8; }
+std::size_t size_of(DType dtype) noexcept {
+  switch (dtype) {
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    case DType::f32:
+      return 4;
+    case DType::f64:
+      break;
+  }
+  return 8;
+}
 
 bool offered(DType average, DType value) noexcept {
   return mix_of(active(), average, value) != nullptr;
 }
 
-void update(std::span<const Pair> pairs, double decay, int threads) noexcept {
-  const Kernels& kernels = active();
-  const double weight = 1.0 - decay;
-  run(pairs, threads, [&](const Pair& pair, std::size_t first, std::size_t size) noexcept {
-    const Mix& mix = *mix_of(kernels, pair.average.dtype, pair.value.dtype);
-    void* average = at(pair.average, first);
-    const void* value = at(pair.value, first);
-    if (decay == 0.0) {
-      mix.copy(average, value, size);
-    } else {
-      mix.update(average, value, size, weight);
-    }
-  });
+std::size_t carry_size(DType average, DType value) noexcept {
+  const Mix* mix = mix_of(active(), average, value);
+  return mix == nullptr || mix->compensated == nullptr ? 0 : size_of(average);
+}
+
+void update(std::span<const Pair> pairs, std::span<const double> decays,
+            const Options& options) noexcept {
+  const Groups groups{pairs, decays.size()};
+  const bool far = count_pieces(groups) > kCached / kPiece;
+  run(groups, options.threads, Updater{active(), pairs, decays, options, far});
 }
 
 void swap(std::span<const Pair> pairs, int threads) noexcept {
   const Swap exchange = active().swap;
-  run(pairs, threads, [&](const Pair& pair, std::size_t first, std::size_t size) noexcept {
+  run({pairs, 1}, threads, [&](std::size_t i, std::size_t first, std::size_t size) noexcept {
+    const Pair& pair = pairs[i];
     exchange(at(pair.average, first), at(pair.value, first), size * size_of(pair.average.dtype));
   });
 }

@@ -4,9 +4,8 @@
 // symbols: each exports its table and nothing else.
 #include "kernels.hpp"
 
-#include <stdint.h>
-
 #include "formula.hpp"
+#include "wide.hpp"
 
 namespace fastema {
 namespace {
@@ -20,27 +19,231 @@ size_t head_of(const T* data, size_t size) {
   return head < size ? head : size;
 }
 
-template <class T>
-void blend_run(T* __restrict a, const T* __restrict v, size_t size, Compute<T> w) {
+// How far ahead memory is asked for, in bytes. Hardware stops at pages; this does not.
+constexpr size_t kAhead = 3072;
+
+template <size_t kBytes, class T>
+inline void ask_for(const T* data) {
+  for (size_t byte = 0; byte < kBytes; byte += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(data) + kAhead + byte);
+  }
+}
+
+// Calls step(a, v, i) for blocks of kBlock elements from the i-th on, while there are whole ones;
+// returns where it stopped.
+template <size_t kBlock, class A, class V, class Step>
+inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool far, const Step& step) {
+  if (far) {
+    // at least a line of both, so that each line is asked for once
+    constexpr size_t kNarrow = sizeof(A) < sizeof(V) ? sizeof(A) : sizeof(V);
+    constexpr size_t kGroup = kBlock * kNarrow < kLine ? kLine / kNarrow : kBlock;
+    for (; size - i >= kGroup; i += kGroup) {
+      ask_for<kGroup * sizeof(A)>(a + i);
+      ask_for<kGroup * sizeof(V)>(v + i);
+#pragma GCC unroll 8
+      for (size_t j = 0; j < kGroup; j += kBlock) step(a + i + j, v + i + j, i + j);
+    }
+  }
+  for (; size - i >= kBlock; i += kBlock) step(a + i, v + i, i);
+  return i;
+}
+
+// --- 32 and 64 bits ------------------------------------------------------------------------------
+
+template <class A, class V>
+void update_all(A* __restrict a, const V* __restrict v, size_t size, A w) {
 #pragma omp simd
-  for (size_t i = 0; i < size; ++i) a[i] = blend(a[i], v[i], w);
+  for (size_t i = 0; i < size; ++i) a[i] = blend(a[i], static_cast<A>(v[i]), w);
+}
+
+template <class A, class V>
+void update(const Run& run) noexcept {
+  A* a = static_cast<A*>(run.average);
+  const V* v = static_cast<const V*>(run.value);
+  const A w = static_cast<A>(run.weight);
+  size_t i = head_of(a, run.size);
+  update_all(a, v, i, w);
+  if (run.far) {
+    constexpr size_t kBlock = kLine / sizeof(V);
+    i = whole_blocks<kBlock>(a, v, i, run.size, true, [w](A* to, const V* from, size_t) {
+      update_all(to, from, kBlock, w);
+    });
+  }
+  update_all(a + i, v + i, run.size - i, w);
 }
 
 template <class T>
-void update(void* average, const void* value, size_t size, double weight) noexcept {
-  T* a = static_cast<T*>(average);
-  const T* v = static_cast<const T*>(value);
-  const auto w = static_cast<Compute<T>>(weight);
-  const size_t head = head_of(a, size);
-  blend_run(a, v, head, w);
-  if (head == size) return;
-  blend_run(static_cast<T*>(__builtin_assume_aligned(a + head, kLine)), v + head, size - head, w);
+void copy(const Run& run) noexcept {
+  __builtin_memcpy(run.average, run.value, run.size * sizeof(T));
 }
 
-template <class T>
-void copy(void* average, const void* value, size_t size) noexcept {
-  __builtin_memcpy(average, value, size * sizeof(T));
+void copy_f64_from_f32(const Run& run) noexcept {
+  double* a = static_cast<double*>(run.average);
+  const float* v = static_cast<const float*>(run.value);
+#pragma omp simd
+  for (size_t i = 0; i < run.size; ++i) a[i] = v[i];
 }
+
+// --- 16 bits: the ends go through a buffer, so that no element is computed by other code ---------
+
+// Calls step(a, v, i) for every block of kBlock elements, i being the place of its first element;
+// the ends of both arrays are copied into whole blocks and back. With `odd` of 0 or 1, blocks begin
+// at even places of a tensor in which an even or odd number of elements stands before this run.
+constexpr size_t kAnyPlace = 2;
+
+template <size_t kBlock, class A, class V, class Step>
+inline void all_blocks(const Run& run, size_t odd, const Step& step) {
+  A* a = static_cast<A*>(run.average);
+  const V* v = static_cast<const V*>(run.value);
+  const auto partial = [&](size_t from, size_t count, size_t before) {
+    alignas(kLine) A a_block[kBlock] = {};
+    alignas(kLine) V v_block[kBlock] = {};
+    __builtin_memcpy(a_block + before, a + from, count * sizeof(A));
+    __builtin_memcpy(v_block + before, v + from, count * sizeof(V));
+    step(a_block, v_block, from - before);
+    __builtin_memcpy(a + from, a_block + before, count * sizeof(A));
+  };
+  size_t head = head_of(a, run.size) % kBlock;
+  if (odd != kAnyPlace && head % 2 != odd) head = odd < run.size ? odd : run.size;
+  if (head > 0) partial(0, head, odd == kAnyPlace ? 0 : odd);
+  const size_t i = whole_blocks<kBlock>(a, v, head, run.size, run.far, step);
+  if (i < run.size) partial(i, run.size - i, 0);
+}
+
+inline Floats weight_of(const Run& run) { return Floats{} + static_cast<float>(run.weight); }
+
+template <class A, class V>
+void update_wide(const Run& run) noexcept {
+  const Floats w = weight_of(run);
+  all_blocks<kLanes, A, V>(run, kAnyPlace,
+                           [w](A* a, const V* v, size_t) { store(a, blend(load(a), load(v), w)); });
+}
+
+template <class A, class V>
+void copy_wide(const Run& run) noexcept {
+  all_blocks<kLanes, A, V>(run, kAnyPlace, [](A* a, const V* v, size_t) { store(a, load(v)); });
+}
+
+// Two bfloat16 in each word: the even one below, the odd one above.
+inline Floats even_bf16(Words pair) { return as<Floats>(pair << 16); }
+inline Floats odd_bf16(Words pair) { return as<Floats>(pair & 0xffff0000); }
+inline Words pair_up(Words even, Words odd) { return (odd << 16) | even; }
+
+void update_bf16(const Run& run) noexcept {
+  const Floats w = weight_of(run);
+  all_blocks<2 * kLanes, bf16, bf16>(run, kAnyPlace, [w](bf16* to, const bf16* from, size_t) {
+    const Words a = read<Words>(to), v = read<Words>(from);
+    const Floats even = blend(even_bf16(a), even_bf16(v), w);
+    const Floats odd = blend(odd_bf16(a), odd_bf16(v), w);
+    if (any_nan(even, odd)) {
+      write(to, pair_up(narrow_bf16(even), narrow_bf16(odd)));
+    } else {
+      write(to, pair_up(narrow_bf16_number(even), narrow_bf16_number(odd)));
+    }
+  });
+}
+
+// --- stochastic rounding -------------------------------------------------------------------------
+
+inline Words counters() {
+  Words lanes{};
+  for (uint32_t i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// Calls step(a, v, random words) for blocks of 2 kLanes elements.
+template <class A, class Step>
+inline void all_blocks_at_random(const Run& run, const Step& step) {
+  const Noise noise = run.noise;
+  const Words lanes = counters();
+  all_blocks<2 * kLanes, A, A>(run, noise.first % 2, [&](A* a, const A* v, size_t i) {
+    const uint32_t pair = (noise.first + static_cast<uint32_t>(i)) / 2;
+    step(a, v, hash(lanes + pair, noise.key0, noise.key1));
+  });
+}
+
+void update_bf16_at_random(const Run& run) noexcept {
+  const Floats w = weight_of(run);
+  all_blocks_at_random<bf16>(run, [w](bf16* to, const bf16* from, Words random) {
+    const Words a = read<Words>(to), v = read<Words>(from);
+    const Words below = random & 0xffff, above = random >> 16;
+    const Floats even = blend(even_bf16(a), even_bf16(v), w);
+    const Floats odd = blend(odd_bf16(a), odd_bf16(v), w);
+    if (any_nan(even, odd)) {
+      write(to, pair_up(narrow_bf16_at_random(even, below), narrow_bf16_at_random(odd, above)));
+    } else {
+      write(to, pair_up(narrow_bf16_number_at_random(even, below),
+                        narrow_bf16_number_at_random(odd, above)));
+    }
+  });
+}
+
+void update_f16_at_random(const Run& run) noexcept {
+  const Floats w = weight_of(run);
+  all_blocks_at_random<f16>(run, [w](f16* to, const f16* from, Words random) {
+    const Floats x = blend(load(to), load(from), w);
+    const Floats y = blend(load(to + kLanes), load(from + kLanes), w);
+    const Words x_random = widen(lower_of(random)), y_random = widen(upper_of(random));
+    if (all_normal_f16(x, y)) {
+      store_normal_at_random(to, x, x_random);
+      store_normal_at_random(to + kLanes, y, y_random);
+    } else {
+      store_bits(to, narrow_f16_at_random(x, x_random));
+      store_bits(to + kLanes, narrow_f16_at_random(y, y_random));
+    }
+  });
+}
+
+// --- compensated averages ------------------------------------------------------------------------
+
+// Calls step(a, carry, v) for blocks of kBlock elements, the last one in a buffer.
+template <size_t kBlock, class A, class C, class V, class Step>
+inline void all_blocks_with_carry(const Run& run, const Step& step) {
+  A* a = static_cast<A*>(run.average);
+  C* c = static_cast<C*>(run.carry);
+  const V* v = static_cast<const V*>(run.value);
+  const size_t i = whole_blocks<kBlock>(
+      a, v, 0, run.size, run.far, [&](A* to, const V* from, size_t at) { step(to, c + at, from); });
+  if (i == run.size) return;
+  A a_block[kBlock] = {};
+  C c_block[kBlock] = {};
+  V v_block[kBlock] = {};
+  const size_t rest = run.size - i;
+  __builtin_memcpy(a_block, a + i, rest * sizeof(A));
+  __builtin_memcpy(c_block, c + i, rest * sizeof(C));
+  __builtin_memcpy(v_block, v + i, rest * sizeof(V));
+  step(a_block, c_block, v_block);
+  __builtin_memcpy(a + i, a_block, rest * sizeof(A));
+  __builtin_memcpy(c + i, c_block, rest * sizeof(C));
+}
+
+template <class V>
+void update_f32_compensated(const Run& run) noexcept {
+  const Floats w = weight_of(run);
+  all_blocks_with_carry<kLanes, float, float, V>(run, [w](float* a, float* carry, const V* v) {
+    Floats high = load(a), low = load(carry);
+    blend_compensated(high, low, load(v), w);
+    store(a, high);
+    store(carry, low);
+  });
+}
+
+void update_bf16_compensated(const Run& run) noexcept {
+  const Floats w = weight_of(run);
+  all_blocks_with_carry<2 * kLanes, bf16, uint16_t, bf16>(
+      run, [w](bf16* a, uint16_t* carry, const bf16* from) {
+        const Words h = read<Words>(a), l = read<Words>(carry), v = read<Words>(from);
+        const Floats even = blend(join_bf16<Floats>(h & 0xffff, l & 0xffff), even_bf16(v), w);
+        const Floats odd = blend(join_bf16<Floats>(h >> 16, l >> 16), odd_bf16(v), w);
+        Words even_high, even_low, odd_high, odd_low;
+        split_bf16(even, even_high, even_low);
+        split_bf16(odd, odd_high, odd_low);
+        write(a, pair_up(even_high, odd_high));
+        write(carry, pair_up(even_low, odd_low));
+      });
+}
+
+// --- swap ----------------------------------------------------------------------------------------
 
 void swap_run(unsigned char* __restrict a, unsigned char* __restrict b, size_t bytes) {
 #pragma omp simd
@@ -68,10 +271,17 @@ void swap(void* a, void* b, size_t bytes) noexcept {
 
 extern const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS);
 const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
-    FASTEMA_TEXT(FASTEMA_KERNELS),
-    {update<float>, copy<float>},
-    {update<double>, copy<double>},
-    swap,
+    .name = FASTEMA_TEXT(FASTEMA_KERNELS),
+    .f16 = {update_wide<f16, f16>, copy<f16>, update_f16_at_random, nullptr},
+    .bf16 = {update_bf16, copy<bf16>, update_bf16_at_random, update_bf16_compensated},
+    .f32 = {update<float, float>, copy<float>, nullptr, update_f32_compensated<float>},
+    .f64 = {update<double, double>, copy<double>, nullptr, nullptr},
+    .f32_from_f16 = {update_wide<float, f16>, copy_wide<float, f16>, nullptr,
+                     update_f32_compensated<f16>},
+    .f32_from_bf16 = {update_wide<float, bf16>, copy_wide<float, bf16>, nullptr,
+                      update_f32_compensated<bf16>},
+    .f64_from_f32 = {update<double, float>, copy_f64_from_f32, nullptr, nullptr},
+    .swap = swap,
 };
 
 }  // namespace fastema

@@ -3,25 +3,44 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 namespace fastema {
 
 constexpr size_t kLine = 64;  // bytes: a cache line, and the widest vector
 
-// `weight` is 1 - decay; it is rounded once to the compute type.
-using Update = void (*)(void* average, const void* value, size_t size, double weight) noexcept;
-using Copy = void (*)(void* average, const void* value, size_t size) noexcept;
+// Where an element's random bits come from; see formula.hpp.
+struct Noise {
+  uint32_t key0, key1;
+  uint32_t first;  // the place of the first element within its tensor, modulo 2^32
+};
+
+// What one call of a kernel works on: a run of elements of one pair.
+struct Run {
+  void* average;
+  void* carry;  // of compensated averages
+  const void* value;
+  size_t size;
+  double weight;  // 1 - decay, rounded once to the compute type by the kernel
+  Noise noise;    // of stochastic rounding
+  bool far;       // the list is larger than caches: ask for memory ahead of its use
+};
+
+using Kernel = void (*)(const Run& run) noexcept;
 using Swap = void (*)(void* a, void* b, size_t bytes) noexcept;
 
+// What can be done with averages of one type and values of another; null: not offered.
 struct Mix {
-  Update update;
-  Copy copy;  // what a decay of 0 means: the average becomes the value, exactly
+  Kernel update;
+  Kernel copy;  // what a decay of 0 means: the average becomes the value, exactly
+  Kernel at_random;
+  Kernel compensated;
 };
 
 struct Kernels {
   const char* name;
-  Mix f32;
-  Mix f64;
+  Mix f16, bf16, f32, f64;  // average and value of one type
+  Mix f32_from_f16, f32_from_bf16, f64_from_f32;
   Swap swap;
 };
 

@@ -1,35 +1,57 @@
 """Averaging and swapping lists of arrays, without any state of its own."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
 
 from . import _core
-from ._arrays import as_list
+from ._arrays import as_list, as_view, is_movable
+
+Rounding = Literal["nearest", "stochastic"]
 
 
-def _pair(a: Any, b: Any, names: tuple[str, str], exchanged: bool) -> _core.Pairs:
-    a_list, a_single = as_list(a, names[0])
-    b_list, b_single = as_list(b, names[1])
-    return _core.Pairs(a_list, b_list, *names, single=a_single and b_single, exchanged=exchanged)
-
-
-def update(averages: Any, values: Any, decay: float, *, threads: int = 0) -> None:
+def update(
+    averages: Any,
+    values: Any,
+    decay: float,
+    *,
+    threads: int = 0,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    step: int = 0,
+    carries: Any = None,
+) -> None:
     """Move averages towards values, in place: ``average += (1 - decay) * (value - average)``.
 
-    The weight ``1 - decay`` is formed in float64 and rounded once to the averages' type; each
-    operation is rounded as NumPy rounds it, so the result has NumPy's bits on every machine and
-    with any number of threads. A decay of 0 copies exactly.
+    The weight ``1 - decay`` is formed in float64 and rounded once to the type of the computation,
+    float64 for float64 averages and float32 for all others. Each operation is rounded as NumPy
+    rounds it, and the result once to the average's type, so it has NumPy's bits on every machine
+    and with any number of threads. A decay of 0 copies exactly.
 
     For arrays that are averaged again and again, `Pairs` checks them once.
 
     Args:
-        averages: One array, or a sequence of arrays. Float32 or float64, any shape, dense (in any
-            order), writable. Changed in place.
-        values: As `averages`, in shapes, types and order in memory; may be read-only.
+        averages: One array, or a sequence of arrays: NumPy's, torch's (in CPU memory, also those
+            that require grad) or anything with ``__dlpack__``. float16, bfloat16 (of ml_dtypes),
+            float32 or float64, any shape, dense (in any order), writable. Changed in place.
+        values: As `averages`, in shapes and order in memory; may be read-only, as JAX's arrays are.
+            Of the averages' types, or float16 or bfloat16 beside float32 averages, or float32
+            beside float64 ones.
         decay: From 0 to 1; towards 1 is slower.
         threads: How many threads to use at most; 0 leaves it to OpenMP (``OMP_NUM_THREADS``).
+        rounding: ``"nearest"``, or ``"stochastic"``: 16-bit averages are rounded up or down at
+            random, without a bias, so that they move where rounding to nearest stands still (a
+            bfloat16 average does with a decay of .999).
+        seed: Of stochastic rounding. The random bits depend on `seed`, `step` and the places of the
+            array in the list and of the element in its array, and on nothing else.
+        step: The number of the update; give each another one.
+        carries: One array beside each average, zeros at first, that keeps what rounding would lose:
+            float32 beside float32 averages (about 48 bits together), int16 beside bfloat16 averages
+            of bfloat16 values (exactly a float32 together). Changed in place.
 
     Raises:
-        TypeError: An array is none, or its type is not offered.
+        TypeError: An array is none, its type is not offered, or its memory cannot be viewed.
         ValueError: Sizes, shapes or orders differ, an average is read-only, overlaps another array
             of the call or has holes, or `decay` is outside of [0, 1]. Nothing has changed then.
 
@@ -40,7 +62,7 @@ def update(averages: Any, values: Any, decay: float, *, threads: int = 0) -> Non
         >>> average
         array([0.25, 0.5 , 1.  ])
     """
-    _pair(averages, values, ("averages", "values"), exchanged=False).update(decay, threads)
+    Pairs(averages, values, carries=carries).update(decay, threads, rounding=rounding, seed=seed, step=step)
 
 
 def swap(a: Any, b: Any, *, threads: int = 0) -> None:
@@ -50,12 +72,13 @@ def swap(a: Any, b: Any, *, threads: int = 0) -> None:
     signed zeros and infinities too.
 
     Args:
-        a: One array, or a sequence of arrays. Float32 or float64, any shape, dense, writable.
+        a: One array, or a sequence of arrays: NumPy's, torch's (in CPU memory) or anything with
+            ``__dlpack__``. float16, bfloat16, float32 or float64, any shape, dense, writable.
         b: As `a`, in shapes, types and order in memory.
         threads: How many threads to use at most; 0 leaves it to OpenMP (``OMP_NUM_THREADS``).
 
     Raises:
-        TypeError: An array is none, or its type is not offered.
+        TypeError: An array is none, its type is not offered, or its memory cannot be viewed.
         ValueError: Sizes, shapes or orders differ, or an array is read-only, overlaps another or
             has holes. Nothing has changed then.
 
@@ -66,18 +89,29 @@ def swap(a: Any, b: Any, *, threads: int = 0) -> None:
         >>> a, b
         (array([1., 1.]), array([0., 0.]))
     """
-    _pair(a, b, ("a", "b"), exchanged=True).swap(threads)
+    a_list, single = as_list(a, "a")
+    b_list, _ = as_list(b, "b")
+    a_views, b_views = _views(a_list, "a", single), _views(b_list, "b", single)
+    _core.Pairs(a_views, b_views, [], "a", "b", single, 1, True).swap(threads)
+
+
+def _views(arrays: list[Any], argument: str, single: bool) -> list[Any]:
+    return [
+        x if isinstance(x, np.ndarray) else as_view(x, argument if single else f"{argument}[{i}]")
+        for i, x in enumerate(arrays)
+    ]
 
 
 class Pairs:
     """Averages and values that were checked once, to be updated or swapped many times.
 
-    The arrays are kept alive, never copied. An array whose memory moved since (``resize``) is
-    noticed at the next call.
+    The arrays are kept alive, never copied. An array whose memory moved since (NumPy's ``resize``,
+    torch's ``tensor.data = ...``) is noticed at the next call.
 
     Args:
         averages: As for `update`.
         values: As for `update`.
+        carries: As for `update`.
 
     Raises:
         TypeError: As for `update`.
@@ -97,23 +131,96 @@ class Pairs:
         array([0.75, 0.75, 0.75])
     """
 
-    __slots__ = ("_native",)
+    __slots__ = ("_addresses", "_movable", "_native")
 
-    def __init__(self, averages: Any, values: Any) -> None:
-        self._native = _pair(averages, values, ("averages", "values"), exchanged=False)
+    def __init__(self, averages: Any, values: Any, *, carries: Any = None) -> None:
+        self._set_up([averages], values, None if carries is None else [carries])
+
+    @classmethod
+    def several(
+        cls, averages: Sequence[Any], values: Any, *, carries: Sequence[Any] | None = None
+    ) -> "Pairs":
+        """Pair several lists of averages with the same values, which an update reads only once.
+
+        Args:
+            averages: Of each list, what `update` takes.
+            values: As for `update`.
+            carries: Of each list, what `update` takes.
+
+        Returns:
+            Pairs whose `update` takes a sequence of decays, one for each list.
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> weights, slow, fast = [np.ones(2)], [np.zeros(2)], [np.zeros(2)]
+            >>> fastema.Pairs.several([slow, fast], weights).update([0.75, 0.5])
+            >>> slow, fast
+            ([array([0.25, 0.25])], [array([0.5, 0.5])])
+        """
+        pairs = cls.__new__(cls)
+        pairs._set_up(list(averages), values, None if carries is None else list(carries))
+        return pairs
+
+    def _set_up(self, averages: list[Any], values: Any, carries: list[Any] | None) -> None:
+        b, single = as_list(values, "values")
+        a = _interleaved(averages, "averages", len(b))
+        c = [] if carries is None else _interleaved(carries, "carries", len(b))
+        lists = len(averages)
+        single = single and lists == 1 and len(a) == 1
+        self._native = _core.Pairs(
+            _views(a, "averages", single),
+            _views(b, "values", single),
+            _views(c, "carries", single),
+            "averages",
+            "values",
+            single,
+            lists,
+            False,
+        )
+        self._movable = [x for x in (*a, *b, *c) if is_movable(x)]
+        self._addresses = [x.data_ptr() for x in self._movable]
+
+    def _check_unmoved(self) -> None:
+        if [x.data_ptr() for x in self._movable] != self._addresses:
+            raise ValueError("a tensor was given other memory after it was paired; make the pairs anew")
 
     def __len__(self) -> int:
         return len(self._native)
 
-    def update(self, decay: float, threads: int = 0) -> None:
+    def update(
+        self,
+        decay: Any,
+        threads: int = 0,
+        *,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+        step: int = 0,
+    ) -> None:
         """Move the averages towards the values; see `fastema.update`."""
-        self._native.update(decay, threads)
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+        if self._movable:
+            self._check_unmoved()
+        self._native.update(decay, threads, rounding == "stochastic", seed, step)
 
     def swap(self, threads: int = 0) -> None:
         """Exchange averages and values; see `fastema.swap`.
 
         Raises:
-            TypeError: A pair's types differ.
+            TypeError: A pair's types differ, or its average is compensated.
             ValueError: A value is read-only, or shares memory with another.
         """
+        if self._movable:
+            self._check_unmoved()
         self._native.swap(threads)
+
+
+def _interleaved(lists: Sequence[Any], argument: str, length: int) -> list[Any]:
+    """Put several lists into one, in which those that share a value follow each other."""
+    if len(lists) == 1:
+        return as_list(lists[0], argument)[0]
+    arrays = [as_list(x, f"{argument}[{k}]")[0] for k, x in enumerate(lists)]
+    for k, x in enumerate(arrays):
+        if len(x) != length:
+            raise ValueError(f"{argument}[{k}] and values must have one length, got {len(x)} and {length}")
+    return [x[i] for i in range(length) for x in arrays]

@@ -8,7 +8,7 @@
 
 namespace fastema {
 
-enum class DType : std::uint8_t { f32, f64 };
+enum class DType : std::uint8_t { f16, bf16, f32, f64 };
 
 std::size_t size_of(DType dtype) noexcept;  // bytes of one element
 
@@ -24,15 +24,29 @@ struct Span {
 struct Pair {
   Span average;
   Span value;
+  void* carry = nullptr;  // what a compensated average keeps beside it; as many elements
 };
 
 // Whether update() knows this mix of types.
 bool offered(DType average, DType value) noexcept;
 
+// The bytes of one element of a compensated average's carry, 0 where there is none for this mix: 4,
+// a float, for float32 averages; 2, the lower half of a float, for bfloat16 averages of bfloat16.
+std::size_t carry_size(DType average, DType value) noexcept;
+
+struct Options {
+  int threads = 0;          // 0 leaves it to OpenMP; more than there is work for is not used
+  bool stochastic = false;  // round 16-bit averages at random, up or down, without a bias
+  std::uint64_t seed = 0;   // random bits depend on seed, step, the pair's place in the list
+  std::uint64_t step = 0;   //   and the element's in its array, and on nothing else
+};
+
 // average += w * (value - average), w = 1 - decay rounded once to the compute type; a decay of 0
 // copies. Every element gets the same bits on any instruction set and any number of threads.
-// `threads`: 0 leaves it to OpenMP; more than there is work for is not used.
-void update(std::span<const Pair> pairs, double decay, int threads) noexcept;
+//
+// With K decays, every K pairs in a row share one value, which is read from memory once.
+void update(std::span<const Pair> pairs, std::span<const double> decays,
+            const Options& options) noexcept;
 
 // Exchanges the contents of both sides bit for bit. Both have one type.
 void swap(std::span<const Pair> pairs, int threads) noexcept;

@@ -35,6 +35,21 @@ def test_native_update_has_numpys_bits(lists, mode, decay):
         assert oracle.same_bits(average.numpy(), oracle.update(a, v, decay))
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize(
+    ("average_type", "value_type"),
+    [("float32", "bfloat16"), ("float32", "float16"), ("float64", "float32"), ("bfloat16", "bfloat16")],
+)
+def test_mixed_types_have_numpys_bits(rng, mode, average_type, value_type):
+    average = tf.Variable(tf.cast(rng.standard_normal(1001), average_type))
+    value = tf.Variable(tf.cast(rng.standard_normal(1001), value_type))
+    expected = oracle.update(average.numpy(), value.numpy(), 0.9)
+    said = []
+    run(mode, lambda: said.append(engines.update([average], [value], 0.9)))
+    assert said == ["native"]
+    assert oracle.same_bits(average.numpy(), expected)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_framework_update_is_the_same_within_a_unit_in_the_last_place(lists, mode, decay):
@@ -58,10 +73,10 @@ def test_engine_auto_leaves_xla_to_the_framework_and_native_refuses_it():
 
 
 def test_types_without_a_native_kernel_go_to_the_framework():
-    average, value = tf.Variable([1.0]), tf.Variable(tf.constant([2.0], tf.bfloat16))
+    average, value = tf.Variable([1.0]), tf.Variable(tf.constant([2.0], tf.float64))
     assert engines.update([average], [value], 0.5) == "graph"
     assert average.numpy() == 1.5
-    with pytest.raises(RuntimeError, match=re.escape("averages[0] is float32, values[0] bfloat16")):
+    with pytest.raises(RuntimeError, match=re.escape("averages[0] is float32, values[0] float64")):
         engines.update([average], [value], 0.5, engine="native")
 
 

@@ -267,12 +267,22 @@ class Pairs {
     const fastema::Options options{threads_of(threads), stochastic, count_of(seed, "seed"),
                                    count_of(step, "step")};
     check_unmoved();
-    const py::gil_scoped_release release;
-    if (a_.lists == 1) {
-      fastema::update(pairs_, {&one, 1}, options);
-    } else {
-      fastema::update(pairs_, several, options);
-    }
+    without_lock([&] {
+      if (a_.lists == 1) {
+        fastema::update(pairs_, {&one, 1}, options);
+      } else {
+        fastema::update(pairs_, several, options);
+      }
+    });
+  }
+
+  // The same for what most calls are.
+  void update_plainly(const py::handle& decay, const py::handle& threads) const {
+    if (a_.lists != 1) return update(decay, threads, false, py::int_(0), py::int_(0));
+    const double one = decay_of(decay);
+    const fastema::Options options{.threads = threads_of(threads)};
+    check_unmoved();
+    without_lock([&] { fastema::update(pairs_, {&one, 1}, options); });
   }
 
   void swap(const py::handle& threads_object) const {
@@ -281,11 +291,18 @@ class Pairs {
     for (std::size_t i = 0; i < size(); ++i) check_exchangeable(i);
     if (!overlap_if_exchanged_.empty()) throw py::value_error(overlap_if_exchanged_);
     check_unmoved();
-    const py::gil_scoped_release release;
-    fastema::swap(pairs_, threads);
+    without_lock([&] { fastema::swap(pairs_, threads); });
   }
 
  private:
+  // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
+  template <class Body>
+  void without_lock(const Body& body) const {
+    if (bytes_ < kBrief) return body();
+    const py::gil_scoped_release release;
+    body();
+  }
+
   static void check_length(const std::string& a, std::size_t a_length, const std::string& b,
                            std::size_t b_length) {
     if (a_length == b_length) return;
@@ -309,6 +326,7 @@ class Pairs {
     add_extent(average, true, a_label, extents);
     if (pairs_.size() % a_.lists == 0) add_extent(value, exchanged, b_label, extents);
     pairs_.push_back({average, value});
+    bytes_ += average.size * fastema::size_of(average.dtype);
     hold(a_array, a_label);
     hold(b_array, b_label);
   }
@@ -393,8 +411,10 @@ class Pairs {
   const Argument a_, b_, carry_;
   std::vector<Held> held_;  // average, value and carry of each pair
   std::vector<fastema::Pair> pairs_;
+  std::size_t bytes_ = 0;             // of averages
   std::string overlap_if_exchanged_;  // what keeps swap() from writing both sides
   static inline double no_elements_ = 0.0;
+  static constexpr std::size_t kBrief = 16 << 10;
 };
 
 std::vector<std::string> instruction_sets() {
@@ -431,6 +451,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("__len__", &Pairs::size)
       .def("update", &Pairs::update, py::arg("decay"), py::arg("threads"), py::arg("stochastic"),
            py::arg("seed"), py::arg("step"))
+      .def("update_plainly", &Pairs::update_plainly, py::arg("decay"), py::arg("threads"))
       .def("swap", &Pairs::swap, py::arg("threads"));
 
   m.def("instruction_sets", instruction_sets);

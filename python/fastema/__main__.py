@@ -1,8 +1,9 @@
-"""The command line: ``python -m fastema info`` and ``python -m fastema demo``."""
+"""The command line: ``python -m fastema info``, ``demo`` and ``bench``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import build_config
@@ -15,6 +16,19 @@ def info() -> None:
         print(f"{name.replace('_', ' '):<17}{text}")
 
 
+def measure(quick: bool, folder: Path) -> None:
+    """Run the benchmarks of updates, swaps and memory."""
+    from .bench import bench_memory, bench_swap, bench_update  # noqa: PLC0415 - nobody else needs them
+
+    flags = ["--quick"] if quick else []
+    for name, benchmark in (("update", bench_update), ("swap", bench_swap)):
+        files = ["--json", str(folder / f"bench-{name}.json")]
+        if find_spec("matplotlib"):
+            files += ["--picture", str(folder / f"bench-{name}.png")]
+        benchmark.main([*flags, *files])
+    bench_memory.main(flags)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastema", description="Averages of model weights.")
@@ -24,9 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--epochs", type=int, default=20)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--picture", type=Path, default=Path("fastema-demo.png"), help="where to write it")
+    bench = commands.add_parser("bench", help="time updates and swaps against this machine and all rivals")
+    bench.add_argument("--quick", action="store_true", help="small lists only")
+    bench.add_argument("--folder", type=Path, default=Path(), help="where to write the numbers and charts")
     options = parser.parse_args(arguments)
     if options.command == "info":
         info()
+        return 0
+    if options.command == "bench":
+        measure(options.quick, options.folder)
         return 0
     try:
         from . import demo as demonstration  # noqa: PLC0415 - loads Keras

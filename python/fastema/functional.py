@@ -197,11 +197,14 @@ class Pairs:
         step: int = 0,
     ) -> None:
         """Move the averages towards the values; see `fastema.update`."""
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
         if self._movable:
             self._check_unmoved()
-        self._native.update(decay, threads, rounding == "stochastic", seed, step)
+        if rounding == "nearest" and seed == step == 0:
+            self._native.update_plainly(decay, threads)
+        elif rounding in ("nearest", "stochastic"):
+            self._native.update(decay, threads, rounding == "stochastic", seed, step)
+        else:
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
 
     def swap(self, threads: int = 0) -> None:
         """Exchange averages and values; see `fastema.swap`.

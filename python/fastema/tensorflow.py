@@ -18,7 +18,12 @@ __all__ = ["swap", "update"]
 
 Engine = Literal["auto", "native", "graph"]
 
-_NATIVE_TYPES = frozenset({tf.float32, tf.float64})
+_NATIVE_MIXES = {  # average and value
+    *((dtype, dtype) for dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64)),
+    (tf.float32, tf.float16),
+    (tf.float32, tf.bfloat16),
+    (tf.float64, tf.float32),
+}
 
 
 def update(
@@ -130,7 +135,7 @@ def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
     if tf.distribute.has_strategy():
         return "a tf.distribute strategy updates its variables itself"
     for i, (average, value) in enumerate(zip(averages, values, strict=True)):
-        if average.dtype not in _NATIVE_TYPES or value.dtype != average.dtype:
+        if (average.dtype, value.dtype) not in _NATIVE_MIXES:
             return f"averages[{i}] is {average.dtype.name}, values[{i}] {value.dtype.name}"
         if average.device and "CPU" not in average.device:
             return f"averages[{i}] lies on {average.device}"
@@ -141,7 +146,7 @@ def _update_natively(averages: list[Any], values: list[Any], decay: Any) -> None
     inputs = [tf.convert_to_tensor(x) for x in (*averages, *values)]
     updated: Sequence[Any]
     if tf.executing_eagerly():
-        updated = _average(decay.numpy(), *(memoryview(tensor) for tensor in inputs))
+        updated = _average(decay.numpy(), *map(_buffer_of, inputs))
     else:
         # stateful: it keeps its place between the reads and the writes of its variables
         types = [average.dtype for average in averages]
@@ -150,6 +155,11 @@ def _update_natively(averages: list[Any], values: list[Any], decay: Any) -> None
             new.set_shape(average.shape)
     for average, new in zip(averages, updated, strict=True):
         average.assign(new)
+
+
+def _buffer_of(tensor: Any) -> Any:
+    """Return what NumPy can look into: the tensor's own memory, but for bfloat16, which is copied."""
+    return tensor.numpy() if tensor.dtype == tf.bfloat16 else memoryview(tensor)
 
 
 def _average(decay: Any, *buffers: Any) -> list[np.ndarray]:

@@ -1,0 +1,73 @@
+"""The lists of arrays that are measured, as shapes."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import ml_dtypes
+import numpy as np
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+def resnet50() -> Shapes:
+    """Return the parameters of ResNet-50: 161 arrays, 25.6 million elements."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            channels = [inputs, width, width, 4 * width]
+            for (a, b), kernel in zip(pairwise(channels), (1, 3, 1), strict=True):
+                shapes += [(b, a, kernel, kernel), (b,), (b,)]
+            if block == 0:
+                shapes += [(4 * width, inputs, 1, 1), (4 * width,), (4 * width,)]
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def gpt2() -> Shapes:
+    """Return the parameters of GPT-2: 148 arrays, 124 million elements."""
+    d = 768
+    block = [
+        (d,),
+        (d,),
+        (d, 3 * d),
+        (3 * d,),
+        (d, d),
+        (d,),
+        (d,),
+        (d,),
+        (d, 4 * d),
+        (4 * d,),
+        (4 * d, d),
+        (d,),
+    ]
+    return [(50257, d), (1024, d), *(shape for _ in range(12) for shape in block), (d,), (d,)]
+
+
+LISTS: dict[str, Shapes] = {
+    "one of 64M": [(64_000_100,)],  # not a power of two: those can collide in caches
+    "ResNet-50": resnet50(),
+    "GPT-2": gpt2(),
+    "1,000 x 1,000": [(1000,)] * 1000,
+    "10 x 10": [(10,)] * 10,
+}
+
+DTYPES = {
+    "f16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+    "f32": np.float32,
+    "f64": np.float64,
+}
+
+
+def elements(shapes: Shapes) -> int:
+    """Return how many elements a list has."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def arrays(shapes: Shapes, dtype: str, seed: int) -> list[np.ndarray]:
+    """Make the arrays of a list: weights, N(0, .02), so that nothing is a special number."""
+    rng = np.random.default_rng(seed)
+    pool = (0.02 * rng.standard_normal(1 << 16)).astype(DTYPES[dtype])
+    return [np.resize(pool, shape) for shape in shapes]

@@ -3,9 +3,11 @@
 // number. (tests/*.py compare with NumPy.)
 #include "fastema/core.hpp"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "dispatch.hpp"
@@ -222,6 +224,39 @@ void check_all(const Case& c) {
   check_swap<double>(c);
 }
 
+// Calls from many threads at once, over shared values, while the instruction set is chosen anew.
+void check_storm() {
+  const auto values = noise<float>(100'003, 2);
+  const double decay = 0.9;
+  auto expected = noise<float>(values.size(), 1);
+  const auto start = expected;
+  const float w = static_cast<float>(1.0 - decay);
+  for (int i = 0; i < 20; ++i) {
+    for (std::size_t j = 0; j < values.size(); ++j) {
+      expected[j] = blend(expected[j], values[j], w);
+    }
+  }
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 6; ++t) {
+    threads.emplace_back([&, t] {
+      auto mine = start, other = noise<float>(values.size(), 3);
+      const Pair pair{span(mine, 0),
+                      {const_cast<float*>(values.data()), values.size(), DType::f32}};
+      const Pair exchanged{span(mine, 0), span(other, 0)};
+      for (int i = 0; i < 20; ++i) {
+        activate(available()[static_cast<std::size_t>(i + t) % available().size()]->name);
+        fastema::update({&pair, 1}, {&decay, 1}, {});
+        fastema::swap({&exchanged, 1}, 0);
+        fastema::swap({&exchanged, 1}, 0);
+      }
+      if (!same(mine.data(), expected.data(), mine.size())) ++wrong;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  expect(wrong == 0, "f32", "a storm of calls", {values.size(), 0, 6});
+}
+
 }  // namespace
 
 int main() {
@@ -235,6 +270,7 @@ int main() {
     }
   }
   check_all({std::size_t{9} << 19, 1, 2});  // lists larger than caches take other loops
+  check_storm();
   if (failures == 0) std::puts("every kernel agrees with the formula");
   return failures == 0 ? 0 : 1;
 }

@@ -101,3 +101,11 @@ def test_other_python_threads_run_during_a_call():
         stop.set()
         counter.join()
     assert after > before
+
+
+def test_threadpoolctl_is_respected():
+    threadpoolctl = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
+    if not fastema.build_config()["openmp"]:
+        pytest.skip("this build has no OpenMP")
+    with threadpoolctl.threadpool_limits(1):
+        assert fastema.build_config()["threads"] == 1

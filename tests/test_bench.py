@@ -1,0 +1,41 @@
+"""The benchmarks run, and what they say of memory holds; their times are nobody's to assert."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fastema.bench import bench_accuracy, bench_memory, bench_update
+
+from fastema import __main__ as command
+
+
+def test_bench_writes_its_numbers_and_prints_its_tables(tmp_path, capsys):
+    assert command.main(["bench", "--quick", "--folder", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("Update, ", "Swap, ", "of the ceiling", "Extra memory at the peak, KiB"):
+        assert text in printed
+    for name in ("update", "swap"):
+        results = json.loads((tmp_path / f"bench-{name}.json").read_text())["results"]
+        assert [result["title"] for result in results] == ["10 x 10, f32", "ResNet-50, f32"]
+        assert all(len(result["timings"]) > 3 for result in results)
+        assert (tmp_path / f"bench-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux' count of the peak")
+def test_a_call_takes_less_than_a_mebibyte_of_memory():
+    assert bench_memory.extra_kilobytes("ResNet-50", "update") < 1024
+    assert bench_memory.extra_kilobytes("ResNet-50", "swap") < 1024
+    assert bench_memory.extra_kilobytes("ResNet-50", "NumPy") > 8 * 1024, "the measure sees nothing"
+
+
+def test_every_kind_of_array_can_be_measured():
+    for case in bench_update.AGAINST_CEILING:
+        result = bench_update.measure(("10 x 10", *case[1:]), with_rivals=False, samples=1)
+        assert result.ours.median > 0
+
+
+@pytest.mark.slow
+def test_a_compensated_average_is_float64s_to_a_millionth_after_a_million_steps(capsys):
+    with capsys.disabled():
+        bench_accuracy.main([])
+    assert bench_accuracy.held(0.99999, 1_000_000)["float32 + float32 carry"] < 1e-6

@@ -53,8 +53,7 @@ def random_bits(size, seed, step, pair):
 
     key = mixed(mixed(mixed(mixed(seed) ^ step) ^ pair) ^ 0)  # 0: the upper half of the element's place
     place = np.arange(size, dtype=np.uint32)
-    x = (place >> 1) ^ np.uint32(key & 0xFFFFFFFF)
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = ((place >> 1) ^ np.uint32(key & 0xFFFFFFFF)) * np.uint32(0x7FEB352D)
     x ^= np.uint32(key >> 32)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     x ^= x >> 16

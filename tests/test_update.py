@@ -19,7 +19,7 @@ bfloat16 = ml_dtypes.bfloat16
 TYPES = [np.float16, bfloat16, np.float32, np.float64]
 # average, value
 MIXES = [*((t, t) for t in TYPES), (np.float32, bfloat16), (np.float32, np.float16), (np.float64, np.float32)]
-PIECE = 256 << 10  # bytes: how the core cuts large arrays
+PIECE = 512 << 10  # bytes: how the core cuts large arrays
 SIZES = [0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1000]
 
 

@@ -12,7 +12,7 @@ namespace fastema {
 namespace {
 
 // Both measured by bench/bench_update.py, in bytes of averages.
-constexpr std::size_t kPiece = std::size_t{256} << 10;
+constexpr std::size_t kPiece = std::size_t{512} << 10;
 constexpr std::size_t kCached = std::size_t{8} << 20;  // smaller lists may well lie in caches
 
 const Mix* mix_of(const Kernels& kernels, DType average, DType value) noexcept {

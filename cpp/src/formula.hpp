@@ -72,52 +72,58 @@ inline F widen_bf16(Word<F> half) {
   return as<F>(half << 16);
 }
 
+// The round_ functions return a bfloat16 in the upper half of a word; the lower half is left over.
+
 template <class W>
-inline W bf16_nan(W bits) {
-  return (bits >> 16) | 0x40;  // quiet
+inline W quiet_nan_bf16(W bits) {
+  return bits | (W{} + 0x400000);
+}
+
+template <class W>
+inline auto is_nan(W bits) {
+  return (bits & 0x7fffffff) > 0x7f800000;
 }
 
 // To nearest, ties to even; of anything but NaN.
 template <class F>
-inline Word<F> narrow_bf16_number(F x) {
+inline Word<F> round_bf16_number(F x) {
   using W = Word<F>;
   const W bits = as<W>(x);
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 // NaN stays NaN.
 template <class F>
-inline Word<F> narrow_bf16(F x) {
+inline Word<F> round_bf16(F x) {
   using W = Word<F>;
   const W bits = as<W>(x);
-  return (bits & 0x7fffffff) > 0x7f800000 ? bf16_nan(bits) : narrow_bf16_number(x);
+  return is_nan(bits) ? quiet_nan_bf16(bits) : round_bf16_number(x);
 }
 
 // Up with a probability that is the part of an ulp cut off; `random` is uniform below 2^16. What
 // bfloat16 can hold, infinities included, stays as it is.
 template <class F>
-inline Word<F> narrow_bf16_number_at_random(F x, Word<F> random) {
-  return (as<Word<F>>(x) + random) >> 16;
+inline Word<F> round_bf16_number_at_random(F x, Word<F> random) {
+  return as<Word<F>>(x) + random;
 }
 
 template <class F>
-inline Word<F> narrow_bf16_at_random(F x, Word<F> random) {
+inline Word<F> round_bf16_at_random(F x, Word<F> random) {
   using W = Word<F>;
   const W bits = as<W>(x);
-  return (bits & 0x7fffffff) > 0x7f800000 ? bf16_nan(bits)
-                                          : narrow_bf16_number_at_random(x, random);
+  return is_nan(bits) ? quiet_nan_bf16(bits) : round_bf16_number_at_random(x, random);
 }
 
-// A float split into a bfloat16 (to nearest, ties up) and the signed difference to it in 16 bits.
-// Nothing is lost but a NaN's payload.
+// A float split into a bfloat16 (to nearest, ties up) in the upper half of `high`, and the signed
+// difference to it in the lower half of `low`. Nothing is lost but a NaN's payload.
 template <class F>
 inline void split_bf16(F x, Word<F>& high, Word<F>& low) {
   using W = Word<F>;
   const W bits = as<W>(x);
-  const auto nan = (bits & 0x7fffffff) > 0x7f800000;
-  const W rounded = (bits + 0x8000) >> 16;
-  high = nan ? bf16_nan(bits) : rounded;
-  low = nan ? W{} : (bits & 0xffff);  // modulo 2^16 the difference is just that
+  const auto nan = is_nan(bits);
+  const W rounded = bits + 0x8000;
+  high = nan ? quiet_nan_bf16(bits) : rounded;
+  low = nan ? W{} : bits;  // modulo 2^16 the difference is just that
 }
 
 template <class F>
@@ -163,7 +169,7 @@ inline Word<F> narrow_f16(F x) {
   return join_f16(bits, rest, normal, subnormal);
 }
 
-// As narrow_bf16_number_at_random, of what rounds to a normal or infinite number: 13 bits are lost.
+// As round_bf16_number_at_random, of what rounds to a normal or infinite number: 13 bits are lost.
 template <class F>
 inline Word<F> narrow_f16_normal_at_random(F x, Word<F> random) {
   using W = Word<F>;
@@ -186,12 +192,12 @@ inline Word<F> narrow_f16_at_random(F x, Word<F> random) {
 // --- random bits ---------------------------------------------------------------------------------
 // Counter-based: a hash of the element's place and two keys, so that an element's bits depend on
 // nothing else. One hash serves two neighbours: the even element takes its lower half, the odd one
-// its upper. (The mixing is Chris Wellons' lowbias32, with a key before each half of it.)
+// its upper. (The mixing is the later part of Chris Wellons' lowbias32, with a key before each
+// multiplication.)
 
 template <class W>
 inline W hash(W counter, uint32_t key0, uint32_t key1) {
-  W x = counter ^ key0;
-  x = (x ^ (x >> 16)) * 0x7feb352du;
+  W x = (counter ^ key0) * 0x7feb352du;
   x = x ^ key1;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);

@@ -20,7 +20,7 @@ size_t head_of(const T* data, size_t size) {
 }
 
 // How far ahead memory is asked for, in bytes. Hardware stops at pages; this does not.
-constexpr size_t kAhead = 3072;
+constexpr size_t kAhead = 2048;
 
 template <size_t kBytes, class T>
 inline void ask_for(const T* data) {
@@ -34,9 +34,9 @@ inline void ask_for(const T* data) {
 template <size_t kBlock, class A, class V, class Step>
 inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool far, const Step& step) {
   if (far) {
-    // at least a line of both, so that each line is asked for once
+    // whole lines of both, so that each line is asked for once
     constexpr size_t kNarrow = sizeof(A) < sizeof(V) ? sizeof(A) : sizeof(V);
-    constexpr size_t kGroup = kBlock * kNarrow < kLine ? kLine / kNarrow : kBlock;
+    constexpr size_t kGroup = 2 * (kBlock * kNarrow < kLine ? kLine / kNarrow : kBlock);
     for (; size - i >= kGroup; i += kGroup) {
       ask_for<kGroup * sizeof(A)>(a + i);
       ask_for<kGroup * sizeof(V)>(v + i);
@@ -127,7 +127,12 @@ void copy_wide(const Run& run) noexcept {
 // Two bfloat16 in each word: the even one below, the odd one above.
 inline Floats even_bf16(Words pair) { return as<Floats>(pair << 16); }
 inline Floats odd_bf16(Words pair) { return as<Floats>(pair & 0xffff0000); }
-inline Words pair_up(Words even, Words odd) { return (odd << 16) | even; }
+
+// From words whose upper halves hold the numbers.
+inline Words pair_up(Words even, Words odd) { return (odd & 0xffff0000) | (even >> 16); }
+
+// From words whose lower halves do.
+inline Words pair_up_lower(Words even, Words odd) { return (odd << 16) | (even & 0xffff); }
 
 void update_bf16(const Run& run) noexcept {
   const Floats w = weight_of(run);
@@ -136,9 +141,9 @@ void update_bf16(const Run& run) noexcept {
     const Floats even = blend(even_bf16(a), even_bf16(v), w);
     const Floats odd = blend(odd_bf16(a), odd_bf16(v), w);
     if (any_nan(even, odd)) {
-      write(to, pair_up(narrow_bf16(even), narrow_bf16(odd)));
+      write(to, pair_up(round_bf16(even), round_bf16(odd)));
     } else {
-      write(to, pair_up(narrow_bf16_number(even), narrow_bf16_number(odd)));
+      write(to, pair_up(round_bf16_number(even), round_bf16_number(odd)));
     }
   });
 }
@@ -170,10 +175,10 @@ void update_bf16_at_random(const Run& run) noexcept {
     const Floats even = blend(even_bf16(a), even_bf16(v), w);
     const Floats odd = blend(odd_bf16(a), odd_bf16(v), w);
     if (any_nan(even, odd)) {
-      write(to, pair_up(narrow_bf16_at_random(even, below), narrow_bf16_at_random(odd, above)));
+      write(to, pair_up(round_bf16_at_random(even, below), round_bf16_at_random(odd, above)));
     } else {
-      write(to, pair_up(narrow_bf16_number_at_random(even, below),
-                        narrow_bf16_number_at_random(odd, above)));
+      write(to, pair_up(round_bf16_number_at_random(even, below),
+                        round_bf16_number_at_random(odd, above)));
     }
   });
 }
@@ -239,7 +244,7 @@ void update_bf16_compensated(const Run& run) noexcept {
         split_bf16(even, even_high, even_low);
         split_bf16(odd, odd_high, odd_low);
         write(a, pair_up(even_high, odd_high));
-        write(carry, pair_up(even_low, odd_low));
+        write(carry, pair_up_lower(even_low, odd_low));
       });
 }
 

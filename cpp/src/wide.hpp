@@ -104,7 +104,7 @@ inline Floats load(const f16* from) {
 
 // Narrowed to nearest.
 inline void store(float* to, Floats x) { write(to, x); }
-inline void store(bf16* to, Floats x) { write(to, narrow(narrow_bf16(x))); }
+inline void store(bf16* to, Floats x) { write(to, narrow(round_bf16(x) >> 16)); }
 inline void store(f16* to, Floats x) {
 #if defined(__AVX512F__)
   write(to, _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -33,21 +33,21 @@ void expect(bool holds, const char* type, const char* what, const Case& c) {
 
 template <class T>
 struct Type;
-template <>
-struct Type<float> {
-  static constexpr DType dtype = DType::f32;
-  static constexpr const char* name = "f32";
-  static float widen(float x) { return x; }
-  static float narrow(float x) { return x; }
-  static float narrow_at_random(float x, std::uint32_t) { return x; }
+template <class T>
+struct Itself {
+  static T widen(T x) { return x; }
+  static T narrow(T x) { return x; }
+  static T narrow_at_random(T x, std::uint32_t) { return x; }
 };
 template <>
-struct Type<double> {
+struct Type<float> : Itself<float> {
+  static constexpr DType dtype = DType::f32;
+  static constexpr const char* name = "f32";
+};
+template <>
+struct Type<double> : Itself<double> {
   static constexpr DType dtype = DType::f64;
   static constexpr const char* name = "f64";
-  static double widen(double x) { return x; }
-  static double narrow(double x) { return x; }
-  static double narrow_at_random(double x, std::uint32_t) { return x; }
 };
 template <>
 struct Type<bf16> {

@@ -158,6 +158,8 @@ def test_several_averages_need_as_many_decays_and_cannot_be_swapped():
 
 def test_carries_must_fit_their_averages():
     a, v = f32(3), f32(3)
+    with pytest.raises(ValueError, match="rounding must be 'nearest' where averages have carries"):
+        fastema.update(a, v, 0.5, carries=np.zeros(3, np.float32), rounding="stochastic")
     with pytest.raises(TypeError, match="carries must be float32 beside a float32 average, got float64"):
         fastema.Pairs(a, v, carries=np.zeros(3))
     with pytest.raises(ValueError, match="averages and carries must have one size, got 3 and 4"):

@@ -4,6 +4,10 @@
 #include <atomic>
 #include <cstddef>
 
+#ifdef FASTEMA_X86
+#include <cpuid.h>
+#endif
+
 namespace fastema {
 
 extern const Kernels kernels_baseline;
@@ -13,6 +17,13 @@ extern const Kernels kernels_avx512;
 #endif
 
 namespace {
+
+#ifdef FASTEMA_X86
+bool has_f16c() noexcept {  // older Clangs' __builtin_cpu_supports does not know it
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+#endif
 
 struct Found {
   std::array<const Kernels*, 3> kernels{};
@@ -25,7 +36,7 @@ struct Found {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       kernels[count++] = &kernels_avx512;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+    if (__builtin_cpu_supports("avx2") && has_f16c()) {
       kernels[count++] = &kernels_avx2;
     }
 #endif

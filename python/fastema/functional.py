@@ -131,7 +131,7 @@ class Pairs:
         array([0.75, 0.75, 0.75])
     """
 
-    __slots__ = ("_addresses", "_movable", "_native")
+    __slots__ = ("_addresses", "_compensated", "_movable", "_native")
 
     def __init__(self, averages: Any, values: Any, *, carries: Any = None) -> None:
         self._set_up([averages], values, None if carries is None else [carries])
@@ -177,6 +177,7 @@ class Pairs:
             lists,
             False,
         )
+        self._compensated = bool(c)
         self._movable = [x for x in (*a, *b, *c) if is_movable(x)]
         self._addresses = [x.data_ptr() for x in self._movable]
 
@@ -201,6 +202,8 @@ class Pairs:
             self._check_unmoved()
         if rounding == "nearest" and seed == step == 0:
             self._native.update_plainly(decay, threads)
+        elif rounding == "stochastic" and self._compensated:
+            raise ValueError("rounding must be 'nearest' where averages have carries, got 'stochastic'")
         elif rounding in ("nearest", "stochastic"):
             self._native.update(decay, threads, rounding == "stochastic", seed, step)
         else:

@@ -37,7 +37,7 @@ def update(
     Args:
         averages: tf.Variables of any floating type and shape. Assigned.
         values: tf.Variables or tensors of the same shapes. Read.
-        decay: From 0 to 1; a float or a scalar float64 tensor.
+        decay: From 0 to 1; a float or a scalar floating-point tensor, better of float64.
         engine: ``"native"``: the C++ core, with NumPy's bits; ``"graph"``: TensorFlow's operations,
             which XLA may fuse, then one unit in the last place may differ; ``"auto"``: native where
             it can run.
@@ -46,7 +46,7 @@ def update(
         What did it, ``"native"`` or ``"graph"``; in a ``tf.function``, what will.
 
     Raises:
-        ValueError: The lists differ in length, or two shapes differ.
+        ValueError: The lists differ in length, two shapes differ, or an argument is outside of its range.
         RuntimeError: `engine` is ``"native"`` and native code cannot run here; the message says why.
 
     Example:
@@ -60,13 +60,15 @@ def update(
         array([0.5, 1. ], dtype=float32)
     """
     averages, values = list(averages), list(values)
+    if engine not in ("auto", "native", "graph"):
+        raise ValueError(f"engine must be 'auto', 'native' or 'graph', got {engine!r}")
     _check_pairs(averages, values, ("averages", "values"))
     if not tf.is_tensor(decay) and not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must be from 0 to 1, got {decay!r}")
     obstacle = "engine='graph' was asked for" if engine == "graph" else _obstacle(averages, values)
     if obstacle and engine == "native":
         raise RuntimeError(f"engine='native' cannot run here: {obstacle}")
-    decay = tf.convert_to_tensor(decay, tf.float64)
+    decay = tf.cast(decay, tf.float64) if tf.is_tensor(decay) else tf.constant(decay, tf.float64)
     if obstacle:
         _update_by_framework(averages, values, decay)
         return "graph"

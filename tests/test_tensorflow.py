@@ -109,6 +109,13 @@ def test_a_gradient_sees_the_value_that_was_read(mode):
     assert run(mode, gradient).numpy() == 4.0
 
 
+def test_a_decay_may_be_a_tensor():
+    for decay in (0.75, tf.constant(0.75), tf.constant(0.75, tf.float64), tf.Variable(0.75)):
+        average = tf.Variable([1.0])
+        engines.update([average], [tf.Variable([2.0])], decay)
+        assert average.numpy() == 1.25
+
+
 def test_reads_and_writes_keep_their_order_in_a_graph():
     average, value = tf.Variable([0.0]), tf.Variable([0.0])
 
@@ -149,6 +156,8 @@ def test_bad_input_is_refused_and_nothing_changes():
         ValueError, match=re.escape("averages[0] and values[0] must have one shape, got (2,) and (3,)")
     ):
         engines.update([a], [b], 0.5)
+    with pytest.raises(ValueError, match="engine must be 'auto', 'native' or 'graph', got 'cuda'"):
+        engines.update([a], [a], 0.5, engine="cuda")
     with pytest.raises(ValueError, match="decay must be from 0 to 1, got nan"):
         engines.update([a], [a], float("nan"))
     with pytest.raises(

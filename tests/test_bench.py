@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fastema.bench import bench_accuracy, bench_memory, bench_update
+from fastema.bench import bench_accuracy, bench_cold, bench_memory, bench_update
 
 from fastema import __main__ as command
 
@@ -32,6 +32,11 @@ def test_every_kind_of_array_can_be_measured():
     for case in bench_update.AGAINST_CEILING:
         result = bench_update.measure(("10 x 10", *case[1:]), with_rivals=False, samples=1)
         assert result.ours.median > 0
+
+
+def test_waking_threads_can_be_measured(capsys):
+    bench_cold.main(["--quick", "--samples", "1"])
+    assert "1,048,576" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -23,6 +23,11 @@ namespace {
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+// Between two training steps OpenMP's threads fall asleep, and the team waits for the last one that
+// wakes: 2 to 8 ms, measured, in which one thread alone averages this many pieces
+// (bench/bench_cold.py).
+constexpr std::size_t kWorthATeam = 64;
+
 // Round to nearest, subnormals kept. Frameworks set flush-to-zero on their threads, and an average
 // must have the same bits there. Of x86, vector instructions look at MXCSR alone, and reading it
 // costs nothing; fegetenv would cost more than a small update.
@@ -82,9 +87,9 @@ void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void
     work(pieces, context);
   };
 #ifdef _OPENMP
-  const std::size_t wanted =
-      forked ? 1 : static_cast<std::size_t>(threads > 0 ? threads : omp_get_max_threads());
-  const int team = static_cast<int>(std::min(wanted, count));
+  const int wanted = threads > 0 ? threads : (count < kWorthATeam ? 1 : default_threads());
+  const int team =
+      forked ? 1 : static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(wanted), count));
   if (team > 1) {
 #pragma omp parallel num_threads(team)
     run();

@@ -21,13 +21,14 @@ class Pieces {
   std::atomic<std::size_t> next_{0};
 };
 
-// Calls work(pieces, context) once on each thread of a team, which is at most `threads` (0: what
-// OpenMP would take) and at most `count`. A team of one opens no parallel region. Every call runs
-// in the default floating-point environment, whatever the caller's thread was set to.
+// Calls work(pieces, context) once on each thread of a team, which is at most `threads` and at most
+// `count`. With 0, few pieces are for the caller alone, and many for as many threads as OpenMP would
+// take. A team of one opens no parallel region. Every call runs in the default floating-point
+// environment, whatever the caller's thread was set to.
 void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void*) noexcept,
                 const void* context) noexcept;
 
-// What threads=0 means here and now.
+// What threads=0 means here and now, for many pieces.
 int default_threads() noexcept;
 
 // The OpenMP this was built with (yyyymm), 0 for none.

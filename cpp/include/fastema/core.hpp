@@ -35,7 +35,7 @@ bool offered(DType average, DType value) noexcept;
 std::size_t carry_size(DType average, DType value) noexcept;
 
 struct Options {
-  int threads = 0;          // 0 leaves it to OpenMP; more than there is work for is not used
+  int threads = 0;          // 0: by the size of the list; more than there is work for is not used
   bool stochastic = false;  // round 16-bit averages at random, up or down, without a bias
   std::uint64_t seed = 0;   // random bits depend on seed, step, the pair's place in the list
   std::uint64_t step = 0;   //   and the element's in its array, and on nothing else

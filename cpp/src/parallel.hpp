@@ -22,8 +22,8 @@ class Pieces {
 };
 
 // Calls work(pieces, context) once on each thread of a team, which is at most `threads` and at most
-// `count`. With 0, few pieces are for the caller alone, and many for as many threads as OpenMP would
-// take. A team of one opens no parallel region. Every call runs in the default floating-point
+// `count`. With 0, few pieces are for the caller alone, and many for as many threads as OpenMP
+// would take. A team of one opens no parallel region. Every call runs in the default floating-point
 // environment, whatever the caller's thread was set to.
 void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void*) noexcept,
                 const void* context) noexcept;

@@ -11,11 +11,11 @@ def compute_type(dtype):
 def update(average, value, decay):
     """Return the average after one update; the arrays are left alone."""
     average, value = np.asarray(average), np.asarray(value)
-    if decay == 0.0:
-        return value.astype(average.dtype)
     compute = compute_type(average.dtype)
     w = compute(1.0 - decay)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # infinities, and signalling NaN that are widened
+        if decay == 0.0:
+            return value.astype(average.dtype)
         old, new = average.astype(compute), value.astype(compute)
         return (old + w * (new - old)).astype(average.dtype)
 

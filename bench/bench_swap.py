@@ -13,7 +13,7 @@ import fastema
 
 from . import harness
 from .lists import LISTS, arrays, elements
-from .rivals import Arrays, _tensors
+from .rivals import Arrays, tensors
 
 
 def numpy_temporary(a: Arrays, b: Arrays) -> Callable[[], object]:
@@ -55,7 +55,7 @@ def numpy_arithmetic(a: Arrays, b: Arrays) -> Callable[[], object]:
 
 def torch_temporary(a: Arrays, b: Arrays) -> Callable[[], object]:
     """Swap through a clone."""
-    pairs = list(zip(_tensors(a), _tensors(b), strict=True))
+    pairs = list(zip(tensors(a), tensors(b), strict=True))
 
     def call() -> None:
         for x, y in pairs:

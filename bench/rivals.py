@@ -103,7 +103,7 @@ def numba(averages: Arrays, values: Arrays, decay: float) -> Call:
     return call
 
 
-def _tensors(arrays: Arrays) -> list[Any]:
+def tensors(arrays: Arrays) -> list[Any]:
     import torch
 
     torch.set_num_threads(THREADS)
@@ -115,7 +115,7 @@ def _tensors(arrays: Arrays) -> list[Any]:
 def torch_foreach(averages: Arrays, values: Arrays, decay: float) -> Call:
     import torch
 
-    a, v = _tensors(averages), _tensors(values)
+    a, v = tensors(averages), tensors(values)
     if a[0].dtype == v[0].dtype:
         return lambda: torch._foreach_lerp_(a, v, 1 - decay)
 
@@ -128,7 +128,7 @@ def torch_foreach(averages: Arrays, values: Arrays, decay: float) -> Call:
 
 def torch_lerp(averages: Arrays, values: Arrays, decay: float) -> Call:
     need_one_type(averages, values)
-    a, v = _tensors(averages), _tensors(values)
+    a, v = tensors(averages), tensors(values)
 
     def call() -> None:
         for x, y in zip(a, v, strict=True):
@@ -147,7 +147,7 @@ def torch_averaged_model(averages: Arrays, values: Arrays, decay: float) -> Call
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     need_one_type(averages, values)
-    model = _module(_tensors(values))
+    model = _module(tensors(values))
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     return lambda: averaged.update_parameters(model)
 
@@ -156,7 +156,7 @@ def timm_v3(averages: Arrays, values: Arrays, decay: float) -> Call:
     """Do what timm's ModelEmaV3 does: both state dictionaries, then one call for all."""
     import torch
 
-    a, v = _module(_tensors(averages)), _module(_tensors(values))
+    a, v = _module(tensors(averages)), _module(tensors(values))
 
     @torch.no_grad()
     def call() -> None:

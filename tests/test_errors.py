@@ -142,6 +142,8 @@ def test_an_array_that_was_resized_is_noticed():
 
 def test_several_averages_need_as_many_decays_and_cannot_be_swapped():
     pairs = fastema.Pairs.several([[f32(3)], [f32(3)]], [f32(3)])
+    with pytest.raises(ValueError, match="averages must hold one list or more, got none"):
+        fastema.Pairs.several([], [f32(3)])
     with pytest.raises(ValueError, match="averages and decay must have one length, got 2 and 3"):
         pairs.update([0.1, 0.2, 0.3])
     with pytest.raises(TypeError, match="decay must be a sequence of 2 numbers"):

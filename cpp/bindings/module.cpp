@@ -257,23 +257,11 @@ class Pairs {
   // `decay`: a number, or a sequence of as many as there are lists of averages.
   void update(const py::handle& decay, const py::handle& threads, bool stochastic,
               const py::handle& seed, const py::handle& step) const {
-    double one = 0.0;
-    std::vector<double> several;
-    if (a_.lists == 1) {
-      one = decay_of(decay);
-    } else {
-      several = decays_of(decay);
-    }
+    const std::vector<double> decays = decays_of(decay);
     const fastema::Options options{threads_of(threads), stochastic, count_of(seed, "seed"),
                                    count_of(step, "step")};
     check_unmoved();
-    without_lock([&] {
-      if (a_.lists == 1) {
-        fastema::update(pairs_, {&one, 1}, options);
-      } else {
-        fastema::update(pairs_, several, options);
-      }
-    });
+    without_lock([&] { fastema::update(pairs_, decays, options); });
   }
 
   // The same for what most calls are.
@@ -363,6 +351,7 @@ class Pairs {
   }
 
   std::vector<double> decays_of(const py::handle& object) const {
+    if (a_.lists == 1) return {decay_of(object)};
     if (!py::isinstance<py::sequence>(object)) {
       throw py::type_error("decay must be a sequence of " + std::to_string(a_.lists) +
                            " numbers, one for each list of averages, got " + type_name(object));

@@ -168,6 +168,8 @@ class Pairs:
         a = _interleaved(averages, "averages", len(b))
         c = [] if carries is None else _interleaved(carries, "carries", len(b))
         lists = len(averages)
+        if lists == 0:
+            raise ValueError("averages must hold one list or more, got none")
         single = single and lists == 1 and len(a) == 1
         self._native = _core.Pairs(
             _views(a, "averages", single),

@@ -36,7 +36,11 @@ class Timing:
 
 
 def measure(contestants: Mapping[str, Callable[[], object]], samples: int = 9) -> dict[str, Timing]:
-    """Time each contestant in turns: one sample of each, then again."""
+    """Time each contestant in turns: one sample of each, then again.
+
+    An untimed call comes before each sample: the threads of the one before, which still spin for a while,
+    are asleep after it, and its own are awake. (bench_cold.py times the first calls after others.)
+    """
     repeats = {}
     for name, call in contestants.items():
         call()  # first calls allocate, trace and compile
@@ -46,6 +50,7 @@ def measure(contestants: Mapping[str, Callable[[], object]], samples: int = 9) -
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(samples):
         for name, call in contestants.items():
+            call()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

@@ -4,6 +4,7 @@
 #include "fastema/core.hpp"
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -12,6 +13,7 @@
 
 #include "dispatch.hpp"
 #include "formula.hpp"
+#include "parallel.hpp"
 
 namespace {
 
@@ -257,9 +259,28 @@ void check_storm() {
   expect(wrong == 0, "f32", "a storm of calls", {values.size(), 0, 6});
 }
 
+// Two pieces that each wait for the other to be begun, so that one thread alone cannot finish.
+void check_helpers() {
+  std::atomic<int> begun{0};
+  run_pieces(
+      2, 2,
+      [](Pieces& pieces, const void* context) noexcept {
+        auto& count = *static_cast<std::atomic<int>*>(const_cast<void*>(context));
+        const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+        for (std::size_t piece; pieces.take(piece);) {
+          ++count;
+          while (count < 2 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+          if (count < 2) count = 3;  // nobody came: the next piece must not look like a helper's
+        }
+      },
+      &begun);
+  expect(begun == 2, "any", "the number of threads that came", {2, 0, 2});
+}
+
 }  // namespace
 
 int main() {
+  check_helpers();
   for (const Kernels* kernels : available()) {
     activate(kernels->name);
     for (const std::size_t offset : {0, 1, 5}) {

@@ -1,5 +1,6 @@
 """Threads, processes and the interpreter's lock."""
 
+import os
 import sys
 import threading
 import time
@@ -15,9 +16,10 @@ from processes import output_of
 LARGE = 3_000_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize("parent_uses_threads", [True, False])
-def test_a_forked_child_works_alone_and_does_not_hang(parent_uses_threads):
-    """GNU OpenMP's threads do not survive fork: a child that waits for them waits for ever."""
+def test_a_forked_child_has_threads_of_its_own_and_does_not_hang(parent_uses_threads):
+    """Threads do not survive fork: a child that waits for its parent's waits for ever."""
     code = f"""
         import os, signal
         import numpy as np
@@ -33,7 +35,7 @@ def test_a_forked_child_works_alone_and_does_not_hang(parent_uses_threads):
             fastema.update(a, v, 0.5, threads=2)
             fastema.swap(a, v)
             right = (v == before + np.float32(0.5) * (1 - before)).all() and (a == 1).all()
-            os._exit(0 if right and fastema.build_config()["threads"] == 1 else 1)
+            os._exit(0 if right and len(os.listdir("/proc/self/task")) == 2 else 1)
         status = os.waitpid(child, 0)[1]
         assert status == 0, status
         fastema.update(a, v, 0.5, threads=2)  # the parent still has its threads
@@ -109,3 +111,23 @@ def test_threadpoolctl_is_respected():
         pytest.skip("this build has no OpenMP")
     with threadpoolctl.threadpool_limits(1):
         assert fastema.build_config()["threads"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
+def test_threads_stay_on_the_processors_of_their_caller():
+    """They keep off the one the caller is on, but never go where the caller may not."""
+    code = f"""
+        import os, threading
+        import numpy as np
+        import fastema
+
+        allowed = {{min(os.sched_getaffinity(0))}}
+        os.sched_setaffinity(0, allowed)
+        before = set(os.listdir("/proc/self/task"))
+        fastema.update(np.zeros({LARGE}), np.ones({LARGE}), 0.5, threads=3)
+        helpers = set(os.listdir("/proc/self/task")) - before
+        assert len(helpers) == 2, helpers
+        assert all(os.sched_getaffinity(int(helper)) == allowed for helper in helpers)
+        print("fine")
+    """
+    assert output_of(code) == "fine"

@@ -1,4 +1,4 @@
-// Pieces of work and the threads that take them: the only file that knows OpenMP and fork.
+// Pieces of work and the threads that take them: the only file that knows threads and fork.
 #pragma once
 
 #include <atomic>
@@ -21,14 +21,14 @@ class Pieces {
   std::atomic<std::size_t> next_{0};
 };
 
-// Calls work(pieces, context) once on each thread of a team, which is at most `threads` and at most
-// `count`. With 0, few pieces are for the caller alone, and many for as many threads as OpenMP
-// would take. A team of one opens no parallel region. Every call runs in the default floating-point
+// Calls work(pieces, context) on the caller and on as many other threads as wake in time, which
+// makes at most `threads` and at most `count`; 0 threads means default_threads(). While another
+// caller has the other threads, this one works alone. Every call runs in the default floating-point
 // environment, whatever the caller's thread was set to.
 void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void*) noexcept,
                 const void* context) noexcept;
 
-// What threads=0 means here and now, for many pieces.
+// As many as OpenMP would take here and now; without it, as many as the machine has.
 int default_threads() noexcept;
 
 // The OpenMP this was built with (yyyymm), 0 for none.

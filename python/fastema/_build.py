@@ -63,9 +63,9 @@ def build_config() -> dict[str, Any]:
     Returns:
         A dictionary with ``version``, ``compiler``, ``instruction_set`` (in use),
         ``instruction_sets`` (to choose from, best first), ``openmp`` (its specification's date as
-        yyyymm; 0: built without, one thread), ``threads`` (what ``threads=0`` means for large lists
-        here and now), ``cupy`` and ``tensorflow`` (name and version, or None where not installed) and
-        ``tensorflow_op`` (how averages get into TensorFlow's variables).
+        yyyymm; 0: built without), ``threads`` (what ``threads=0`` means here and now), ``cupy`` and
+        ``tensorflow`` (name and version, or None where not installed) and ``tensorflow_op`` (how
+        averages get into TensorFlow's variables).
 
     Example:
         >>> import fastema

@@ -39,8 +39,8 @@ def update(
             Of the averages' types, or float16 or bfloat16 beside float32 averages, or float32
             beside float64 ones.
         decay: From 0 to 1; towards 1 is slower.
-        threads: How many threads to use at most. 0: one for less than 32 MiB of averages, where waking
-            others takes longer than the work, else what OpenMP says (``OMP_NUM_THREADS``).
+        threads: How many threads to use at most. 0: as many as OpenMP would (``OMP_NUM_THREADS``,
+            threadpoolctl). Each takes 512 KiB of averages at a time, so small lists have one.
         rounding: ``"nearest"``, or ``"stochastic"``: 16-bit averages are rounded up or down at
             random, without a bias, so that they move where rounding to nearest stands still (a
             bfloat16 average does with a decay of .999).
@@ -76,8 +76,8 @@ def swap(a: Any, b: Any, *, threads: int = 0) -> None:
         a: One array, or a sequence of arrays: NumPy's, torch's (in CPU memory) or anything with
             ``__dlpack__``. float16, bfloat16, float32 or float64, any shape, dense, writable.
         b: As `a`, in shapes, types and order in memory.
-        threads: How many threads to use at most. 0: one for less than 32 MiB of averages, where waking
-            others takes longer than the work, else what OpenMP says (``OMP_NUM_THREADS``).
+        threads: How many threads to use at most. 0: as many as OpenMP would (``OMP_NUM_THREADS``,
+            threadpoolctl). Each takes 512 KiB of averages at a time, so small lists have one.
 
     Raises:
         TypeError: An array is none, its type is not offered, or its memory cannot be viewed.

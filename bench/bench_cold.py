@@ -2,7 +2,8 @@
 
     python -m fastema.bench.bench_cold [--quick]
 
-Between two training steps threads fall asleep, and waking them takes longer than a small list does.
+Between two training steps threads fall asleep, and waking them takes longer than a small list does. The
+second table is what an update costs in a training loop: each contestant after a pause, with cold caches.
 """
 
 import time
@@ -11,9 +12,11 @@ import numpy as np
 
 import fastema
 
-from . import harness
+from . import harness, rivals
+from .lists import LISTS, arrays
 
 PAUSE = 0.02  # seconds
+CACHES = 512 << 20  # bytes, more than the caches hold
 
 
 def milliseconds(pairs: fastema.Pairs, threads: int, pause: float, samples: int) -> float:
@@ -25,6 +28,22 @@ def milliseconds(pairs: fastema.Pairs, threads: int, pause: float, samples: int)
         pairs.update(0.999, threads)
         taken.append(time.perf_counter() - start)
     return 1e3 * float(np.median(taken))
+
+
+def cold(name: str, samples: int) -> harness.Result:
+    """Measure one list: each contestant in turns, one call after caches were emptied and threads slept."""
+    shapes = LISTS[name]
+    averages, values = arrays(shapes, "f32", 1), arrays(shapes, "f32", 2)
+    pairs = fastema.Pairs(averages, values)
+    calls = {"fastema": lambda: pairs.update(0.999), **rivals.contestants(averages, values, 0.999)}
+    other = np.zeros(CACHES // 4, np.float32)
+
+    def settle() -> None:
+        np.add(other, 1, out=other)
+        time.sleep(PAUSE)
+
+    moved = 3 * sum(a.nbytes for a in averages)
+    return harness.run(f"{name}, cold", moved, calls, {}, samples, settle=settle)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
             for threads in (1, harness.THREADS)
         ]
         print(f"{size:12,}" + "".join(cells))
+    lists = ["10 x 10"] if options.quick else ["1,000 x 1,000", "ResNet-50", "GPT-2"]
+    results = [cold(name, options.samples) for name in lists]
+    harness.report(results, "Cold update", options.json, options.picture)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import fastema
 
 THREADS = fastema.build_config()["threads"]
 SAMPLE = 2e-3  # seconds that one sample takes at least: tiny calls are repeated within it
+WARM_UP = 1e-2  # seconds before a sample
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,20 @@ class Timing:
     upper: float
 
 
-def measure(contestants: Mapping[str, Callable[[], object]], samples: int = 9) -> dict[str, Timing]:
+Calls = Mapping[str, Callable[[], object]]
+
+
+def measure(
+    contestants: Calls, samples: int, settle: Callable[[], object] | None = None
+) -> dict[str, Timing]:
     """Time each contestant in turns: one sample of each, then again.
 
-    An untimed call comes before each sample: the threads of the one before, which still spin for a while,
-    are asleep after it, and its own are awake. (bench_cold.py times the first calls after others.)
+    Args:
+        contestants: Their names and calls.
+        samples: How many of each.
+        settle: Called before each sample, which then is one call. None: untimed calls of the contestant
+            come before each sample, so that its own threads are awake, and those of the one before it
+            no longer spin.
     """
     repeats = {}
     for name, call in contestants.items():
@@ -50,15 +60,26 @@ def measure(contestants: Mapping[str, Callable[[], object]], samples: int = 9) -
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(samples):
         for name, call in contestants.items():
-            call()
+            if settle is None:
+                warm_up(call)
+            else:
+                settle()
+            repeat = repeats[name] if settle is None else 1
             start = time.perf_counter()
-            for _ in range(repeats[name]):
+            for _ in range(repeat):
                 call()
-            taken[name].append((time.perf_counter() - start) / repeats[name])
+            taken[name].append((time.perf_counter() - start) / repeat)
     return {
         name: Timing(*(float(q) for q in np.quantile(times, (0.5, 0.25, 0.75))))
         for name, times in taken.items()
     }
+
+
+def warm_up(call: Callable[[], object]) -> None:
+    """Call until awake."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_UP:
+        call()
 
 
 @cache
@@ -147,13 +168,15 @@ class Result:
 def run(
     title: str,
     bytes_moved: int,
-    contestants: Mapping[str, Callable[[], object]],
-    ceiling: Mapping[str, Callable[[], object]],
-    samples: int = 9,
+    contestants: Calls,
+    ceiling: Calls,
+    samples: int,
+    *,
+    settle: Callable[[], object] | None = None,
 ) -> Result:
     """Measure one list, and say so."""
     print(f"  {title} ...", file=sys.stderr, flush=True)
-    timings, best = split_ceiling(measure({**contestants, **ceiling}, samples))
+    timings, best = split_ceiling(measure({**contestants, **ceiling}, samples, settle))
     return Result(title, bytes_moved, timings, best)
 
 

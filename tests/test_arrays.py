@@ -123,3 +123,24 @@ def test_jax_arrays_are_values_without_a_copy(jax, dtype):
 def test_jax_arrays_are_no_averages(jax):
     with pytest.raises(ValueError, match=re.escape("averages[0] must be writable, and is read-only")):
         fastema.update([jax.numpy.zeros(3)], [np.zeros(3, np.float32)], 0.9)
+
+
+def test_copies_are_averages_that_start_at_the_values(rng):
+    values = [
+        rng.standard_normal((3, 5)).astype(np.float32),
+        np.asfortranarray(rng.standard_normal((4, 7))),
+        rng.standard_normal(9).astype(ml_dtypes.bfloat16),
+        np.zeros((0, 2), np.float32),
+        np.array(3, np.float32),
+        np.moveaxis(rng.standard_normal((2, 3, 4, 5)), 1, -1),
+    ]
+    averages = fastema.copies(values)
+    assert [a.dtype for a in averages] == ["f4", "f8", "f4", "f4", "f4", "f8"]
+    for average, value in zip(averages, values, strict=True):
+        assert np.array_equal(average, value.astype(average.dtype))
+        assert average.ctypes.data % 64 == 0 or average.size == 0
+    fastema.Pairs(averages, values).update(0.5)  # of the same order in memory, and they do not overlap
+    assert oracle.same_bits(fastema.copies(values[0], np.float64), values[0].astype(np.float64))
+    assert fastema.copies([]) == []
+    with pytest.raises(TypeError, match="Cannot cast"):
+        fastema.copies(values, np.int32)

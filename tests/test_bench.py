@@ -34,9 +34,11 @@ def test_every_kind_of_array_can_be_measured():
         assert result.ours.median > 0
 
 
-def test_waking_threads_can_be_measured(capsys):
+def test_cold_calls_can_be_measured(capsys):
     bench_cold.main(["--quick", "--samples", "1"])
-    assert "1,048,576" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1,048,576" in printed
+    assert "10 x 10, cold" in printed
 
 
 @pytest.mark.slow

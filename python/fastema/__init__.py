@@ -2,13 +2,14 @@
 
 from . import schedules
 from ._build import build_config, instruction_sets, use_instruction_set
-from .functional import Pairs, swap, update
+from .functional import Pairs, copies, swap, update
 
 __version__ = build_config()["version"]
 
 __all__ = [
     "Pairs",
     "build_config",
+    "copies",
     "instruction_sets",
     "schedules",
     "swap",

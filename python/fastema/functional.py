@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
 from . import _core
-from ._arrays import as_list, as_view, is_movable
+from ._arrays import as_list, as_view, is_movable, packed_copies
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -95,6 +96,35 @@ def swap(a: Any, b: Any, *, threads: int = 0) -> None:
     b_list, _ = as_list(b, "b")
     a_views, b_views = _views(a_list, "a", single), _views(b_list, "b", single)
     _core.Pairs(a_views, b_views, [], "a", "b", single, 1, True).swap(threads)
+
+
+def copies(values: Any, dtype: Any = None) -> Any:
+    """Make averages that start at the values, packed in memory as updates like it best.
+
+    Args:
+        values: As for `update`; their order in memory is kept.
+        dtype: Of the averages. None: float32 for float16 and bfloat16 values (a 16-bit average stands
+            still unless it is rounded stochastically or compensated), for others their own.
+
+    Returns:
+        A list of NumPy arrays, or one array for one array.
+
+    Raises:
+        TypeError: A value is no array, or cannot be held by `dtype`.
+
+    Example:
+        >>> import fastema, numpy as np
+        >>> weights = [np.ones((2, 2), np.float16), np.ones(3, np.float32)]
+        >>> averages = fastema.copies(weights)
+        >>> [average.dtype.name for average in averages]
+        ['float32', 'float32']
+        >>> fastema.update(averages, weights, 0.99)
+    """
+    arrays, single = as_list(values, "values")
+    views = _views(arrays, "values", single)
+    wide = [np.float32 if view.dtype in (np.float16, ml_dtypes.bfloat16) else view.dtype for view in views]
+    made = packed_copies(views, wide if dtype is None else [dtype] * len(views))
+    return made[0] if single else made
 
 
 def _views(arrays: list[Any], argument: str, single: bool) -> list[Any]:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import keras
+import ml_dtypes
 import numpy as np
-import tensorflow as tf
 
 from .. import schedules
-from .. import tensorflow as engines
-from . import variables as kv
+from .backends import Backend, dtype_of, is_floating, name_of
+from .backends.base import Carrier, Engine
 
 Key = Any  # what identifies a variable, also across the replicas of a strategy
 
@@ -28,7 +27,7 @@ class Settings:
     initial_average: Literal["zeros", "weights"]
     average_dtype: str | None
     update_every: int
-    engine: engines.Engine
+    engine: Engine
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.average_decay <= 1.0:
@@ -43,7 +42,7 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.average_dtype is not None and not tf.as_dtype(self.average_dtype).is_floating:
+        if self.average_dtype not in (None, "float16", "bfloat16", "float32", "float64"):
             raise ValueError(
                 f"average_dtype must be a floating-point type or None, got {self.average_dtype!r}"
             )
@@ -53,16 +52,21 @@ class Settings:
         """Whether the averages stay close to their initial zeros for long."""
         return self.initial_average == "zeros" and not self.dynamic_decay and self.start_step < 2
 
-    def decay(self, step: Any) -> Any:
-        """Return the decay of a step as a float64 scalar tensor."""
+    def decay(self, step: Any, arrays: Any) -> Any:
+        """Return the decay of a step.
+
+        Args:
+            step: A float64 scalar.
+            arrays: What computes with it: numpy, tensorflow or jax.numpy.
+        """
         kind = schedules.dynamic if self.dynamic_decay else schedules.constant
         schedule = kind(self.average_decay, self.start_step)
-        return schedules.compound(schedule.at(tf.cast(step, tf.float64), tf), self.update_every)
+        return schedules.compound(schedule.at(step, arrays), self.update_every)
 
     def dtype(self, variable: Any) -> str:
         """Return the type of a variable's average."""
-        own = keras.backend.standardize_dtype(variable.dtype)
-        return self.average_dtype or ("float32" if own in ("float16", "bfloat16") else str(own))
+        own = dtype_of(variable)
+        return self.average_dtype or ("float32" if own in ("float16", "bfloat16") else own)
 
 
 class Averages:
@@ -70,15 +74,21 @@ class Averages:
 
     Args:
         settings: How they move.
+        backend: Whose variables they are.
         create: ``create(variable, dtype)`` makes the variable that holds an average, at zero.
         key: ``key(variable)`` identifies a variable.
     """
 
     def __init__(
-        self, settings: Settings, create: Callable[[Any, str], Any], key: Callable[[Any], Key]
+        self,
+        settings: Settings,
+        backend: Backend,
+        create: Callable[[Any, str], Any],
+        key: Callable[[Any], Key],
     ) -> None:
         self.settings = settings
-        self.engine: Literal["native", "graph"] | None = None
+        self.backend = backend
+        self.engine: Carrier | None = None
         self.pairs: list[tuple[Any, Any]] = []  # (variable, average)
         self._create = create
         self._key = key
@@ -131,7 +141,7 @@ class Averages:
         self.pairs = [
             (variable, self._find_or_create(variable))
             for variable in (self._trained if named is None else named)
-            if kv.is_floating(variable)
+            if is_floating(variable)
         ]
         self._assign_loaded()
 
@@ -140,31 +150,37 @@ class Averages:
         if key not in self._all:
             average = self._create(variable, self.settings.dtype(variable))
             if self.settings.initial_average == "weights":
-                average.assign(tf.cast(kv.native(variable), average.dtype))
+                self.backend.assign(average, variable)
             self._all[key] = average
         return self._all[key]
 
     # --- moving -----------------------------------------------------------------------------------
 
-    def update(self, step: Any) -> None:
-        """Average once, if this step is one that averages."""
-        if self.settings.update_every == 1:
-            self._update_now(step)
-        else:
-            due = tf.equal(step % self.settings.update_every, 0)
-            tf.cond(due, lambda: self._update_now(step), lambda: None)
+    def update(self, step: Any, when: Any = None, *, trained: bool | None = None) -> None:
+        """Average once, if this step is one that averages.
 
-    def _update_now(self, step: Any) -> None:
-        if self.pairs:
-            weights, averages = self._natives(self.pairs)
-            self.engine = engines.update(
-                averages, weights, self.settings.decay(step), engine=self.settings.engine
+        Args:
+            step: What `Backend.count` returned.
+            when: A further condition; None: there is none.
+            trained: Only the pairs whose variables the optimizer trains, or only the others; None: all.
+        """
+        if self.settings.update_every > 1:
+            due = step % self.settings.update_every == 0
+            when = due if when is None else when & due
+        pairs = [
+            (variable, average)
+            for variable, average in self.pairs
+            if trained in (None, self._key(variable) in self._places)
+        ]
+        if pairs:
+            backend = self.backend
+            self.engine = backend.update(
+                [average for _, average in pairs],
+                [variable for variable, _ in pairs],
+                lambda: self.settings.decay(backend.to_float64(step), backend.arrays),
+                when,
+                self.settings.engine,
             )
-
-    @staticmethod
-    def _natives(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-        pairs = list(pairs)
-        return [kv.native(variable) for variable, _ in pairs], [kv.native(average) for _, average in pairs]
 
     def assign_to(self, variables: Iterable[Any]) -> list[Any]:
         """Assign variables their averages; return the operations, in a graph."""
@@ -172,30 +188,25 @@ class Averages:
         for variable in variables:
             average = self.of(variable)
             if average is None:
-                warnings.warn(f"{kv.name_of(variable)} has no average and keeps its value", stacklevel=3)
+                warnings.warn(f"{name_of(variable)} has no average and keeps its value", stacklevel=3)
                 continue
-            target = kv.native(variable)
-            assigned.append(target.assign(tf.cast(kv.native(average), target.dtype), read_value=False))
+            assigned.append(self.backend.assign(variable, average))
         return assigned
 
     # --- changing places --------------------------------------------------------------------------
 
     def swap(self, back: bool) -> None:
         """Exchange variables and averages; `back` says that they are exchanged now."""
-        same = [(v, a) for v, a in self.pairs if kv.native(v).dtype == kv.native(a).dtype]
-        other = [(v, a) for v, a in self.pairs if kv.native(v).dtype != kv.native(a).dtype]
-        if other and not tf.executing_eagerly():
-            raise RuntimeError(
-                "swap_weights must be called outside of tf.function where averages and weights differ in type"
-            )
-        engines.swap(*self._natives(same))
+        same = [(v, a) for v, a in self.pairs if dtype_of(v) == dtype_of(a)]
+        other = [(v, a) for v, a in self.pairs if dtype_of(v) != dtype_of(a)]
+        self.backend.check_swap(same_types=not other)
+        self.backend.swap([v for v, _ in same], [a for _, a in same])
         for variable, average in other:
-            target = kv.native(variable)
             if back:
-                target.assign(self._raw.pop(self._key(variable)))
+                self.backend.assign(variable, self._raw.pop(self._key(variable)))
             else:
-                self._raw[self._key(variable)] = target.read_value()
-                target.assign(tf.cast(kv.native(average), target.dtype))
+                self._raw[self._key(variable)] = self.backend.hold(variable)
+                self.backend.assign(variable, average)
 
     # --- saving -----------------------------------------------------------------------------------
 
@@ -214,9 +225,9 @@ class Averages:
         """Return the averages, and the weights kept aside, by their names in a file."""
         state = {}
         for slot, variable, average in self._slots():
-            state[f"average_{slot}"] = average.numpy()
+            state[f"average_{slot}"] = self.backend.numpy(average)
             if (raw := self._raw.get(self._key(variable))) is not None:
-                state[f"raw_{slot}"] = raw.numpy()
+                state[f"raw_{slot}"] = self.backend.numpy(raw)
         return state
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
@@ -228,10 +239,10 @@ class Averages:
         for slot, variable, average in self._slots():
             value = state.get(f"average_{slot}")
             if value is None:
-                raise ValueError(f"the file lacks the average of {kv.name_of(variable)} (average_{slot})")
+                raise ValueError(f"the file lacks the average of {name_of(variable)} (average_{slot})")
             if value.shape != tuple(average.shape):
                 raise ValueError(
-                    f"the average of {kv.name_of(variable)} must have shape {tuple(average.shape)}, "
+                    f"the average of {name_of(variable)} must have shape {tuple(average.shape)}, "
                     f"got {value.shape} from the file"
                 )
         self._loaded = dict(state)
@@ -243,7 +254,12 @@ class Averages:
         for slot, variable, average in self._slots():
             value = self._loaded.pop(f"average_{slot}", None)
             if value is not None:
-                average.assign(value)
+                self.backend.assign(average, value)
             raw = self._loaded.pop(f"raw_{slot}", None)
             if raw is not None:
-                self._raw[self._key(variable)] = tf.constant(raw, kv.native(variable).dtype)
+                self._raw[self._key(variable)] = raw.astype(_numpy_type(variable), copy=False)
+
+
+def _numpy_type(variable: Any) -> np.dtype:
+    name = dtype_of(variable)
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

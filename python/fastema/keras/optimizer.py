@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from ..tensorflow import Engine
-from . import variables as kv
+from . import backends
 from .averages import Averages, Settings
+from .backends.base import Carrier, Engine
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KWARGS = (*_CLIPPING, "lr", "decay")
@@ -100,6 +99,8 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
     """
 
     built: bool
+    _averages: Averages
+    _backend: backends.Backend
     clipnorm = _delegated("clipnorm")
     clipvalue = _delegated("clipvalue")
     global_clipnorm = _delegated("global_clipnorm")
@@ -125,11 +126,7 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
         engine: Engine = "auto",
         **kwargs: Any,
     ) -> None:
-        if keras.backend.backend() != "tensorflow":
-            raise NotImplementedError(
-                "fastema.keras needs Keras' TensorFlow backend (KERAS_BACKEND=tensorflow), "
-                f"got {keras.backend.backend()}"
-            )
+        backend = backends.load(keras.backend.backend())
         if not isinstance(optimizer, keras.optimizers.Optimizer | str | dict):
             raise TypeError(
                 "optimizer must be a Keras 3 optimizer, its name or config, "
@@ -149,7 +146,10 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
         optimizer = _with_keywords(optimizer, kwargs)
         super().__init__(learning_rate=0.0, name=name)
         self._optimizer = optimizer
-        self._averages = Averages(settings, self._create_average, self._var_key)
+        # plain attributes, or Keras would track what is in them as the optimizer's own
+        object.__setattr__(self, "_backend", backend)
+        averages = Averages(settings, backend, self._create_average, self._var_key)
+        object.__setattr__(self, "_averages", averages)
         self._swapped = keras.Variable(0, dtype="int32", trainable=False, name="swapped")
         if settings.biased:
             warnings.warn(
@@ -171,7 +171,7 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
         """Create the state for these variables: the wrapped optimizer's, then an average each."""
         if self.built:
             return
-        with tf.init_scope(), keras.name_scope(self.name, caller=self):
+        with self._backend.creation(), keras.name_scope(self.name, caller=self):
             self._optimizer.build(list(variables))
             # plain lists, or Keras would track the model's variables as the optimizer's own
             object.__setattr__(self, "_trainable_variables", list(variables))
@@ -191,12 +191,12 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
             model: A model, or a list of variables. Of a model, the trainable weights, or all
                 floating-point weights with ``trainable_weights_only=False``.
         """
-        with tf.init_scope(), keras.name_scope(self.name, caller=self):
+        with self._backend.creation(), keras.name_scope(self.name, caller=self):
             self._averages.shadow(model)
 
     def _create_average(self, variable: Any, dtype: str) -> Any:
-        name = kv.name_of(variable).replace("/", "_").replace(":", "_")
-        with kv.colocated(variable):
+        name = backends.name_of(variable).replace("/", "_").replace(":", "_")
+        with self._backend.colocated(variable):
             return self.add_variable(shape=variable.shape, dtype=dtype, name=f"{name}_average")
 
     # --- training -------------------------------------------------------------------------------
@@ -222,13 +222,7 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
             ValueError: No variable has a gradient.
             RuntimeError: Called in the cross-replica context of a strategy.
         """
-        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
-            raise RuntimeError(
-                "apply_gradients must be called in a replica context: use strategy.run, got the "
-                "cross-replica context"
-            )
-        if not experimental_aggregate_gradients and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise NotImplementedError("experimental_aggregate_gradients=False with several replicas")
+        self._backend.check_apply(experimental_aggregate_gradients)
         try:
             pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
         except (TypeError, ValueError):
@@ -249,14 +243,11 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
             trainable_variables = list(trainable_variables)
             if not self.built:
                 self.build(trainable_variables)
-        with tf.control_dependencies(self._refuse_while_swapped("train")):
-            before = tf.identity(self.iterations)
+        with self._refusing_while_swapped("train"):
+            before = self._backend.count(self.iterations)
             self._optimizer.apply(grads, trainable_variables)
-        step = tf.identity(self.iterations)
-        if self._always_advances():
-            self._averages.update(step)
-        else:
-            tf.cond(step > before, lambda: self._averages.update(step), lambda: None)
+        step = self._backend.count(self.iterations)
+        self._averages.update(step, None if self._always_advances() else step > before)
 
     def _always_advances(self) -> bool:
         """Whether each call is a step: not where gradients accumulate, or steps may be skipped."""
@@ -269,11 +260,11 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
 
         `apply` does it after each step; this is for weights that are trained elsewhere.
         """
-        with tf.control_dependencies(self._refuse_while_swapped("average")):
-            self._averages.update(tf.identity(self.iterations))
+        with self._refusing_while_swapped("average"):
+            self._averages.update(self._backend.count(self.iterations))
 
     @property
-    def engine(self) -> Literal["native", "graph"] | None:
+    def engine(self) -> Carrier | None:
         """What carried the last traced or eager averaging out; None before the first."""
         return self._averages.engine
 
@@ -295,15 +286,14 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
         """
         if not self._averages.pairs:
             raise RuntimeError("there are no averages to swap: train a step, or call shadow_copy(model)")
-        # only swaps between types look at the flag, and those are eager
-        self._averages.swap(back=tf.executing_eagerly() and self.is_swapped)
+        self._averages.swap(back=self.is_swapped)
         self._swapped.assign(1 - self._swapped)
 
     @property
     def is_swapped(self) -> bool:
         """Whether the model holds the averages now, and the optimizer the weights."""
-        with tf.init_scope():
-            return bool(self._swapped.numpy())
+        with self._backend.creation():
+            return bool(self._backend.numpy(self._swapped))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -338,18 +328,16 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
         Raises:
             RuntimeError: The weights are swapped: the averages stand in them already.
         """
-        with tf.control_dependencies(self._refuse_while_swapped("assign averages")):
+        with self._refusing_while_swapped("assign averages"):
             assigned = self._averages.assign_to(var_list)
-        return None if tf.executing_eagerly() else tf.group(assigned)
+        return self._backend.group(assigned)
 
-    def _refuse_while_swapped(self, what: str) -> list[Any]:
-        """Raise, or return the graph operations that will; XLA leaves such operations out."""
-        message = f"cannot {what} while the weights are swapped: call swap_weights() first"
-        if not tf.executing_eagerly():
-            return [tf.debugging.assert_equal(self._swapped.value, 0, message=message)]
-        if self.is_swapped:
-            raise RuntimeError(message)
-        return []
+    def _refusing_while_swapped(self, what: str) -> Any:
+        return self._backend.refusing(
+            lambda: self.is_swapped,
+            self._swapped,
+            f"cannot {what} while the weights are swapped: call swap_weights() first",
+        )
 
     # --- what Keras asks of an optimizer ----------------------------------------------------------
 
@@ -414,7 +402,7 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
 
     def save_own_variables(self, store: Any) -> None:
         """Write the averages and whether the weights are swapped; the wrapped optimizer writes itself."""
-        store["swapped"] = np.asarray(self._swapped.numpy())
+        store["swapped"] = self._backend.numpy(self._swapped)
         for key, value in self._averages.state().items():
             store[key] = value
 

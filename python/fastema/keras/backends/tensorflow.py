@@ -1,0 +1,95 @@
+"""tf.Variables: eager, in tf.function, under XLA and tf.distribute."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ... import tensorflow as engines
+from .base import Backend, Carrier, Engine, native
+
+
+class TensorFlow(Backend):
+    """See `Backend`."""
+
+    arrays = tf
+
+    def creation(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = tf.init_scope()
+        return context
+
+    def colocated(self, variable: Any) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = tf.distribute.get_strategy().extended.colocate_vars_with(
+            native(variable)
+        )
+        return context
+
+    def numpy(self, variable: Any) -> np.ndarray:
+        return np.array(native(variable).numpy())
+
+    def hold(self, variable: Any) -> Any:
+        return native(variable).read_value()
+
+    def assign(self, variable: Any, value: Any) -> Any:
+        target = native(variable)
+        return target.assign(tf.cast(native(value), target.dtype), read_value=False)
+
+    def check_apply(self, aggregate: bool) -> None:
+        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+            raise RuntimeError(
+                "apply_gradients must be called in a replica context: use strategy.run, got the "
+                "cross-replica context"
+            )
+        if not aggregate and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise NotImplementedError("experimental_aggregate_gradients=False with several replicas")
+
+    def count(self, iterations: Any) -> Any:
+        return tf.identity(native(iterations))
+
+    def to_float64(self, step: Any) -> Any:
+        return tf.cast(step, tf.float64)
+
+    def refusing(self, condition: Callable[[], bool], variable: Any, message: str) -> Any:
+        if tf.executing_eagerly():
+            return super().refusing(condition, variable, message)
+        # XLA leaves this operation out
+        check = tf.debugging.assert_equal(native(variable), 0, message=message)
+        return tf.control_dependencies([check])
+
+    def update(
+        self,
+        averages: Sequence[Any],
+        variables: Sequence[Any],
+        decay: Callable[[], Any],
+        when: Any,
+        engine: Engine,
+    ) -> Carrier:
+        carriers: list[Carrier] = []
+
+        def update() -> None:
+            targets = [native(average) for average in averages]
+            values = [native(variable) for variable in variables]
+            carriers.append(engines.update(targets, values, decay(), engine=engine))
+
+        if when is None:
+            update()
+        elif tf.executing_eagerly():
+            if when:
+                update()
+        else:
+            tf.cond(when, update, lambda: None)
+        return carriers[0] if carriers else "native"
+
+    def check_swap(self, same_types: bool) -> None:
+        if not same_types and not tf.executing_eagerly():
+            raise RuntimeError(
+                "swap_weights must be called outside of tf.function where averages and weights differ in type"
+            )
+
+    def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:
+        engines.swap([native(x) for x in a], [native(x) for x in b])
+
+    def group(self, operations: list[Any]) -> Any:
+        return None if tf.executing_eagerly() else tf.group(operations)

@@ -1,0 +1,87 @@
+"""torch: parameters and averages change in place; on the CPU by the native core."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..._arrays import as_view
+from ...functional import Pairs, swap
+from .base import Backend, Carrier, Engine, is_floating, native
+
+
+def _tensors(variables: Iterable[Any]) -> list[torch.Tensor]:
+    return [native(variable).data for variable in variables]
+
+
+class Torch(Backend):
+    """See `Backend`."""
+
+    def __init__(self) -> None:
+        self._pairs: Pairs | None = None
+        self._addresses: list[int] = []
+
+    def numpy(self, variable: Any) -> np.ndarray:
+        value = native(variable).detach().cpu()
+        return np.array(as_view(value, "variable")) if is_floating(variable) else value.numpy()
+
+    def hold(self, variable: Any) -> Any:
+        return native(variable).detach().clone()
+
+    def assign(self, variable: Any, value: Any) -> Any:
+        value = native(value)
+        if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":
+            value = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+        with torch.no_grad():
+            native(variable).copy_(torch.as_tensor(value))
+
+    def count(self, iterations: Any) -> Any:
+        return int(native(iterations))
+
+    def to_float64(self, step: Any) -> Any:
+        return float(step)
+
+    def update(
+        self,
+        averages: Sequence[Any],
+        variables: Sequence[Any],
+        decay: Callable[[], Any],
+        when: Any,
+        engine: Engine,
+    ) -> Carrier:
+        targets, values = _tensors(averages), _tensors(variables)
+        elsewhere = {str(x.device) for x in (*targets, *values) if x.device.type != "cpu"}
+        if elsewhere and engine == "native":
+            raise RuntimeError(f"engine='native' cannot run here: weights lie on {', '.join(elsewhere)}")
+        carrier: Carrier = "graph" if elsewhere or engine == "graph" else "native"
+        if when is None or when:
+            if carrier == "native":
+                self._paired(targets, values).update(float(decay()))
+            else:
+                _update_by_framework(targets, values, float(decay()))
+        return carrier
+
+    def _paired(self, averages: list[torch.Tensor], values: list[torch.Tensor]) -> Pairs:
+        addresses = [x.data_ptr() for x in (*averages, *values)]
+        if self._pairs is None or addresses != self._addresses:
+            self._pairs = Pairs(averages, values)
+            self._addresses = addresses
+        return self._pairs
+
+    def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:
+        x, y = _tensors(a), _tensors(b)
+        if all(tensor.device.type == "cpu" for tensor in (*x, *y)):
+            swap(x, y)
+            return
+        for first, second in zip(x, y, strict=True):
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
+
+
+def _update_by_framework(averages: list[torch.Tensor], values: list[torch.Tensor], decay: float) -> None:
+    for average, value in zip(averages, values, strict=True):
+        compute = torch.float64 if average.dtype == torch.float64 else torch.float32
+        old, new = average.to(compute), value.to(compute)
+        average.copy_(new if decay == 0.0 else old + (new - old) * (1.0 - decay))

@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import oracle
 from fastema.keras import ExponentialMovingAverage
@@ -27,6 +26,18 @@ def small_model(seed=3):
     )
 
 
+def numpy(variable):
+    """Return a copy of a variable's value, on every backend."""
+    return np.array(keras.ops.convert_to_numpy(getattr(variable, "_value", variable)))
+
+
+def model_values(model, of="trainable_variables"):
+    """Return a model's values, also in the midst of a fit on JAX, which keeps them aside."""
+    if keras.backend.backend() == "jax" and getattr(model, "_jax_state", None):
+        model.jax_state_sync()
+    return [numpy(v) for v in getattr(model, of)]
+
+
 class Recorder(keras.callbacks.Callback):
     """Keeps every weight after every step."""
 
@@ -37,20 +48,22 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         del batch, logs
-        self.steps.append([v.numpy() for v in getattr(self.model, self.of)])
+        self.steps.append(model_values(self.model, self.of))
 
 
-def fit(model, optimizer, epochs=3, of="trainable_variables", **compile_arguments):
+def fit(model, optimizer, epochs=3, of="trainable_variables", data=None, **compile_arguments):
     """Train with fit; return the weights after each step."""
     recorder = Recorder(of)
     model.compile(optimizer, loss="mse", **compile_arguments)
-    x, y = problem()
+    x, y = data or problem()
     model.fit(x, y, batch_size=16, epochs=epochs, shuffle=False, verbose=0, callbacks=[recorder])
     return recorder.steps
 
 
 def custom_loop(model, optimizer, steps=12, graph=True):
     """Train with a GradientTape; return the weights after each step."""
+    import tensorflow as tf
+
     x, y = problem()
 
     def step():
@@ -80,7 +93,7 @@ def replay(steps, initial="zeros", start=None, every=1, **schedule):
 def averages_of(optimizer):
     """Return the averages an optimizer holds."""
     count = len(optimizer.variables) - len(optimizer._optimizer.variables)
-    return [v.numpy() for v in optimizer.variables[-count:]]
+    return [numpy(v) for v in optimizer.variables[-count:]]
 
 
 def wrap(inner=None, **arguments):

@@ -173,17 +173,26 @@ def _average(decay: Any, *buffers: Any) -> list[np.ndarray]:
     return averages
 
 
-def _update_by_framework(averages: list[Any], values: list[Any], decay: Any) -> None:
-    weight = 1.0 - decay
+def blend(average: Any, value: Any, decay: Any) -> Any:
+    """Return the average moved towards the value, by TensorFlow's operations.
 
-    def update_one(average: Any, value: Any, decay: Any, weight: Any) -> None:
-        compute = tf.float64 if average.dtype == tf.float64 else tf.float32
-        old, new = tf.cast(average, compute), tf.cast(value, compute)
-        blended = old + tf.cast(weight, compute) * (new - old)
-        average.assign(tf.cast(tf.where(tf.equal(decay, 0.0), new, blended), average.dtype))
+    Args:
+        average: A tensor or variable of a floating type.
+        value: Another one.
+        decay: A float64 scalar.
+    """
+    compute = tf.float64 if average.dtype == tf.float64 else tf.float32
+    old, new = tf.cast(average, compute), tf.cast(value, compute)
+    blended = old + tf.cast(1.0 - decay, compute) * (new - old)
+    return tf.cast(tf.where(tf.equal(decay, 0.0), new, blended), average.dtype)
+
+
+def _update_by_framework(averages: list[Any], values: list[Any], decay: Any) -> None:
+    def update_one(average: Any, value: Any, decay: Any) -> None:
+        average.assign(blend(average, value, decay))
 
     def update_all(strategy: Any) -> None:
         for average, value in zip(averages, values, strict=True):
-            strategy.extended.update(average, update_one, args=(value, decay, weight), group=False)
+            strategy.extended.update(average, update_one, args=(value, decay), group=False)
 
     tf.__internal__.distribute.interim.maybe_merge_call(update_all, tf.distribute.get_strategy())

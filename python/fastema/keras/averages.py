@@ -156,31 +156,55 @@ class Averages:
 
     # --- moving -----------------------------------------------------------------------------------
 
-    def update(self, step: Any, when: Any = None, *, trained: bool | None = None) -> None:
+    def update(self, step: Any, when: Any = None) -> None:
         """Average once, if this step is one that averages.
 
         Args:
             step: What `Backend.count` returned.
             when: A further condition; None: there is none.
-            trained: Only the pairs whose variables the optimizer trains, or only the others; None: all.
         """
-        if self.settings.update_every > 1:
-            due = step % self.settings.update_every == 0
-            when = due if when is None else when & due
-        pairs = [
-            (variable, average)
-            for variable, average in self.pairs
-            if trained in (None, self._key(variable) in self._places)
-        ]
-        if pairs:
-            backend = self.backend
-            self.engine = backend.update(
-                [average for _, average in pairs],
-                [variable for variable, _ in pairs],
-                lambda: self.settings.decay(backend.to_float64(step), backend.arrays),
-                when,
+        if self.pairs:
+            self.engine = self.backend.update(
+                [average for _, average in self.pairs],
+                [variable for variable, _ in self.pairs],
+                lambda: self.settings.decay(*self.backend.number(step)),
+                self._due(step, when),
                 self.settings.engine,
             )
+
+    def _due(self, step: Any, when: Any) -> Any:
+        if self.settings.update_every == 1:
+            return when
+        due = step % self.settings.update_every == 0
+        return due if when is None else when & due
+
+    def moved(
+        self, values: Sequence[Any], variables: Sequence[Any], weights: Sequence[Any], step: Any, when: Any
+    ) -> list[Any]:
+        """Return what values the averages have after `update`; nothing is assigned.
+
+        Args:
+            values: The present values of all averages, in the order of iteration.
+            variables: Those whose averages move.
+            weights: Their values.
+            step: As for `update`.
+            when: As for `update`.
+        """
+        if self.settings.engine == "native":
+            raise RuntimeError("engine='native' cannot run here: values are given, not variables")
+        self.engine = "graph"
+        after = dict(zip(map(id, self), values, strict=True))
+        paired = {self._key(variable): id(average) for variable, average in self.pairs}
+        for variable, weight in zip(variables, weights, strict=True):
+            average = paired.get(self._key(variable))
+            if average is not None:
+                after[average] = self.backend.blend(
+                    after[average],
+                    weight,
+                    lambda: self.settings.decay(*self.backend.number(step)),
+                    self._due(step, when),
+                )
+        return list(after.values())
 
     def assign_to(self, variables: Iterable[Any]) -> list[Any]:
         """Assign variables their averages; return the operations, in a graph."""

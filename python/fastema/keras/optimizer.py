@@ -1,7 +1,8 @@
 """The optimizer wrapper: another optimizer's training, plus an average of every weight."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
@@ -193,6 +194,14 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
         """
         with self._backend.creation(), keras.name_scope(self.name, caller=self):
             self._averages.shadow(model)
+        if isinstance(model, keras.Model) and not self._averages.settings.trainable_weights_only:
+            reference: Callable[[], Any] = weakref.ref(model)
+            self._backend.watch(
+                model,
+                lambda own, before, after, values: self._moved(
+                    own, before, after, reference().non_trainable_variables, values
+                ),
+            )
 
     def _create_average(self, variable: Any, dtype: str) -> Any:
         name = backends.name_of(variable).replace("/", "_").replace(":", "_")
@@ -248,6 +257,65 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
             self._optimizer.apply(grads, trainable_variables)
         step = self._backend.count(self.iterations)
         self._averages.update(step, None if self._always_advances() else step > before)
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Return what `apply` would make of these values, without assigning anything.
+
+        Args:
+            optimizer_variables: The values of `variables`.
+            grads: The gradients, one for each trainable variable.
+            trainable_variables: The values of the variables that the optimizer was built with.
+
+        Returns:
+            The new values of the trainable variables and of `variables`.
+
+        Raises:
+            ValueError: The optimizer is not built, or a list has the wrong length.
+        """
+        if not self.built:
+            raise ValueError("the optimizer must be built first: call optimizer.build(trainable_variables)")
+        if len(optimizer_variables) != len(self.variables):
+            raise ValueError(
+                f"optimizer_variables must have {len(self.variables)} values, got {len(optimizer_variables)}"
+            )
+        # a LossScaleOptimizer passes variables
+        before = [v.value if isinstance(v, keras.Variable) else v for v in optimizer_variables]
+        inner = len(self._optimizer.variables)
+        with self._refusing_while_swapped("train"):
+            weights, state = self._optimizer.stateless_apply(before[:inner], grads, trainable_variables)
+        after = [*state, *before[inner:]]
+        moved = self._moved(self.variables, before, after, self._trainable_variables, weights)
+        return list(weights), moved
+
+    def _moved(
+        self,
+        own: Sequence[Any],
+        before: Sequence[Any],
+        after: Sequence[Any],
+        variables: Sequence[Any],
+        weights: Sequence[Any],
+    ) -> list[Any]:
+        """Return the values `after` of variables of this optimizer (or one around it), averages moved."""
+        places = {id(variable): i for i, variable in enumerate(own)}
+        iterations = _innermost(self._optimizer)._iterations  # as it counts accumulated gradients, too
+        if not all(id(variable) in places for variable in (iterations, *self._averages)):
+            return list(after)  # it belongs to another optimizer by now
+        counter, each = places[id(iterations)], self.gradient_accumulation_steps or 1
+        step, last = after[counter] // each, before[counter] // each
+        averages = [places[id(average)] for average in self._averages]
+        moved = self._averages.moved(
+            [after[place] for place in averages],
+            variables,
+            weights,
+            step,
+            None if self._always_advances() else step > last,
+        )
+        after = list(after)
+        for place, value in zip(averages, moved, strict=True):
+            after[place] = value
+        return after
 
     def _always_advances(self) -> bool:
         """Whether each call is a step: not where gradients accumulate, or steps may be skipped."""

@@ -34,8 +34,6 @@ def name_of(variable: Any) -> str:
 class Backend:
     """Variables here are keras.Variables or the backend's own."""
 
-    arrays: Any = np  # where schedules find `where` and `minimum` for the decay of a step
-
     # --- variables --------------------------------------------------------------------------------
 
     def creation(self) -> AbstractContextManager[Any]:
@@ -71,9 +69,9 @@ class Backend:
         """Return what the counter says now, whatever is assigned to it later."""
         raise NotImplementedError
 
-    def to_float64(self, step: Any) -> Any:
-        """Return a counted step as a float64 that `arrays` takes."""
-        raise NotImplementedError
+    def number(self, step: Any) -> tuple[Any, Any]:
+        """Return a counted step as a float64, and the array library that computes with it."""
+        return float(step), np
 
     def refusing(self, condition: Callable[[], bool], variable: Any, message: str) -> Any:  # noqa: ARG002
         """Return a context whose operations raise if the condition holds.
@@ -107,6 +105,22 @@ class Backend:
             engine: What the user asked for.
         """
         raise NotImplementedError
+
+    def blend(self, average: Any, value: Any, decay: Callable[[], Any], when: Any) -> Any:
+        """Return the value of an average after `update`; nothing is assigned."""
+        raise NotImplementedError
+
+    def watch(self, model: Any, average: Callable[..., Any]) -> None:
+        """See to it that the weights of a model that no optimizer trains are averaged after its steps.
+
+        Not needed where they can be read in `update`.
+
+        Args:
+            model: A Keras model.
+            average: ``average(variables, before, after, values)`` returns the values `after` of an
+                optimizer's variables with moved averages; `before` are those at the start of the step
+                and `values` those of the model's non-trainable variables at its end.
+        """
 
     def check_swap(self, same_types: bool) -> None:
         """Refuse to swap where that is not possible."""

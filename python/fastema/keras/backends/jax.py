@@ -1,46 +1,57 @@
 """JAX: arrays that never change; a variable holds another one after each step."""
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 
-from .base import Backend, Carrier, Engine, native
+from .base import Backend, Carrier, Engine
 
 
-def blend(average: jax.Array, value: jax.Array, decay: Callable[[], Any], when: Any) -> jax.Array:
-    """Return the average moved towards the value; pure, for jitted steps."""
-    with jax.enable_x64(True):  # the weight is formed in float64, wherever the arrays are narrower
-        d = decay()
-        weight, copies = 1.0 - d, d == 0.0
-        compute = jnp.float64 if average.dtype == jnp.float64 else jnp.float32
-        weight = jnp.asarray(weight).astype(compute)
-        old, new = average.astype(compute), value.astype(compute)
-        blended = jnp.where(copies, new, old + weight * (new - old)).astype(average.dtype)
-        return blended if when is None else jnp.where(when, blended, average)
+@jax.jit
+def _blended(averages: list[Any], values: list[Any], weight: Any, copies: Any) -> list[Any]:
+    return [_blend(average, value, weight, copies) for average, value in zip(averages, values, strict=True)]
+
+
+def _blend(average: Any, value: Any, weight: Any, copies: Any) -> Any:
+    compute = jnp.float64 if average.dtype == jnp.float64 else jnp.float32
+    old, new = average.astype(compute), value.astype(compute)
+    if value.dtype != compute:
+        # XLA leaves out the rounding of a weight that was just computed: average the weight that stays
+        kind = jnp.finfo(value.dtype)
+        new = jax.lax.reduce_precision(new, kind.nexp, kind.nmant)
+    blended = old + jnp.asarray(weight).astype(compute) * (new - old)
+    return jnp.where(copies, new, blended).astype(average.dtype)
+
+
+def _array(x: Any) -> Any:
+    """Return a variable's array; in a stateless scope, that scope's."""
+    return x.value if isinstance(x, keras.Variable) else x
 
 
 class Jax(Backend):
     """See `Backend`."""
 
-    arrays = jnp
-
     def numpy(self, variable: Any) -> np.ndarray:
-        return np.array(native(variable))
+        return np.array(_array(variable))
 
     def hold(self, variable: Any) -> Any:
-        return native(variable)  # never changes
+        return _array(variable)  # never changes
 
     def assign(self, variable: Any, value: Any) -> Any:
-        variable.assign(jnp.asarray(native(value)).astype(native(variable).dtype))
+        variable.assign(jnp.array(_array(value), variable.dtype))  # a copy: Keras donates both
 
     def count(self, iterations: Any) -> Any:
-        return iterations.value  # in a stateless scope, that scope's
+        return _array(iterations)
 
-    def to_float64(self, step: Any) -> Any:
-        return jnp.asarray(step).astype(jnp.float64)  # called where 64 bits are enabled
+    def number(self, step: Any) -> tuple[Any, Any]:
+        if isinstance(step, jax.core.Tracer):
+            return step.astype(jnp.float64), jnp  # `blend` enables 64 bits
+        return super().number(step)
 
     def update(
         self,
@@ -52,12 +63,33 @@ class Jax(Backend):
     ) -> Carrier:
         if engine == "native":
             raise RuntimeError("engine='native' cannot run here: JAX computes its own arrays")
-        for average, variable in zip(averages, variables, strict=True):
-            average.assign(blend(average.value, variable.value, decay, when))
+        if when is None or when:
+            at = decay()
+            moved = _blended(list(map(_array, averages)), list(map(_array, variables)), 1.0 - at, at == 0.0)
+            for average, value in zip(averages, moved, strict=True):
+                average.assign(value)
         return "graph"
+
+    def blend(self, average: Any, value: Any, decay: Callable[[], Any], when: Any) -> Any:
+        with jax.enable_x64(True):  # the weight is formed in float64, wherever the arrays are narrower
+            at = decay()
+            blended = _blend(average, value, 1.0 - at, at == 0.0)
+            return blended if when is None else jnp.where(when, blended, average)
 
     def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:
         for x, y in zip(a, b, strict=True):
-            x_value, y_value = native(x), native(y)
+            x_value, y_value = _array(x), _array(y)
             x.assign(y_value)
             y.assign(x_value)
+
+    def watch(self, model: Any, average: Callable[..., Any]) -> None:
+        reference: Callable[[], Any] = weakref.ref(model)
+        train_step = model.train_step
+
+        def train_and_average(state: Any, data: Any) -> Any:
+            logs, (trained, others, optimizer, metrics) = train_step(state, data)
+            moved = average(reference().optimizer.variables, state[2], optimizer, others)
+            return logs, (trained, others, moved, metrics)
+
+        model.train_step = train_and_average
+        model.train_function = None  # one traced before would go on without

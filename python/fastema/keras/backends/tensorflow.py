@@ -14,8 +14,6 @@ from .base import Backend, Carrier, Engine, native
 class TensorFlow(Backend):
     """See `Backend`."""
 
-    arrays = tf
-
     def creation(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = tf.init_scope()
         return context
@@ -48,8 +46,8 @@ class TensorFlow(Backend):
     def count(self, iterations: Any) -> Any:
         return tf.identity(native(iterations))
 
-    def to_float64(self, step: Any) -> Any:
-        return tf.cast(step, tf.float64)
+    def number(self, step: Any) -> tuple[Any, Any]:
+        return tf.cast(step, tf.float64), tf
 
     def refusing(self, condition: Callable[[], bool], variable: Any, message: str) -> Any:
         if tf.executing_eagerly():

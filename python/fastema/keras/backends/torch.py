@@ -39,9 +39,6 @@ class Torch(Backend):
     def count(self, iterations: Any) -> Any:
         return int(native(iterations))
 
-    def to_float64(self, step: Any) -> Any:
-        return float(step)
-
     def update(
         self,
         averages: Sequence[Any],
@@ -59,7 +56,8 @@ class Torch(Backend):
             if carrier == "native":
                 self._paired(targets, values).update(float(decay()))
             else:
-                _update_by_framework(targets, values, float(decay()))
+                for target, value in zip(targets, values, strict=True):
+                    target.copy_(_blended(target, value, float(decay())))
         return carrier
 
     def _paired(self, averages: list[torch.Tensor], values: list[torch.Tensor]) -> Pairs:
@@ -68,6 +66,10 @@ class Torch(Backend):
             self._pairs = Pairs(averages, values)
             self._addresses = addresses
         return self._pairs
+
+    def blend(self, average: Any, value: Any, decay: Callable[[], Any], when: Any) -> Any:
+        with torch.no_grad():
+            return _blended(average, value, float(decay())) if when is None or when else average
 
     def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:
         x, y = _tensors(a), _tensors(b)
@@ -80,8 +82,7 @@ class Torch(Backend):
             second.copy_(kept)
 
 
-def _update_by_framework(averages: list[torch.Tensor], values: list[torch.Tensor], decay: float) -> None:
-    for average, value in zip(averages, values, strict=True):
-        compute = torch.float64 if average.dtype == torch.float64 else torch.float32
-        old, new = average.to(compute), value.to(compute)
-        average.copy_(new if decay == 0.0 else old + (new - old) * (1.0 - decay))
+def _blended(average: torch.Tensor, value: torch.Tensor, decay: float) -> torch.Tensor:
+    compute = torch.float64 if average.dtype == torch.float64 else torch.float32
+    old, new = average.to(compute), value.to(compute)
+    return (new if decay == 0.0 else old + (new - old) * (1.0 - decay)).to(average.dtype)

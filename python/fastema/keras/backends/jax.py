@@ -22,7 +22,7 @@ def _blend(average: Any, value: Any, weight: Any, copies: Any) -> Any:
     old, new = average.astype(compute), value.astype(compute)
     if value.dtype != compute:
         # XLA leaves out the rounding of a weight that was just computed: average the weight that stays
-        kind = jnp.finfo(value.dtype)
+        kind: Any = jax.numpy.finfo(value.dtype)  # type: ignore[no-untyped-call]
         new = jax.lax.reduce_precision(new, kind.nexp, kind.nmant)
     blended = old + jnp.asarray(weight).astype(compute) * (new - old)
     return jnp.where(copies, new, blended).astype(average.dtype)

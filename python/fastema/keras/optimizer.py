@@ -13,6 +13,7 @@ import numpy as np
 from . import backends
 from .averages import Averages, Settings
 from .backends.base import Carrier, Engine
+from .documented import Added, DocumentedMembers
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KWARGS = (*_CLIPPING, "lr", "decay")
@@ -46,7 +47,7 @@ def _delegated(name: str) -> property:
 
 
 @keras.saving.register_keras_serializable(package="fastema")
-class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc]  # Keras is untyped
+class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  # type: ignore[misc]  # Keras is untyped
     """Wraps a Keras optimizer and keeps an exponential moving average of the weights it trains.
 
     After every step ``average += (1 - decay) * (weight - average)``. Averaged weights generalise
@@ -151,6 +152,8 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
         object.__setattr__(self, "_backend", backend)
         averages = Averages(settings, backend, self._create_average, self._var_key)
         object.__setattr__(self, "_averages", averages)
+        object.__setattr__(self, "_added", Added(backend))
+        object.__setattr__(self, "_slots", {})
         self._swapped = keras.Variable(0, dtype="int32", trainable=False, name="swapped")
         if settings.biased:
             warnings.warn(
@@ -323,10 +326,13 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
             self._optimizer, keras.optimizers.LossScaleOptimizer
         )
 
-    def update_average(self) -> None:
+    def update_average(self, strategy: Any = None) -> None:  # noqa: ARG002 - of the original: not needed
         """Average once, with the decay of the current `iterations`.
 
         `apply` does it after each step; this is for weights that are trained elsewhere.
+
+        Args:
+            strategy: Ignored: the variables know theirs.
         """
         with self._refusing_while_swapped("average"):
             self._averages.update(self._backend.count(self.iterations))
@@ -411,10 +417,10 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
 
     @property
     def variables(self) -> Any:
-        """The wrapped optimizer's variables, then the averages, as they were created."""
+        """The wrapped optimizer's variables, the averages, then those added, each as they were created."""
         if "_optimizer" not in self.__dict__:
             return _Variables()
-        return _Variables([*self._optimizer.variables, *self._averages])
+        return _Variables([*self._optimizer.variables, *self._averages, *self._added])
 
     weights = variables
 
@@ -422,6 +428,11 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
     def iterations(self) -> Any:
         """The number of steps so far: those of the wrapped optimizer."""
         return self._optimizer.iterations
+
+    @property
+    def _counter(self) -> Any:
+        """The variable that counts the steps, below any division by accumulated gradients."""
+        return _innermost(self._optimizer)._iterations
 
     @property
     def learning_rate(self) -> Any:
@@ -471,7 +482,7 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
     def save_own_variables(self, store: Any) -> None:
         """Write the averages and whether the weights are swapped; the wrapped optimizer writes itself."""
         store["swapped"] = self._backend.numpy(self._swapped)
-        for key, value in self._averages.state().items():
+        for key, value in {**self._averages.state(), **self._added.state()}.items():
             store[key] = value
 
     def load_own_variables(self, store: Any) -> None:
@@ -486,9 +497,11 @@ class ExponentialMovingAverage(keras.optimizers.Optimizer):  # type: ignore[misc
             raise ValueError(
                 f"{self.name}: the file holds no averages; it was not saved with an ExponentialMovingAverage"
             )
+        added = self._added.take(state)
         if state:  # else it was saved before there were any
             self._averages.load(state)
             self._swapped.assign(swapped)
+        self._added.load(added)
 
 
 def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:

@@ -9,6 +9,11 @@ import numpy as np
 Engine = Literal["auto", "native", "graph"]
 Carrier = Literal["native", "graph", "cuda"]  # what carries averaging out
 
+_NO_GRAPH = (
+    "get_gradients and get_updates need TensorFlow's graph mode, in a tf.function or a tf.Graph: "
+    "call minimize instead"
+)
+
 
 def native(variable: Any) -> Any:
     """Return what the backend keeps behind a keras.Variable, never an autocast view of it."""
@@ -29,6 +34,31 @@ def is_floating(variable: Any) -> bool:
 def name_of(variable: Any) -> str:
     """Return what an error calls a variable."""
     return str(getattr(variable, "path", getattr(variable, "name", variable)))
+
+
+def variables_in(var_list: Any) -> list[Any]:
+    """Return the variables of a list, or of what returns it.
+
+    Raises:
+        ValueError: It is no list.
+    """
+    if callable(var_list):
+        var_list = var_list()
+    if not isinstance(var_list, list | tuple):
+        raise ValueError(f"var_list must be a list of variables, got {type(var_list).__name__}")
+    return list(var_list)
+
+
+def natives_of(variables: list[Any], kind: type) -> list[Any]:
+    """Return what lies behind variables.
+
+    Raises:
+        ValueError: One of them is no variable.
+    """
+    for i, variable in enumerate(variables):
+        if not isinstance(native(variable), kind):
+            raise ValueError(f"var_list[{i}] must be a variable, got {type(variable).__name__}")
+    return [native(variable) for variable in variables]
 
 
 class Backend:
@@ -59,6 +89,30 @@ class Backend:
             The operation, in a graph.
         """
         raise NotImplementedError
+
+    # --- gradients --------------------------------------------------------------------------------
+
+    def gradients(
+        self, loss: Any, var_list: Any, output: Any, tape: Any, scale: Callable[[Any], Any]
+    ) -> list[tuple[Any, Any]]:
+        """Return (gradient, variable) pairs of a loss.
+
+        Args:
+            loss: The loss, or what returns it.
+            var_list: The variables, or what returns them once the loss was computed.
+            output: The gradient of the loss; None: one.
+            tape: What recorded the loss, or None.
+            scale: Scales the loss.
+        """
+        raise NotImplementedError
+
+    def unrecorded(self) -> AbstractContextManager[Any]:
+        """Assign to variables without recording it for gradients."""
+        return nullcontext()
+
+    def graph_gradients(self, loss: Any, variables: list[Any]) -> list[Any]:  # noqa: ARG002
+        """Return the gradients of a tensor of TensorFlow's graph."""
+        raise RuntimeError(_NO_GRAPH)
 
     # --- steps ------------------------------------------------------------------------------------
 

@@ -45,6 +45,14 @@ class Jax(Backend):
     def assign(self, variable: Any, value: Any) -> Any:
         variable.assign(jnp.array(_array(value), variable.dtype))  # a copy: Keras donates both
 
+    def gradients(
+        self, loss: Any, var_list: Any, output: Any, tape: Any, scale: Callable[[Any], Any]
+    ) -> list[tuple[Any, Any]]:
+        raise NotImplementedError(
+            "minimize cannot work with JAX, where gradients are those of a function: compute them with "
+            "jax.grad and pass them to apply or stateless_apply"
+        )
+
     def count(self, iterations: Any) -> Any:
         return _array(iterations)
 

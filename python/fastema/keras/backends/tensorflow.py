@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from ... import tensorflow as engines
-from .base import Backend, Carrier, Engine, native
+from .base import Backend, Carrier, Engine, name_of, native, natives_of, variables_in
 
 
 class TensorFlow(Backend):
@@ -33,6 +33,32 @@ class TensorFlow(Backend):
     def assign(self, variable: Any, value: Any) -> Any:
         target = native(variable)
         return target.assign(tf.cast(native(value), target.dtype), read_value=False)
+
+    def gradients(
+        self, loss: Any, var_list: Any, output: Any, tape: Any, scale: Callable[[Any], Any]
+    ) -> list[tuple[Any, Any]]:
+        if tape is None and not callable(loss):
+            raise ValueError("tape must be the tf.GradientTape that recorded the loss, or loss a callable")
+        if not callable(var_list):
+            natives_of(variables_in(var_list), tf.Variable)  # refuses before the loss is computed
+        tape = tf.GradientTape() if tape is None else tape
+        if callable(loss):
+            with tape:
+                loss = loss()
+        with tape:
+            scaled = scale(loss)
+        variables = variables_in(var_list)
+        found = tape.gradient(scaled, natives_of(variables, tf.Variable), output_gradients=output)
+        return list(zip(found, variables, strict=True))
+
+    def graph_gradients(self, loss: Any, variables: list[Any]) -> list[Any]:
+        if tf.executing_eagerly():
+            return super().graph_gradients(loss, variables)
+        found = tf.compat.v1.gradients(loss, natives_of(variables, tf.Variable))
+        for gradient, variable in zip(found, variables, strict=True):
+            if gradient is None:
+                raise ValueError(f"the loss has no gradient with respect to {name_of(variable)}")
+        return list(found)
 
     def check_apply(self, aggregate: bool) -> None:
         if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():

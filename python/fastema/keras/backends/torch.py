@@ -1,6 +1,7 @@
 """torch: parameters and averages change in place; on the CPU by the native core."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from ..._arrays import as_view
 from ...functional import Pairs, swap
-from .base import Backend, Carrier, Engine, is_floating, native
+from .base import Backend, Carrier, Engine, is_floating, native, natives_of, variables_in
 
 
 def _tensors(variables: Iterable[Any]) -> list[torch.Tensor]:
@@ -35,6 +36,22 @@ class Torch(Backend):
             value = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
         with torch.no_grad():
             native(variable).copy_(torch.as_tensor(value))
+
+    def gradients(
+        self, loss: Any, var_list: Any, output: Any, tape: Any, scale: Callable[[Any], Any]
+    ) -> list[tuple[Any, Any]]:
+        if tape is not None:
+            raise ValueError(f"tape must be None with torch, which records by itself, got {tape!r}")
+        scaled = scale(loss() if callable(loss) else loss)
+        variables = variables_in(var_list)
+        parameters = natives_of(variables, torch.Tensor)
+        # not backward: it would add to what .grad holds from elsewhere
+        found = torch.autograd.grad(scaled, parameters, grad_outputs=output, allow_unused=True)
+        return list(zip(found, variables, strict=True))
+
+    def unrecorded(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = torch.no_grad()
+        return context
 
     def count(self, iterations: Any) -> Any:
         return int(native(iterations))

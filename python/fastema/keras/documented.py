@@ -102,6 +102,7 @@ class DocumentedMembers:
     _counter: Any
     add_variable: Callable[..., Any]
     apply_gradients: Callable[..., Any]
+    scale_loss: Callable[[Any], Any]
     _refusing_while_swapped: Callable[[str], Any]
     _var_key: Callable[[Any], Any]
 
@@ -328,7 +329,7 @@ class DocumentedMembers:
             ValueError: Among `var_list` is what is no variable, or `tape` is missing.
             NotImplementedError: The backend is JAX.
         """
-        pairs = self._backend.gradients(loss, var_list, grad_loss, tape, self._optimizer.scale_loss)
+        pairs = self._backend.gradients(loss, var_list, grad_loss, tape, self.scale_loss)
         with self._backend.unrecorded():
             return self.apply_gradients(pairs, name=name)
 

@@ -14,6 +14,7 @@ from . import backends
 from .averages import Averages, Settings
 from .backends.base import Carrier, Engine
 from .documented import Added, DocumentedMembers
+from .waiting import Waiting
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KWARGS = (*_CLIPPING, "lr", "decay")
@@ -103,6 +104,7 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
     built: bool
     _averages: Averages
     _backend: backends.Backend
+    _waiting: Waiting
     clipnorm = _delegated("clipnorm")
     clipvalue = _delegated("clipvalue")
     global_clipnorm = _delegated("global_clipnorm")
@@ -154,6 +156,7 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
         object.__setattr__(self, "_averages", averages)
         object.__setattr__(self, "_added", Added(backend))
         object.__setattr__(self, "_slots", {})
+        object.__setattr__(self, "_waiting", Waiting())
         self._swapped = keras.Variable(0, dtype="int32", trainable=False, name="swapped")
         if settings.biased:
             warnings.warn(
@@ -182,6 +185,7 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
             for i, variable in enumerate(variables):
                 self._trainable_variables_indices[self._var_key(variable)] = i
             self._averages.train(variables)
+            self._waiting.load()
             self.built = True
 
     def shadow_copy(self, model: Any) -> None:
@@ -502,6 +506,8 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
             self._averages.load(state)
             self._swapped.assign(swapped)
         self._added.load(added)
+        if not self.built:
+            self._waiting.cover(self._optimizer)
 
 
 def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:

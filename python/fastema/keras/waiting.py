@@ -1,0 +1,47 @@
+"""What is loaded into a wrapped optimizer before it has its variables; Keras warns, and drops it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+
+class Waiting:
+    """Keeps what Keras loads into unbuilt optimizers until they are built.
+
+    Keras loads an optimizer within another by itself, right after the outer one: there is no place
+    between, so its `load_own_variables` is covered meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._covered: list[Any] = []
+        self._values: list[tuple[Any, dict[str, np.ndarray]]] = []
+
+    def cover(self, optimizer: Any) -> None:
+        """Keep what is loaded into this optimizer and those within it, if they are not built."""
+        self._values.clear()
+        for one in _levels(optimizer):
+            if not one.built and one not in self._covered:
+
+                def keep(store: Any, one: Any = one) -> None:
+                    self._values.append((one, {key: np.asarray(store[key]) for key in store.keys()}))  # noqa: SIM118 - no dict
+
+                object.__setattr__(one, "load_own_variables", keep)
+                self._covered.append(one)
+
+    def load(self) -> None:
+        """Load what was kept; the optimizers are built now."""
+        for one in self._covered:
+            object.__delattr__(one, "load_own_variables")
+        self._covered.clear()
+        for one, values in self._values:
+            one.load_own_variables(values)
+        self._values.clear()
+
+
+def _levels(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and those within it, outermost first."""
+    yield optimizer
+    inner = getattr(optimizer, "inner_optimizer", None)
+    for one in [inner] if inner is not None else getattr(optimizer, "optimizers", []):
+        yield from _levels(one)

@@ -199,6 +199,7 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
             model: A model, or a list of variables. Of a model, the trainable weights, or all
                 floating-point weights with ``trainable_weights_only=False``.
         """
+        before = [id(variable) for variable, _ in self._averages.pairs]
         with self._backend.creation(), keras.name_scope(self.name, caller=self):
             self._averages.shadow(model)
         if isinstance(model, keras.Model) and not self._averages.settings.trainable_weights_only:
@@ -209,6 +210,8 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
                     own, before, after, reference().non_trainable_variables, values
                 ),
             )
+        if self._backend.traced and before != [id(variable) for variable, _ in self._averages.pairs]:
+            _trace_again(model)
 
     def _create_average(self, variable: Any, dtype: str) -> Any:
         name = backends.name_of(variable).replace("/", "_").replace(":", "_")
@@ -508,6 +511,18 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
         self._added.load(added)
         if not self.built:
             self._waiting.cover(self._optimizer)
+
+
+def _trace_again(model: Any) -> None:
+    """Let what was traced before average what is paired now."""
+    if getattr(model, "train_function", None) is not None:
+        model.make_train_function(force=True)
+    else:
+        warnings.warn(
+            "functions that were traced before this shadow_copy go on averaging what they did: make them "
+            "again, or call it before",
+            stacklevel=3,
+        )
 
 
 def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:

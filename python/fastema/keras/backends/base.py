@@ -64,6 +64,8 @@ def natives_of(variables: list[Any], kind: type) -> list[Any]:
 class Backend:
     """Variables here are keras.Variables or the backend's own."""
 
+    traced = False  # whether an update was traced, so that it goes on with the pairs it was given
+
     # --- variables --------------------------------------------------------------------------------
 
     def creation(self) -> AbstractContextManager[Any]:

@@ -71,14 +71,20 @@ class Jax(Backend):
     ) -> Carrier:
         if engine == "native":
             raise RuntimeError("engine='native' cannot run here: JAX computes its own arrays")
-        if when is None or when:
+        old, new = list(map(_array, averages)), list(map(_array, variables))
+        if isinstance(old[0], jax.core.Tracer):
+            moved = [self.blend(a, v, decay, when) for a, v in zip(old, new, strict=True)]
+        elif when is None or when:
             at = decay()
-            moved = _blended(list(map(_array, averages)), list(map(_array, variables)), 1.0 - at, at == 0.0)
-            for average, value in zip(averages, moved, strict=True):
-                average.assign(value)
+            moved = _blended(old, new, 1.0 - at, at == 0.0)
+        else:
+            return "graph"
+        for average, value in zip(averages, moved, strict=True):
+            average.assign(value)
         return "graph"
 
     def blend(self, average: Any, value: Any, decay: Callable[[], Any], when: Any) -> Any:
+        self.traced = self.traced or isinstance(average, jax.core.Tracer)
         with jax.enable_x64(True):  # the weight is formed in float64, wherever the arrays are narrower
             at = decay()
             blended = _blend(average, value, 1.0 - at, at == 0.0)

@@ -90,6 +90,7 @@ class TensorFlow(Backend):
         when: Any,
         engine: Engine,
     ) -> Carrier:
+        self.traced = self.traced or not tf.executing_eagerly()
         carriers: list[Carrier] = []
 
         def update() -> None:

@@ -106,4 +106,5 @@ class Jax(Backend):
             return logs, (trained, others, moved, metrics)
 
         model.train_step = train_and_average
-        model.train_function = None  # one traced before would go on without
+        if model.train_function is not None:  # it was traced before
+            model.make_train_function(force=True)

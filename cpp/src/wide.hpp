@@ -44,6 +44,23 @@ inline void write(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// Writes a whole line past the caches; other threads see it after end_streaming().
+inline void stream_line(unsigned char* to, const unsigned char* from) {
+#if defined(__SSE2__)
+  for (size_t byte = 0; byte < 64; byte += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + byte), read<__m128i>(from + byte));
+  }
+#else
+  __builtin_memcpy(to, from, 64);
+#endif
+}
+
+inline void end_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // 16-bit halves to words and back, in their order. GCC 12 takes __builtin_convertvector apart, and
 // warns of the intrinsics without a mask.
 inline Words widen(Halves x) {

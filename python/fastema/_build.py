@@ -2,6 +2,7 @@
 
 import os
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from . import _core
@@ -57,6 +58,10 @@ def _installed(*distributions: str) -> str | None:
     return None
 
 
+# beside the extension module, which an editable install keeps elsewhere than the Python files
+OP_LIBRARY = Path(_core.__file__).with_name("_tensorflow_ops.so")
+
+
 def build_config() -> dict[str, Any]:
     """Tell what this build is and what it finds on this machine.
 
@@ -64,8 +69,9 @@ def build_config() -> dict[str, Any]:
         A dictionary with ``version``, ``compiler``, ``instruction_set`` (in use),
         ``instruction_sets`` (to choose from, best first), ``openmp`` (its specification's date as
         yyyymm; 0: built without), ``threads`` (what ``threads=0`` means here and now), ``cupy`` and
-        ``tensorflow`` (name and version, or None where not installed) and ``tensorflow_op`` (how
-        averages get into TensorFlow's variables).
+        ``tensorflow`` (name and version, or None where not installed) and ``tensorflow_op`` (the
+        tier of our op: ``"functional"`` makes new averages beside the old; None: no op, or no
+        TensorFlow).
 
     Example:
         >>> import fastema
@@ -77,5 +83,5 @@ def build_config() -> dict[str, Any]:
         **_core.build_config(),
         "cupy": _installed("cupy-cuda13x", "cupy-cuda12x", "cupy"),
         "tensorflow": tensorflow,
-        "tensorflow_op": "numpy_function" if tensorflow else None,
+        "tensorflow_op": "functional" if tensorflow and OP_LIBRARY.exists() else None,
     }

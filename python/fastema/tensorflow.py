@@ -1,18 +1,20 @@
 """Averaging and swapping lists of tf.Variables, in eager code and in graphs.
 
 A variable's buffer may be shared: with a tensor read earlier, with a constant, with another
-variable. So nothing here writes into one. New values are made beside the old and assigned; TensorFlow
-then takes over the new buffer, and whoever holds the old one keeps it unchanged.
+variable. So nothing here writes into one. Our op (cpp/tensorflow/ops.cpp) makes new averages beside the
+old, which are then assigned; TensorFlow takes over the new buffers, and whoever holds the old ones keeps
+them unchanged.
 """
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from . import functional
+from ._build import OP_LIBRARY
 
 __all__ = ["swap", "update"]
 
@@ -141,36 +143,35 @@ def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
             return f"averages[{i}] is {average.dtype.name}, values[{i}] {value.dtype.name}"
         if average.device and "CPU" not in average.device:
             return f"averages[{i}] lies on {average.device}"
+    if isinstance(_operations(), str):
+        _warn_once(_operations())
+        return str(_operations())
     return None
 
 
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"TensorFlow's own operations compute the averages: {reason}", stacklevel=2)
+
+
+@cache
+def _operations() -> Any:
+    """Load the library of our op; return its Python module, or the reason why there is none."""
+    try:
+        return tf.load_op_library(str(OP_LIBRARY))
+    except (tf.errors.OpError, OSError) as error:
+        return f"{OP_LIBRARY.name} cannot be loaded: {error}"
+
+
 def _update_natively(averages: list[Any], values: list[Any], decay: Any) -> None:
-    inputs = [tf.convert_to_tensor(x) for x in (*averages, *values)]
-    updated: Sequence[Any]
-    if tf.executing_eagerly():
-        updated = _average(decay.numpy(), *map(_buffer_of, inputs))
-    else:
-        # stateful: it keeps its place between the reads and the writes of its variables
-        types = [average.dtype for average in averages]
-        updated = tf.numpy_function(_average, [decay, *inputs], types, stateful=True, name="fastema_update")
-        for average, new in zip(averages, updated, strict=True):
-            new.set_shape(average.shape)
+    updated = _operations().fastema_update(
+        decay=decay,
+        averages=[tf.convert_to_tensor(average) for average in averages],
+        values=[tf.convert_to_tensor(value) for value in values],
+    )
     for average, new in zip(averages, updated, strict=True):
-        average.assign(new)
-
-
-def _buffer_of(tensor: Any) -> Any:
-    """Return what NumPy can look into: the tensor's own memory, but for bfloat16, which is copied."""
-    return tensor.numpy() if tensor.dtype == tf.bfloat16 else memoryview(tensor)
-
-
-def _average(decay: Any, *buffers: Any) -> list[np.ndarray]:
-    """Average copies: the buffers themselves are TensorFlow's own."""
-    half = len(buffers) // 2
-    averages = [np.array(average) for average in buffers[:half]]
-    values = [np.asarray(value) for value in buffers[half:]]
-    functional.update(averages, values, float(decay))
-    return averages
+        new.set_shape(average.shape)
+        average.assign(new, read_value=False)
 
 
 def blend(average: Any, value: Any, decay: Any) -> Any:

@@ -19,12 +19,13 @@ struct Span {
   DType dtype;
 };
 
-// update() writes the average and only reads the value; swap() writes both.
-// Both have one size, and no average overlaps anything else in the list.
+// update() writes the average (or `into`) and only reads the value; swap() writes both.
+// Both have one size, and nothing that is written overlaps anything else in the list.
 struct Pair {
   Span average;
   Span value;
   void* carry = nullptr;  // what a compensated average keeps beside it; as many elements
+  void* into = nullptr;   // where the new average is written, and the old one stays; null: in place
 };
 
 // Whether update() knows this mix of types.

@@ -1,0 +1,61 @@
+// The part of TensorFlow's C API that ops.cpp calls, declared here and resolved when the library is
+// loaded: so it is built without TensorFlow, and one binary serves every version. The API's C types
+// have no layout of ours.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastema::tf {
+
+struct Status;
+struct Tensor;
+struct OpDefinitionBuilder;
+struct ShapeInferenceContext;
+struct KernelBuilder;
+struct OpKernelConstruction;
+struct OpKernelContext;
+
+enum Code { kOk = 0, kInvalidArgument = 3, kUnimplemented = 12 };
+enum DataType { kFloat = 1, kDouble = 2, kBfloat16 = 14, kHalf = 19 };
+
+// name, result, parameters
+#define FASTEMA_TF_FUNCTIONS(F)                                                        \
+  F(NewStatus, Status*, ())                                                            \
+  F(DeleteStatus, void, (Status*))                                                     \
+  F(SetStatus, void, (Status*, Code, const char*))                                     \
+  F(GetCode, Code, (const Status*))                                                    \
+  F(NewOpDefinitionBuilder, OpDefinitionBuilder*, (const char*))                       \
+  F(OpDefinitionBuilderAddAttr, void, (OpDefinitionBuilder*, const char*))             \
+  F(OpDefinitionBuilderAddInput, void, (OpDefinitionBuilder*, const char*))            \
+  F(OpDefinitionBuilderAddOutput, void, (OpDefinitionBuilder*, const char*))           \
+  F(OpDefinitionBuilderSetIsStateful, void, (OpDefinitionBuilder*, bool))              \
+  F(OpDefinitionBuilderSetShapeInferenceFunction, void,                                \
+    (OpDefinitionBuilder*, void (*)(ShapeInferenceContext*, Status*)))                 \
+  F(RegisterOpDefinition, void, (OpDefinitionBuilder*, Status*))                       \
+  F(ShapeInferenceContextSetUnknownShape, void, (ShapeInferenceContext*, Status*))     \
+  F(NewKernelBuilder, KernelBuilder*,                                                  \
+    (const char*, const char*, void* (*)(OpKernelConstruction*),                       \
+     void (*)(void*, OpKernelContext*), void (*)(void*)))                              \
+  F(RegisterKernelBuilder, void, (const char*, KernelBuilder*, Status*))               \
+  F(OpKernelContext_Failure, void, (OpKernelContext*, Status*))                        \
+  F(NumInputs, int, (OpKernelContext*))                                                \
+  F(GetInput, void, (OpKernelContext*, int, Tensor**, Status*))                        \
+  F(AllocateOutput, Tensor*,                                                           \
+    (OpKernelContext*, int, DataType, const std::int64_t*, int, std::size_t, Status*)) \
+  F(DeleteTensor, void, (Tensor*))                                                     \
+  F(TensorData, void*, (const Tensor*))                                                \
+  F(TensorByteSize, std::size_t, (const Tensor*))                                      \
+  F(TensorElementCount, std::int64_t, (const Tensor*))                                 \
+  F(TensorType, DataType, (const Tensor*))                                             \
+  F(NumDims, int, (const Tensor*))                                                     \
+  F(Dim, std::int64_t, (const Tensor*, int))
+
+#define FASTEMA_TF_DECLARE(name, result, parameters) extern result(*name) parameters;
+FASTEMA_TF_FUNCTIONS(FASTEMA_TF_DECLARE)
+#undef FASTEMA_TF_DECLARE
+
+// Finds all of these in the TensorFlow of this process. Returns what is missing; null: nothing.
+const char* resolve() noexcept;
+
+}  // namespace fastema::tf

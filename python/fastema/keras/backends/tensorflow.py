@@ -79,7 +79,7 @@ class TensorFlow(Backend):
         if tf.executing_eagerly():
             return super().refusing(condition, variable, message)
         # XLA leaves this operation out
-        check = tf.debugging.assert_equal(native(variable), 0, message=message)
+        check = tf.raw_ops.Assert(condition=tf.equal(native(variable), 0), data=[message])
         return tf.control_dependencies([check])
 
     def update(

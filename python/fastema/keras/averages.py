@@ -75,7 +75,7 @@ class Averages:
     Args:
         settings: How they move.
         backend: Whose variables they are.
-        create: ``create(variable, dtype)`` makes the variable that holds an average, at zero.
+        create: ``create(variable, dtype)`` makes the variable that holds an average, at its initial value.
         key: ``key(variable)`` identifies a variable.
     """
 
@@ -124,7 +124,10 @@ class Averages:
                 if model is None:
                     return None
                 only = self.settings.trainable_weights_only
-                weights: Iterable[Any] = model.trainable_variables if only else model.variables
+                try:
+                    weights: Iterable[Any] = model.trainable_variables if only else model.variables
+                except ValueError:  # tf_keras: the model is not built yet
+                    return None
                 return weights
 
             self._named = weights
@@ -139,19 +142,17 @@ class Averages:
     def _pair(self) -> None:
         named = self._named()
         self.pairs = [
-            (variable, self._find_or_create(variable))
+            (variable, self.find_or_create(variable))
             for variable in (self._trained if named is None else named)
             if is_floating(variable)
         ]
         self._assign_loaded()
 
-    def _find_or_create(self, variable: Any) -> Any:
+    def find_or_create(self, variable: Any) -> Any:
+        """Return the average of a variable, made now if there is none."""
         key = self._key(variable)
         if key not in self._all:
-            average = self._create(variable, self.settings.dtype(variable))
-            if self.settings.initial_average == "weights":
-                self.backend.assign(average, variable)
-            self._all[key] = average
+            self._all[key] = self._create(variable, self.settings.dtype(variable))
         return self._all[key]
 
     # --- moving -----------------------------------------------------------------------------------

@@ -158,19 +158,7 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
         object.__setattr__(self, "_slots", {})
         object.__setattr__(self, "_waiting", Waiting())
         self._swapped = keras.Variable(0, dtype="int32", trainable=False, name="swapped")
-        if settings.biased:
-            warnings.warn(
-                f"with dynamic_decay=False, start_step={start_step} and averages that start at zero, the "
-                "averages stay close to zero for about 1 / (1 - average_decay) steps; use "
-                "initial_average='weights' or start_step=2",
-                stacklevel=2,
-            )
-        if self.use_ema:
-            warnings.warn(
-                "the wrapped optimizer has use_ema=True: at the end of fit it overwrites the weights with "
-                "its own average",
-                stacklevel=2,
-            )
+        warn_of(settings, optimizer)
 
     # --- building -------------------------------------------------------------------------------
 
@@ -216,7 +204,10 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
     def _create_average(self, variable: Any, dtype: str) -> Any:
         name = backends.name_of(variable).replace("/", "_").replace(":", "_")
         with self._backend.colocated(variable):
-            return self.add_variable(shape=variable.shape, dtype=dtype, name=f"{name}_average")
+            average = self.add_variable(shape=variable.shape, dtype=dtype, name=f"{name}_average")
+        if self._averages.settings.initial_average == "weights":
+            self._backend.assign(average, variable)
+        return average
 
     # --- training -------------------------------------------------------------------------------
 
@@ -525,26 +516,49 @@ def _trace_again(model: Any) -> None:
         )
 
 
-def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:
-    """Set the documented keywords on the optimizer that does the work, or on a new one like it."""
+def warn_of(settings: Settings, optimizer: Any) -> None:
+    """Warn of arguments that average less than they seem to."""
+    if settings.biased:
+        warnings.warn(
+            f"with dynamic_decay=False, start_step={settings.start_step} and averages that start at zero, "
+            "the averages stay close to zero for about 1 / (1 - average_decay) steps; use "
+            "initial_average='weights' or start_step=2",
+            stacklevel=3,
+        )
+    if getattr(optimizer, "use_ema", False):
+        warnings.warn(
+            "the wrapped optimizer has use_ema=True: at the end of fit it overwrites the weights with "
+            "its own average",
+            stacklevel=3,
+        )
+
+
+def check_keywords(inner: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the documented keywords that are given; refuse others, and two kinds of clipping."""
     unknown = set(kwargs) - set(_KWARGS)
     if unknown:
         raise TypeError(f"keywords must be among {', '.join(_KWARGS)}, got {', '.join(sorted(unknown))}")
     given = {name: value for name, value in kwargs.items() if value is not None}
-    inner = _innermost(optimizer)
     clipping = {
         name: value
         for name in _CLIPPING
         if (value := given.get(name, getattr(inner, name, None))) is not None
     }
-    if len(clipping) > 1:
+    if len(clipping) > 1 and not given.keys().isdisjoint(_CLIPPING):
         raise ValueError(f"only one of {', '.join(_CLIPPING)} can be set, got {clipping}")
     if "lr" in given or "decay" in given:
         warnings.warn(
             "lr and decay are old names: set learning_rate of the wrapped optimizer, to a rate or a schedule",
             DeprecationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
+    return given
+
+
+def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:
+    """Set the documented keywords on the optimizer that does the work, or on a new one like it."""
+    inner = _innermost(optimizer)
+    given = check_keywords(inner, kwargs)
     if "decay" in given and (inner.built or inner is not optimizer):
         raise ValueError("decay can only be set on an optimizer that is not built, nor wrapped itself")
     for name in _CLIPPING:

@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -48,7 +49,11 @@ def _delegated(name: str) -> property:
 
 
 @keras.saving.register_keras_serializable(package="fastema")
-class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  # type: ignore[misc]  # Keras is untyped
+class ExponentialMovingAverage(
+    DocumentedMembers,
+    keras.optimizers.Optimizer,  # type: ignore[misc]  # Keras is untyped
+    metaclass=ABCMeta,  # wrappers of tf_keras' optimizers are registered as instances
+):
     """Wraps a Keras optimizer and keeps an exponential moving average of the weights it trains.
 
     After every step ``average += (1 - decay) * (weight - average)``. Averaged weights generalise
@@ -69,7 +74,8 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
     each update.
 
     Args:
-        optimizer: The optimizer that trains: an instance, a name or a config.
+        optimizer: The optimizer that trains: an instance, a name or a config. One of tf_keras, legacy or
+            not, gives a wrapper that is an optimizer of tf_keras.
         trainable_weights_only: False also averages a model's non-trainable floating-point weights
             (the statistics of batch normalisation); call `shadow_copy` with the model then.
         average_decay: From 0 to 1; towards 1 averages over more steps (about ``1 / (1 - decay)``).
@@ -87,7 +93,7 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
             optimizer) and ``decay`` (its inverse time decay), all set on the wrapped optimizer.
 
     Raises:
-        TypeError: `optimizer` is not a Keras 3 optimizer, or a keyword is unknown.
+        TypeError: `optimizer` is not an optimizer, or a keyword is unknown.
         ValueError: An argument is outside of its range.
 
     Example:
@@ -114,6 +120,15 @@ class ExponentialMovingAverage(DocumentedMembers, keras.optimizers.Optimizer):  
     use_ema = _delegated("use_ema")
     ema_momentum = _delegated("ema_momentum")
     ema_overwrite_frequency = _delegated("ema_overwrite_frequency")
+
+    def __new__(cls, optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Make the wrapper that is of the same Keras as the optimizer within."""
+        of_tf_keras = any(kind.__module__.split(".")[0] == "tf_keras" for kind in type(optimizer).__mro__)
+        if cls is ExponentialMovingAverage and of_tf_keras:
+            from . import legacy  # noqa: PLC0415 - tf_keras is not needed otherwise
+
+            return legacy.wrap(optimizer, *args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(  # noqa: PLR0917 - the documented signature
         self,

@@ -329,6 +329,13 @@ class LegacyExponentialMovingAverage(_Shell, optimizers.legacy.Optimizer):  # ty
 
     _HAS_AGGREGATE_GRAD = True
 
+    def save_own_variables(self, store: Any) -> None:
+        for key, value in self._state_of_averages().items():
+            store[key] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        self._load_averages(keras3.arrays_in(store))
+
     def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(optimizer, *args, **kwargs)
         super()._track_trackable(self._optimizer, "base_optimizer")
@@ -456,8 +463,15 @@ class ExponentialMovingAverage(_Shell, optimizers.Optimizer):  # type: ignore[mi
     ema_overwrite_frequency = _delegated("ema_overwrite_frequency")
     jit_compile = _delegated("jit_compile")
 
-    save_own_variables = keras3.ExponentialMovingAverage.save_own_variables
-    load_own_variables = keras3.ExponentialMovingAverage.load_own_variables
+    _state_of_averages = keras3.ExponentialMovingAverage._state_of_averages
+    _load_averages = keras3.ExponentialMovingAverage._load_averages
+
+    def save_own_variables(self, store: Any) -> None:
+        for key, value in self._state_of_averages().items():
+            store[key] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        self._load_averages(keras3.arrays_in(store))
 
     def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(optimizer, *args, **kwargs)

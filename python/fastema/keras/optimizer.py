@@ -494,8 +494,7 @@ class ExponentialMovingAverage(
 
     def save_own_variables(self, store: Any) -> None:
         """Write the averages and whether the weights are swapped; the wrapped optimizer writes itself."""
-        store["swapped"] = self._backend.numpy(self._swapped)
-        for key, value in {**self._averages.state(), **self._added.state()}.items():
+        for key, value in {**self._state_of_averages(), **self._added.state()}.items():
             store[key] = value
 
     def load_own_variables(self, store: Any) -> None:
@@ -504,19 +503,30 @@ class ExponentialMovingAverage(
         Raises:
             ValueError: The file holds no averages, or they do not fit. Nothing is changed then.
         """
-        state = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - no dict
+        state = arrays_in(store)
+        added = self._added.take(state)
+        self._load_averages(state)
+        self._added.load(added)
+        if not self.built:
+            self._waiting.cover(self._optimizer)
+
+    def _state_of_averages(self) -> dict[str, np.ndarray]:
+        return {"swapped": self._backend.numpy(self._swapped), **self._averages.state()}
+
+    def _load_averages(self, state: dict[str, np.ndarray]) -> None:
         swapped = state.pop("swapped", None)
         if swapped is None:
             raise ValueError(
                 f"{self.name}: the file holds no averages; it was not saved with an ExponentialMovingAverage"
             )
-        added = self._added.take(state)
         if state:  # else it was saved before there were any
             self._averages.load(state)
             self._swapped.assign(swapped)
-        self._added.load(added)
-        if not self.built:
-            self._waiting.cover(self._optimizer)
+
+
+def arrays_in(store: Any) -> dict[str, np.ndarray]:
+    """Return what a store of Keras' files holds."""
+    return {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - it is no dict
 
 
 def _trace_again(model: Any) -> None:

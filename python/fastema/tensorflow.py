@@ -7,7 +7,7 @@ them unchanged.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -29,17 +29,25 @@ _NATIVE_MIXES = {  # average and value
 
 
 def update(
-    averages: Sequence[Any], values: Sequence[Any], decay: Any, *, engine: Engine = "auto"
+    averages: Sequence[Any],
+    values: Sequence[Any],
+    decay: Any,
+    *,
+    when: Any = None,
+    engine: Engine = "auto",
 ) -> Literal["native", "graph"]:
     """Move averages towards values: ``average += (1 - decay) * (value - average)``.
 
-    Works in eager code, in ``tf.function`` and under a ``tf.distribute`` strategy. A decay of 0
-    copies exactly.
+    Works in eager code, in ``tf.function`` and under a ``tf.distribute`` strategy, there in and
+    outside of replica contexts. Variables that differ between replicas, such as the statistics of
+    batch normalisation, enter as the mean of all replicas, so that their averages agree. A decay of
+    0 copies exactly.
 
     Args:
         averages: tf.Variables of any floating type and shape. Assigned.
         values: tf.Variables or tensors of the same shapes. Read.
         decay: From 0 to 1; a float or a scalar floating-point tensor, better of float64.
+        when: A boolean tensor: where it is false, nothing changes. None: always.
         engine: ``"native"``: the C++ core, with NumPy's bits; ``"graph"``: TensorFlow's operations,
             which XLA may fuse, then one unit in the last place may differ; ``"auto"``: native where
             it can run.
@@ -72,10 +80,17 @@ def update(
         raise RuntimeError(f"engine='native' cannot run here: {obstacle}")
     decay = tf.cast(decay, tf.float64) if tf.is_tensor(decay) else tf.constant(decay, tf.float64)
     if obstacle:
-        _update_by_framework(averages, values, decay)
+        _update_by_framework(averages, values, decay, when)
         return "graph"
-    _update_natively(averages, values, decay)
+    _do(lambda: _update_natively(averages, values, decay), when)
     return "native"
+
+
+def _do(action: Callable[[], None], when: Any) -> None:
+    if when is None:
+        action()
+    else:
+        tf.cond(when, action, lambda: None)
 
 
 def swap(a: Sequence[Any], b: Sequence[Any]) -> None:
@@ -136,7 +151,7 @@ def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
     """Say what keeps native code from running here; None where nothing does."""
     if not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         return "this is compiled by XLA (jit_compile=True)"
-    if tf.distribute.has_strategy():
+    if tf.distribute.has_strategy() or any(hasattr(average, "distribute_strategy") for average in averages):
         return "a tf.distribute strategy updates its variables itself"
     for i, (average, value) in enumerate(zip(averages, values, strict=True)):
         if (average.dtype, value.dtype) not in _NATIVE_MIXES:
@@ -174,26 +189,58 @@ def _update_natively(averages: list[Any], values: list[Any], decay: Any) -> None
         average.assign(new, read_value=False)
 
 
-def blend(average: Any, value: Any, decay: Any) -> Any:
-    """Return the average moved towards the value, by TensorFlow's operations.
+def _update_by_framework(averages: list[Any], values: list[Any], decay: Any, when: Any) -> None:
+    weight = 1.0 - decay
 
-    Args:
-        average: A tensor or variable of a floating type.
-        value: Another one.
-        decay: A float64 scalar.
-    """
-    compute = tf.float64 if average.dtype == tf.float64 else tf.float32
-    old, new = tf.cast(average, compute), tf.cast(value, compute)
-    blended = old + tf.cast(1.0 - decay, compute) * (new - old)
-    return tf.cast(tf.where(tf.equal(decay, 0.0), new, blended), average.dtype)
+    def update_one(average: Any, value: Any, decay: Any, weight: Any) -> None:
+        compute = _compute_type(average.dtype)
+        old, new = tf.cast(average, compute), tf.cast(value, compute)
+        blended = old + tf.cast(weight, compute) * (new - old)
+        average.assign(tf.cast(tf.where(tf.equal(decay, 0.0), new, blended), average.dtype))
+
+    def update_all(strategy: Any, values: list[Any], when: Any) -> None:
+        def update() -> None:
+            for average, value in zip(averages, values, strict=True):
+                strategy.extended.update(average, update_one, args=(value, decay, weight), group=False)
+
+        # the condition is asked here: in a replica context no branch of one may wait for other replicas
+        _do(update, None if when is None else strategy.experimental_local_results(when)[0])
+
+    def update_in_replica() -> None:
+        strategy = tf.distribute.get_strategy()
+        tf.__internal__.distribute.interim.maybe_merge_call(update_all, strategy, _agreed(values), when)
+
+    strategy = strategy_of(averages[0]) if averages else tf.distribute.get_strategy()
+    if strategy is tf.distribute.get_strategy() and not tf.distribute.in_cross_replica_context():
+        update_in_replica()
+    else:
+        strategy.run(update_in_replica)
 
 
-def _update_by_framework(averages: list[Any], values: list[Any], decay: Any) -> None:
-    def update_one(average: Any, value: Any, decay: Any) -> None:
-        average.assign(blend(average, value, decay))
+def _compute_type(dtype: tf.DType) -> tf.DType:
+    return tf.float64 if dtype == tf.float64 else tf.float32
 
-    def update_all(strategy: Any) -> None:
-        for average, value in zip(averages, values, strict=True):
-            strategy.extended.update(average, update_one, args=(value, decay), group=False)
 
-    tf.__internal__.distribute.interim.maybe_merge_call(update_all, tf.distribute.get_strategy())
+def _agreed(values: list[Any]) -> list[Any]:
+    """Replace variables that differ between replicas by their means; called in a replica context."""
+    context = tf.distribute.get_replica_context()
+    differing = [i for i, value in enumerate(values) if _differs(value)]
+    if not differing or context.num_replicas_in_sync == 1:
+        return values
+    # on the device of the replica: what is read lies on none in a graph, and is then not reduced
+    parts = [tf.identity(tf.cast(values[i], _compute_type(values[i].dtype))) for i in differing]
+    means = dict(zip(differing, context.all_reduce(tf.distribute.ReduceOp.MEAN, parts), strict=True))
+    return [means.get(i, value) for i, value in enumerate(values)]
+
+
+def _differs(value: Any) -> bool:
+    """Tell whether replicas may hold different values: those that they assign each for itself."""
+    return (
+        isinstance(value, tf.distribute.DistributedValues)
+        and isinstance(value, tf.Variable)
+        and not value.trainable
+        and (
+            value.aggregation == tf.VariableAggregation.NONE
+            or value.synchronization == tf.VariableSynchronization.ON_READ
+        )
+    )

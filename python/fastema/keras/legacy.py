@@ -106,6 +106,8 @@ class _Shell:
     has_shadow_copy = keras3.ExponentialMovingAverage.has_shadow_copy
     is_swapped = keras3.ExponentialMovingAverage.is_swapped
     swap_weights = keras3.ExponentialMovingAverage.swap_weights
+    _load_averages = keras3.ExponentialMovingAverage._load_averages
+    _state_of_averages = keras3.ExponentialMovingAverage._state_of_averages
 
     # --- building ---------------------------------------------------------------------------------
 
@@ -329,13 +331,6 @@ class LegacyExponentialMovingAverage(_Shell, optimizers.legacy.Optimizer):  # ty
 
     _HAS_AGGREGATE_GRAD = True
 
-    def save_own_variables(self, store: Any) -> None:
-        for key, value in self._state_of_averages().items():
-            store[key] = value
-
-    def load_own_variables(self, store: Any) -> None:
-        self._load_averages(keras3.arrays_in(store))
-
     def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(optimizer, *args, **kwargs)
         super()._track_trackable(self._optimizer, "base_optimizer")
@@ -463,14 +458,13 @@ class ExponentialMovingAverage(_Shell, optimizers.Optimizer):  # type: ignore[mi
     ema_overwrite_frequency = _delegated("ema_overwrite_frequency")
     jit_compile = _delegated("jit_compile")
 
-    _state_of_averages = keras3.ExponentialMovingAverage._state_of_averages
-    _load_averages = keras3.ExponentialMovingAverage._load_averages
-
     def save_own_variables(self, store: Any) -> None:
+        """Write the averages and whether the weights are swapped."""
         for key, value in self._state_of_averages().items():
             store[key] = value
 
     def load_own_variables(self, store: Any) -> None:
+        """Read what `save_own_variables` wrote."""
         self._load_averages(keras3.arrays_in(store))
 
     def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:

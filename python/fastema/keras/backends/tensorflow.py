@@ -91,21 +91,13 @@ class TensorFlow(Backend):
         engine: Engine,
     ) -> Carrier:
         self.traced = self.traced or not tf.executing_eagerly()
-        carriers: list[Carrier] = []
-
-        def update() -> None:
-            targets = [native(average) for average in averages]
-            values = [native(variable) for variable in variables]
-            carriers.append(engines.update(targets, values, decay(), engine=engine))
-
-        if when is None:
-            update()
-        elif tf.executing_eagerly():
-            if when:
-                update()
-        else:
-            tf.cond(when, update, lambda: None)
-        return carriers[0] if carriers else "native"
+        return engines.update(
+            [native(average) for average in averages],
+            [native(variable) for variable in variables],
+            decay(),
+            when=when,
+            engine=engine,
+        )
 
     def check_swap(self, same_types: bool) -> None:
         if not same_types and not tf.executing_eagerly():

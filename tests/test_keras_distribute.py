@@ -127,6 +127,28 @@ def test_statistics_that_differ_between_replicas_are_averaged_from_their_mean():
     """)
 
 
+def test_swap_twice_is_nothing_for_statistics_that_differ_between_replicas():
+    """Also where the raw weights are kept aside, as averages of another type cannot hold them."""
+    output_of("""
+        from distributed import assert_replicas_agree, differ, mirrored, replicas_of, step_of, train
+        from keras_replay import *
+
+        strategy = mirrored()
+        for dtype in (None, "float64"):
+            with strategy.scope():
+                model, optimizer = small_model(), wrap(trainable_weights_only=False, average_dtype=dtype)
+                optimizer.shadow_copy(model)
+            train(strategy, step_of(model, optimizer), [], epochs=1)
+            weights = [v for v in model.variables if v.dtype == "float32"]
+            assert any(differ(v) for v in weights)
+            everything = [*weights, *optimizer._averages]
+            before = [part for v in everything for part in replicas_of(v)]
+            with optimizer.averaged_weights():
+                assert_replicas_agree(weights)
+            assert_same_bits([part for v in everything for part in replicas_of(v)], before)
+    """)
+
+
 def test_loss_scaling_in_both_orders_and_skipped_steps_under_mirrored_strategy():
     output_of("""
         from distributed import assert_replicas_agree, batches, gradients_of, mirrored

@@ -11,6 +11,14 @@ from ... import tensorflow as engines
 from .base import Backend, Carrier, Engine, name_of, native, natives_of, variables_in
 
 
+def _parts(variable: Any) -> list[Any]:
+    """Return a variable or a held value as each replica of this process has it."""
+    if isinstance(variable, list):
+        return variable
+    variable = native(variable)
+    return list(variable.values) if isinstance(variable, tf.distribute.DistributedValues) else [variable]
+
+
 class TensorFlow(Backend):
     """See `Backend`."""
 
@@ -25,12 +33,16 @@ class TensorFlow(Backend):
         return context
 
     def numpy(self, variable: Any) -> np.ndarray:
-        return np.array(native(variable).numpy())
+        return np.array(_parts(variable)[0].numpy())
 
     def hold(self, variable: Any) -> Any:
-        return native(variable).read_value()
+        return [part.read_value() for part in _parts(variable)]
 
     def assign(self, variable: Any, value: Any) -> Any:
+        if isinstance(value, list):
+            for part, held in zip(_parts(variable), value, strict=True):
+                part.assign(held)
+            return None
         target = native(variable)
         return target.assign(tf.cast(native(value), target.dtype), read_value=False)
 

@@ -149,6 +149,43 @@ def test_swap_twice_is_nothing_for_statistics_that_differ_between_replicas():
     """)
 
 
+def test_gradients_that_are_summed_already_are_not_summed_again():
+    output_of("""
+        import pytest
+        from distributed import assert_replicas_agree, gradients_of, mirrored, step_of, train
+        from keras_replay import *
+
+        strategy = mirrored()
+
+        def trained(graph, summed):
+            with strategy.scope():
+                model = small_model()
+                optimizer = wrap(keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.01))
+            variables = model.trainable_variables
+
+            def step(x, y):
+                gradients = gradients_of(model, optimizer, x, y)
+                sums = tf.distribute.get_replica_context().all_reduce("sum", gradients)
+                optimizer.apply_gradients(zip(sums, variables), experimental_aggregate_gradients=False)
+
+            train(strategy, step if summed else step_of(model, optimizer), variables, graph, epochs=1)
+            if not graph:  # the next ones are summed again
+                train(strategy, step_of(model, optimizer), variables, graph, epochs=1)
+            assert_replicas_agree([*variables, *optimizer._averages])
+            return [v.numpy() for v in [*variables, *optimizer.variables]]
+
+        for graph in (True, False):
+            assert_same_bits(trained(graph, summed=True), trained(graph, summed=False))
+
+        with strategy.scope():
+            weight = keras.Variable(1.0)
+            optimizer = wrap(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
+        with pytest.raises(NotImplementedError, match="LossScaleOptimizer hands them on to another one"):
+            strategy.run(lambda: optimizer.apply_gradients([(1.0, weight)], None, False))
+        assert weight.numpy() == 1 and not optimizer.built
+    """)
+
+
 def test_loss_scaling_in_both_orders_and_skipped_steps_under_mirrored_strategy():
     output_of("""
         from distributed import assert_replicas_agree, batches, gradients_of, mirrored

@@ -4,7 +4,7 @@ import warnings
 import weakref
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -237,7 +237,8 @@ class ExponentialMovingAverage(
         Args:
             grads_and_vars: (gradient, variable) pairs. None of them: nothing happens.
             name: Ignored.
-            experimental_aggregate_gradients: Whether to sum the gradients of all replicas.
+            experimental_aggregate_gradients: Whether to sum the gradients of all replicas; False:
+                they are summed already.
 
         Returns:
             `iterations`.
@@ -247,7 +248,7 @@ class ExponentialMovingAverage(
             ValueError: No variable has a gradient.
             RuntimeError: Called in the cross-replica context of a strategy.
         """
-        self._backend.check_apply(experimental_aggregate_gradients)
+        self._backend.check_apply()
         try:
             pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
         except (TypeError, ValueError):
@@ -256,7 +257,9 @@ class ExponentialMovingAverage(
             ) from None
         if pairs:
             gradients, variables = zip(*pairs, strict=True)
-            self.apply(gradients, variables)
+            summed = not experimental_aggregate_gradients
+            with self._backend.summed_already(self._optimizer) if summed else nullcontext():
+                self.apply(gradients, variables)
         return self.iterations
 
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:

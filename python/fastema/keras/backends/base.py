@@ -118,8 +118,12 @@ class Backend:
 
     # --- steps ------------------------------------------------------------------------------------
 
-    def check_apply(self, aggregate: bool) -> None:
+    def check_apply(self) -> None:
         """Refuse to apply gradients where that is not possible."""
+
+    def summed_already(self, optimizer: Any) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Have an optimizer take each gradient as the sum of all replicas' in the context."""
+        return nullcontext()
 
     def count(self, iterations: Any) -> Any:
         """Return what the counter says now, whatever is assigned to it later."""

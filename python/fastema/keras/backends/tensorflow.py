@@ -1,9 +1,11 @@
 """tf.Variables: eager, in tf.function, under XLA and tf.distribute."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -17,6 +19,27 @@ def _parts(variable: Any) -> list[Any]:
         return variable
     variable = native(variable)
     return list(variable.values) if isinstance(variable, tf.distribute.DistributedValues) else [variable]
+
+
+_replica = threading.local()  # replicas are traced in threads, by turns
+
+
+@contextmanager
+def _summed_already(optimizer: Any) -> Iterator[None]:
+    """Have an optimizer of Keras take the gradients of this replica as the sums of all."""
+    if "_all_reduce_sum_gradients" not in vars(optimizer):
+        summed = optimizer._all_reduce_sum_gradients
+
+        def all_reduce(pairs: Any) -> Any:
+            return pairs if getattr(_replica, "summed_already", False) else summed(pairs)
+
+        # past Keras' tracking of attributes
+        object.__setattr__(optimizer, "_all_reduce_sum_gradients", all_reduce)
+    _replica.summed_already = True
+    try:
+        yield
+    finally:
+        _replica.summed_already = False
 
 
 class TensorFlow(Backend):
@@ -72,14 +95,22 @@ class TensorFlow(Backend):
                 raise ValueError(f"the loss has no gradient with respect to {name_of(variable)}")
         return list(found)
 
-    def check_apply(self, aggregate: bool) -> None:
+    def check_apply(self) -> None:
         if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
             raise RuntimeError(
                 "apply_gradients must be called in a replica context: use strategy.run, got the "
                 "cross-replica context"
             )
-        if not aggregate and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise NotImplementedError("experimental_aggregate_gradients=False with several replicas")
+
+    def summed_already(self, optimizer: Any) -> AbstractContextManager[None]:
+        if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+            return nullcontext()
+        if type(optimizer).apply is not keras.optimizers.Optimizer.apply:
+            raise NotImplementedError(
+                "experimental_aggregate_gradients=False with several replicas needs a wrapped optimizer that "
+                f"sums the gradients itself; {type(optimizer).__name__} hands them on to another one"
+            )
+        return _summed_already(optimizer)
 
     def count(self, iterations: Any) -> Any:
         return tf.identity(native(iterations))

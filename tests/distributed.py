@@ -14,7 +14,9 @@ from keras_replay import problem
 def output_of(code, *arguments, **environment):
     """Run a program that imports the modules of the tests and must succeed; return what it printed."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return processes.output_of(code, *arguments, PYTHONPATH=path, KERAS_BACKEND="tensorflow", **environment)
+    return processes.output_of(
+        code, *arguments, PYTHONPATH=path, **{"KERAS_BACKEND": "tensorflow", **environment}
+    )
 
 
 def free_ports(count):

@@ -169,7 +169,7 @@ class _Shell:
             ValueError: No variable has a gradient.
             RuntimeError: Called in the cross-replica context of a strategy.
         """
-        self._backend.check_apply(aggregate=True)
+        self._backend.check_apply()
         try:
             pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
         except (TypeError, ValueError):

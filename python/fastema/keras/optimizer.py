@@ -219,7 +219,12 @@ class ExponentialMovingAverage(
     def _create_average(self, variable: Any, dtype: str) -> Any:
         name = backends.name_of(variable).replace("/", "_").replace(":", "_")
         with self._backend.colocated(variable):
-            average = self.add_variable(shape=variable.shape, dtype=dtype, name=f"{name}_average")
+            average = self.add_variable(
+                shape=variable.shape,
+                dtype=dtype,
+                name=f"{name}_average",
+                layout=getattr(variable, "_layout", None),  # in JAX: its parts on the same devices
+            )
         if self._averages.settings.initial_average == "weights":
             self._backend.assign(average, variable)
         return average

@@ -38,7 +38,7 @@ def update(
 ) -> Literal["native", "graph"]:
     """Move averages towards values: ``average += (1 - decay) * (value - average)``.
 
-    Works in eager code, in ``tf.function`` and under a ``tf.distribute`` strategy, there in and
+    Works in eager code, in ``tf.function`` and under a ``tf.distribute`` strategy, in and
     outside of replica contexts. Variables that differ between replicas, such as the statistics of
     batch normalisation, enter as the mean of all replicas, so that their averages agree. A decay of
     0 copies exactly.
@@ -156,7 +156,7 @@ def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
     for i, (average, value) in enumerate(zip(averages, values, strict=True)):
         if (average.dtype, value.dtype) not in _NATIVE_MIXES:
             return f"averages[{i}] is {average.dtype.name}, values[{i}] {value.dtype.name}"
-        if average.device and "CPU" not in average.device:
+        if average.device and ("CPU" not in average.device or "/job:ps/" in average.device):
             return f"averages[{i}] lies on {average.device}"
     if isinstance(_operations(), str):
         _warn_once(_operations())

@@ -33,6 +33,7 @@ wrapped optimizer" is the one that trains, below a ``LossScaleOptimizer`` too.
 ======================= ==========================================================================
 """
 
+from .callbacks import AverageModelCheckpoint, SwapEMAWeights
 from .optimizer import ExponentialMovingAverage
 
-__all__ = ["ExponentialMovingAverage"]
+__all__ = ["AverageModelCheckpoint", "ExponentialMovingAverage", "SwapEMAWeights"]

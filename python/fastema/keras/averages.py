@@ -133,6 +133,11 @@ class Averages:
             self._named = weights
         self._pair()
 
+    @property
+    def lack_a_model(self) -> bool:
+        """Whether they are to be of more than the optimizer trains, and it is not known of what."""
+        return not self.settings.trainable_weights_only and self._named() is None
+
     def train(self, variables: Sequence[Any]) -> None:
         """Average the variables that the optimizer trains, unless `shadow` named others."""
         self._trained = list(variables)

@@ -6,15 +6,20 @@ import pytest
 
 from fastema.keras import AverageModelCheckpoint, ExponentialMovingAverage, SwapEMAWeights
 from keras_replay import assert_same_bits, averages_of, problem, small_model, wrap
+from processes import output_of
 
-X, Y = problem()
+X, Y = problem(32)  # two steps of 16 make an epoch
+
+
+def averaging():
+    return wrap(keras.optimizers.SGD(0.05, momentum=0.9))
 
 
 def use_ema():
-    return keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.5)
+    return keras.optimizers.SGD(0.05, momentum=0.9, use_ema=True, ema_momentum=0.5)
 
 
-def compiled(make=wrap, **arguments):
+def compiled(make=averaging, **arguments):
     model = small_model()
     arguments = {"run_eagerly": True, **arguments}  # no tracing, or the tests take minutes
     model.compile(make(), loss="mse", **arguments)
@@ -26,7 +31,7 @@ def fit(model, *callbacks, epochs=1, **arguments):
     return model.fit(X, Y, epochs=epochs, shuffle=False, verbose=0, callbacks=list(callbacks), **arguments)
 
 
-def trained(make=wrap, epochs=2, **arguments):
+def trained(make=averaging, epochs=2, **arguments):
     """Return a trained model; with Keras' own averages, one whose weights differ from them."""
     model = compiled(make, **arguments)
     fit(model, epochs=epochs)
@@ -84,7 +89,7 @@ def fail(model):
     raise KeyError("a callback failed")
 
 
-both = pytest.mark.parametrize("make", [wrap, use_ema])
+both = pytest.mark.parametrize("make", [averaging, use_ema])
 
 
 # --- evaluate and predict ---------------------------------------------------------------------------------
@@ -133,7 +138,7 @@ def slots_of(model):
 @both
 @pytest.mark.parametrize(
     ("compiling", "fitting"),
-    [({}, {}), ({}, {"validation_freq": 2}), ({"run_eagerly": False, "steps_per_execution": 3}, {})],
+    [({}, {}), ({}, {"validation_freq": 2}), ({"run_eagerly": False, "steps_per_execution": 2}, {})],
     ids=["plain", "validation_freq", "steps_per_execution"],
 )
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
@@ -320,10 +325,10 @@ def test_early_stopping_leaves_averages_and_weights_as_fit_leaves_them(make):
 def test_reduce_lr_on_plateau_reduces_by_the_validation_of_averages():
     model = compiled()
     reduce = keras.callbacks.ReduceLROnPlateau("val_loss", mode="max", factor=0.5, patience=1)
-    history = fit(model, SwapEMAWeights(swap_on_epoch=True), reduce, epochs=3)
-    losses = history.history["val_loss"]
-    assert losses[2] < losses[1] < losses[0]  # worse and worse, in this mode
-    assert float(model.optimizer.learning_rate.numpy()) == np.float32(0.01) * 0.25
+    losses = fit(model, SwapEMAWeights(), reduce, epochs=4).history["val_loss"]
+    worse = [loss <= max(losses[:i]) for i, loss in enumerate(losses) if i]
+    assert any(worse)
+    assert model.optimizer.learning_rate.numpy() == np.float32(0.05) * 0.5 ** sum(worse)
 
 
 def test_model_checkpoint_after_it_saves_averages(tmp_path):
@@ -342,7 +347,7 @@ def test_backup_and_restore_resumes_with_the_bits_of_a_run_that_never_stopped(tm
     def callbacks(*more):
         return [SwapEMAWeights(swap_on_epoch=True), keras.callbacks.BackupAndRestore(tmp_path), *more]
 
-    interrupt = At("on_epoch_begin", do=lambda m: fail(m) if m.optimizer.iterations.numpy() == 8 else None)
+    interrupt = At("on_epoch_begin", do=lambda m: fail(m) if m.optimizer.iterations.numpy() == 4 else None)
     with pytest.raises(KeyError):
         fit(compiled(), *callbacks(interrupt), epochs=4)
     model, plain = compiled(), compiled()
@@ -399,7 +404,7 @@ def test_a_checkpoint_holds_averages_and_training_is_as_without(make, tmp_path):
 @pytest.mark.parametrize("statistics", [False, True])
 def test_a_checkpoint_trains_on_with_the_bits_of_a_run_that_never_stopped(tmp_path, resume, statistics):
     def make():
-        return wrap(trainable_weights_only=not statistics)
+        return wrap(keras.optimizers.SGD(0.05), trainable_weights_only=not statistics)
 
     save = AverageModelCheckpoint(tmp_path / "model.keras")
     fit(compiled(make), save, epochs=2)
@@ -503,9 +508,9 @@ def test_weights_only_and_a_frequency_in_batches(tmp_path):
     model, averages = compiled(), []
     look = At("on_train_batch_end", do=lambda m: averages.append(averages_of(m.optimizer)))
     path = str(tmp_path / "{epoch}-{batch}.weights.h5")
-    fit(model, look, AverageModelCheckpoint(path, save_weights_only=True, save_freq=3), epochs=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1-3.weights.h5", "2-2.weights.h5"]
-    for name, step in (("1-3", 2), ("2-2", 5)):
+    fit(model, look, AverageModelCheckpoint(path, save_weights_only=True, save_freq=3), epochs=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2-1.weights.h5", "3-2.weights.h5"]
+    for name, step in (("2-1", 2), ("3-2", 5)):
         resumed = compiled()
         resumed.optimizer.build(resumed.trainable_variables)
         resumed.load_weights(tmp_path / f"{name}.weights.h5")
@@ -530,3 +535,175 @@ def test_a_checkpoint_of_mixed_precision_loads_and_trains_on(tmp_path):
 def test_arguments_in_the_order_of_tensorflow_addons_are_refused():
     with pytest.raises(TypeError, match="filepath must be a path, before update_weights, got False"):
         AverageModelCheckpoint(False, "model.keras")
+
+
+# --- other backends, other devices ------------------------------------------------------------------------
+
+# JAX's trainer keeps the state of a run to itself: it empties the variables during a step, and fills them
+# with what it knew last when the step fails.
+ANYWHERE = """
+    import sys
+
+    import keras, numpy as np
+    from fastema.keras import AverageModelCheckpoint, ExponentialMovingAverage, SwapEMAWeights
+
+    rng = np.random.default_rng(7)
+    X, Y = rng.standard_normal((2, 32, 4)).astype(np.float32)
+
+    class Failing(keras.layers.Layer):
+        fails = False
+
+        def call(self, x, training=False):
+            if self.fails and not training:
+                raise KeyError("in a step")
+            return x
+
+    class At(keras.callbacks.Callback):
+        def __init__(self, *hooks, do):
+            super().__init__()
+            for hook in hooks:
+                setattr(self, hook, lambda *_, **__: do(self.model))
+
+    def numpy(variables):
+        return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
+
+    def weights(model):
+        return numpy(model.trainable_variables)
+
+    def averages(model):
+        if isinstance(model.optimizer, ExponentialMovingAverage):
+            return numpy(model.optimizer.variables[-len(model.trainable_variables) :])
+        return numpy(model.optimizer._model_variables_moving_average)
+
+    def everything(model):
+        return numpy([*model.variables, *model.optimizer.variables])
+
+    def same(xs, ys):
+        assert len(xs) == len(ys) and all(x.tobytes() == y.tobytes() for x, y in zip(xs, ys))
+
+    def use_ema():
+        return keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5)
+
+    def compiled(optimizer):
+        keras.utils.set_random_seed(3)
+        layers = [keras.layers.Dense(5), keras.layers.BatchNormalization(), Failing(), keras.layers.Dense(4)]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        model.compile(optimizer, loss="mse")
+        return model
+
+    def fit(model, *callbacks, epochs=3):
+        arguments = {"validation_data": (X, Y), "batch_size": 16, "shuffle": False, "verbose": 0}
+        model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **arguments)
+
+    plain = compiled(use_ema())
+    fit(plain)
+
+    # fit trains as without, and validates averages
+    for swap_on_epoch in (False, True):
+        seen, expected = [], []
+        look = At("on_test_begin", do=lambda m: (seen.extend(weights(m)), expected.extend(averages(m))))
+        model = compiled(use_ema())
+        fit(model, SwapEMAWeights(swap_on_epoch), look)
+        same(everything(model), everything(plain))
+        same(seen, expected)
+
+    # a checkpoint holds averages, training is as without
+    path, expected = sys.argv[1] + "/{epoch}.keras", []
+    look = At("on_epoch_end", do=lambda m: expected.append(averages(m)))
+    model = compiled(use_ema())
+    fit(model, look, AverageModelCheckpoint(path))
+    same(everything(model), everything(plain))
+    for epoch in (1, 2, 3):
+        objects = {"Failing": Failing}
+        same(weights(keras.saving.load_model(path.format(epoch=epoch), objects)), expected[epoch - 1])
+    model = compiled(use_ema())
+    fit(model, AverageModelCheckpoint(path, update_weights=True))
+    same(weights(model), averages(model))
+
+    # after a failure in fit the weights are back
+    for hook, step_fails in (("on_test_begin", True), ("on_test_batch_end", False), ("on_epoch_end", False)):
+        kept = []
+
+        def fail(model):
+            Failing.fails = step_fails
+            if not step_fails:
+                raise KeyError("in a callback")
+
+        model = compiled(use_ema())
+        model.make_test_function(force=True)
+        keep = At("on_train_batch_end", do=lambda m: kept.append((weights(m), averages(m))))
+        try:
+            with SwapEMAWeights(swap_on_epoch=True) as swap:
+                fit(model, swap, keep, At(hook, do=fail))
+        except KeyError:
+            Failing.fails = False
+        else:
+            raise AssertionError("nothing failed")
+        same(weights(model), kept[-1][0])
+        same(averages(model), kept[-1][1])
+
+    # evaluate and predict show averages, and the weights come back, also after a step failed
+    for make in (use_ema, lambda: ExponentialMovingAverage(keras.optimizers.SGD(0.05))):
+        for run, arguments in (("evaluate", {"x": X, "y": Y}), ("predict", {"x": X})):
+            model = compiled(make())
+            model.optimizer.build(model.trainable_variables)
+            slots = model.optimizer.variables[-len(model.trainable_variables) :]
+            for slot in slots:
+                slot.assign(rng.standard_normal(slot.shape))
+            before, expected, seen = everything(model), averages(model), []
+            look = At("on_test_begin", "on_predict_begin", do=lambda m: seen.extend(weights(m)))
+            swap = SwapEMAWeights()
+            for fails in (False, True, False):
+                model.make_test_function(force=True)
+                model.make_predict_function(force=True)
+                Failing.fails = fails
+                try:
+                    getattr(model, run)(**arguments, verbose=0, callbacks=[swap, look])
+                except KeyError:
+                    assert fails
+                    swap.restore()
+                else:
+                    assert not fails
+                same(everything(model), before)
+            same(seen, expected * 3)
+    print(keras.backend.backend())
+"""
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_on_other_backends(backend, tmp_path):
+    assert output_of(ANYWHERE, tmp_path, KERAS_BACKEND=backend) == backend
+
+
+MIRRORED = """
+    import keras, numpy as np, tensorflow as tf
+    from fastema.keras import ExponentialMovingAverage, SwapEMAWeights
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    x = np.random.default_rng(7).standard_normal((32, 4)).astype(np.float32)
+
+    def everywhere(model):
+        variables = [v.value for v in [*model.variables, *model.optimizer.variables]]
+        return [copy.numpy().tobytes() for v in variables for copy in getattr(v, "values", [v])]
+
+    for make in (
+        lambda: ExponentialMovingAverage(keras.optimizers.SGD(0.05)),
+        lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5),
+    ):
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+            model.compile(make(), loss="mse")
+        swap = SwapEMAWeights(swap_on_epoch=True)
+        model.fit(x, x, validation_data=(x, x), verbose=0, callbacks=[swap])
+        model.trainable_variables[0].assign_add(np.ones((4, 4), np.float32))
+        before = everywhere(model)
+        averaged = model.evaluate(x, x, verbose=0, callbacks=[swap])
+        assert averaged != model.evaluate(x, x, verbose=0)
+        assert everywhere(model) == before
+    print("done")
+"""
+
+
+def test_under_a_mirrored_strategy_every_replica_gets_its_weights_back():
+    assert output_of(MIRRORED) == "done"

@@ -96,6 +96,7 @@ class Averages:
         self._trained: list[Any] = []  # the variables that the optimizer trains
         self._places: dict[Key, int] = {}  # and the place of each among them
         self._named: Callable[[], Iterable[Any] | None] = lambda: None  # those that `shadow` named
+        self._unstarted: list[tuple[Any, Any]] = []  # pairs that had no value to start at
         self._raw: dict[Key, Any] = {}  # weights kept aside while swapped
         self._loaded: dict[str, np.ndarray] = {}  # values that came before their averages
 
@@ -161,6 +162,21 @@ class Averages:
         return self._all[key]
 
     # --- moving -----------------------------------------------------------------------------------
+
+    def start_at_weight(self, variable: Any, average: Any) -> None:
+        """Assign an average its variable, or do it at the first step if there is no value yet."""
+        if self.backend.has_value(variable):
+            self.backend.assign(average, variable)
+        else:
+            self._unstarted.append((variable, average))
+
+    def start(self) -> None:
+        """Start at the weights where these had no value when their averages were created.
+
+        To be called before each step: variables that a first trace creates get their values after it.
+        """
+        if self._unstarted:
+            self.backend.once(lambda: [self.backend.assign(a, v) for v, a in self._unstarted])
 
     def update(self, step: Any, when: Any = None) -> None:
         """Average once, if this step is one that averages.

@@ -276,11 +276,14 @@ class DocumentedMembers:
         everything = [*self._optimizer.variables, *self._averages, *self._added]
         cold = [*self._inner_state(), *self._added]
         targets = next((x for x in (state, everything, cold) if len(x) == len(weights)), None)
+        if targets is None and not self.built:
+            raise ValueError(
+                "You are calling set_weights() on an optimizer that is not built: call build(variables) first"
+            )
         if targets is None:
             raise ValueError(
                 f"weights must have {len(state)} arrays as from get_weights(), {len(everything)} with the "
                 f"learning rate or {len(cold)} without the averages, got {len(weights)}"
-                + ("" if self.built else "; the optimizer is not built: call build(variables) first")
             )
         arrays = [np.asarray(weight) for weight in weights]
         for i, (variable, array) in enumerate(zip(targets, arrays, strict=True)):

@@ -111,6 +111,8 @@ class ExponentialMovingAverage(
     _averages: Averages
     _backend: backends.Backend
     _waiting: Waiting
+    _scaled_above = False  # whether something above takes care of the loss scale
+    _iterations = _delegated("_iterations")
     clipnorm = _delegated("clipnorm")
     clipvalue = _delegated("clipvalue")
     global_clipnorm = _delegated("global_clipnorm")
@@ -175,14 +177,48 @@ class ExponentialMovingAverage(
         self._swapped = keras.Variable(0, dtype="int32", trainable=False, name="swapped")
         warn_of(settings, optimizer)
 
+    # --- the attributes of the wrapped optimizer ----------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """Find in the wrapped optimizer what is not of the wrapper: ``momentum``, ``optimizers``, ..."""
+        missing = "_optimizer" not in self.__dict__ or name.startswith(("__", "_self_"))
+        if missing or hasattr(type(self), name):  # a property that raised raises again
+            return super().__getattribute__(name)
+        return getattr(self._optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set in the wrapped optimizer what is not of the wrapper."""
+        if "_optimizer" not in self.__dict__:
+            super().__setattr__(name, value)
+        elif name == "loss_scale_factor":
+            # Keras' wrappers set it to say that they scale the loss, and a scale within would divide the
+            # gradients again. Noticed here: Keras leaves out the property where the value is the same.
+            object.__setattr__(self, "_scaled_above", True)
+            setattr(_innermost(self._optimizer), name, value)
+        elif (
+            name.startswith("_")
+            or name in self.__dict__
+            or hasattr(type(self), name)
+            or not hasattr(self._optimizer, name)
+        ):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._optimizer, name, value)
+
+    def _training(self) -> Any:
+        """Return what takes the gradients: below its scaling of the loss, where that is done above."""
+        return _innermost(self._optimizer) if self._scaled_above else self._optimizer
+
     # --- building -------------------------------------------------------------------------------
 
     def build(self, variables: Sequence[Any]) -> None:
         """Create the state for these variables: the wrapped optimizer's, then an average each."""
         if self.built:
             return
-        with self._backend.creation(), keras.name_scope(self.name, caller=self):
+        with keras.name_scope(self.name, caller=self):
+            # not within creation(): the variables may come to be in this very trace, without values yet
             self._optimizer.build(list(variables))
+        with self._backend.creation(), keras.name_scope(self.name, caller=self):
             # plain lists, or Keras would track the model's variables as the optimizer's own
             object.__setattr__(self, "_trainable_variables", list(variables))
             for i, variable in enumerate(variables):
@@ -226,7 +262,7 @@ class ExponentialMovingAverage(
                 layout=getattr(variable, "_layout", None),  # in JAX: its parts on the same devices
             )
         if self._averages.settings.initial_average == "weights":
-            self._backend.assign(average, variable)
+            self._averages.start_at_weight(variable, average)
         return average
 
     # --- training -------------------------------------------------------------------------------
@@ -276,9 +312,10 @@ class ExponentialMovingAverage(
             trainable_variables = list(trainable_variables)
             if not self.built:
                 self.build(trainable_variables)
-        with self._refusing_while_swapped("train"):
+        with self._refusing_while_swapped("train", [*self._trainable_variables, *self._optimizer.variables]):
+            self._averages.start()
             before = self._backend.count(self.iterations)
-            self._optimizer.apply(grads, trainable_variables)
+            self._training().apply(grads, trainable_variables)
         step = self._backend.count(self.iterations)
         self._averages.update(step, None if self._always_advances() else step > before)
 
@@ -306,10 +343,16 @@ class ExponentialMovingAverage(
             )
         # a LossScaleOptimizer passes variables
         before = [v.value if isinstance(v, keras.Variable) else v for v in optimizer_variables]
-        inner = len(self._optimizer.variables)
+        places = {id(variable): i for i, variable in enumerate(self.variables)}
+        training = self._training()
+        inner = [places[id(variable)] for variable in training.variables]
         with self._refusing_while_swapped("train"):
-            weights, state = self._optimizer.stateless_apply(before[:inner], grads, trainable_variables)
-        after = [*state, *before[inner:]]
+            weights, state = training.stateless_apply(
+                [before[place] for place in inner], grads, trainable_variables
+            )
+        after = list(before)
+        for place, value in zip(inner, state, strict=True):
+            after[place] = value
         moved = self._moved(self.variables, before, after, self._trainable_variables, weights)
         return list(weights), moved
 
@@ -344,7 +387,7 @@ class ExponentialMovingAverage(
     def _always_advances(self) -> bool:
         """Whether each call is a step: not where gradients accumulate, or steps may be skipped."""
         return not self.gradient_accumulation_steps and not isinstance(
-            self._optimizer, keras.optimizers.LossScaleOptimizer
+            self._training(), keras.optimizers.LossScaleOptimizer
         )
 
     def update_average(self, strategy: Any = None) -> None:  # noqa: ARG002 - of the original: not needed
@@ -427,11 +470,12 @@ class ExponentialMovingAverage(
             assigned = self._averages.assign_to(var_list)
         return self._backend.group(assigned)
 
-    def _refusing_while_swapped(self, what: str) -> Any:
+    def _refusing_while_swapped(self, what: str, changing: Sequence[Any] = ()) -> Any:
         return self._backend.refusing(
             lambda: self.is_swapped,
             self._swapped,
             f"cannot {what} while the weights are swapped: call swap_weights() first",
+            changing,
         )
 
     # --- what Keras asks of an optimizer ----------------------------------------------------------
@@ -468,7 +512,14 @@ class ExponentialMovingAverage(
 
     def scale_loss(self, loss: Any) -> Any:
         """Scale a loss as the wrapped optimizer wants it."""
-        return self._optimizer.scale_loss(loss)
+        return self._training().scale_loss(loss)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Update a variable as the wrapped optimizer does."""
+        self._optimizer.update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables: Any) -> None:
+        self._optimizer._apply_weight_decay(variables)
 
     def finalize_variable_values(self, var_list: Any) -> None:
         """Do what the wrapped optimizer does at the end of training; the averages stay aside."""

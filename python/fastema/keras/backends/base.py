@@ -80,6 +80,10 @@ class Backend:
         """Return a copy of a variable's value, in the type of the variable."""
         raise NotImplementedError
 
+    def has_value(self, variable: Any) -> bool:  # noqa: ARG002
+        """Tell whether a variable can be read: not in the trace that creates it."""
+        return True
+
     def hold(self, variable: Any) -> Any:
         """Return a variable's value, to be assigned again later; nothing is lost on the way."""
         raise NotImplementedError
@@ -118,6 +122,10 @@ class Backend:
 
     # --- steps ------------------------------------------------------------------------------------
 
+    def once(self, action: Callable[[], Any]) -> None:
+        """Act at the first of all steps, also where every step runs one trace."""
+        raise NotImplementedError
+
     def check_apply(self) -> None:
         """Refuse to apply gradients where that is not possible."""
 
@@ -133,13 +141,20 @@ class Backend:
         """Return a counted step as a float64, and the array library that computes with it."""
         return float(step), np
 
-    def refusing(self, condition: Callable[[], bool], variable: Any, message: str) -> Any:  # noqa: ARG002
+    def refusing(
+        self,
+        condition: Callable[[], bool],
+        variable: Any,  # noqa: ARG002
+        message: str,
+        changing: Sequence[Any] = (),  # noqa: ARG002
+    ) -> Any:
         """Return a context whose operations raise if the condition holds.
 
         Args:
             condition: Asked in eager code.
             variable: Zero where the condition does not hold; asked in a graph.
             message: Of the RuntimeError.
+            changing: The variables that the operations change, if these are known.
         """
         if condition():
             raise RuntimeError(message)

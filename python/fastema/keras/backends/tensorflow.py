@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from ... import tensorflow as engines
 from .base import Backend, Carrier, Engine, name_of, native, natives_of, variables_in
@@ -45,6 +46,9 @@ def _summed_already(optimizer: Any) -> Iterator[None]:
 class TensorFlow(Backend):
     """See `Backend`."""
 
+    def __init__(self) -> None:
+        self._done: tf.Variable | None = None
+
     def creation(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = tf.init_scope()
         return context
@@ -57,6 +61,10 @@ class TensorFlow(Backend):
 
     def numpy(self, variable: Any) -> np.ndarray:
         return np.array(_parts(variable)[0].numpy())
+
+    def has_value(self, variable: Any) -> bool:
+        with tf.init_scope():
+            return not tf.executing_eagerly() or bool(native(variable).is_initialized())
 
     def hold(self, variable: Any) -> Any:
         return [part.read_value() for part in _parts(variable)]
@@ -95,6 +103,16 @@ class TensorFlow(Backend):
                 raise ValueError(f"the loss has no gradient with respect to {name_of(variable)}")
         return list(found)
 
+    def once(self, action: Callable[[], Any]) -> None:
+        with tf.init_scope():
+            done = self._done = tf.Variable(False) if self._done is None else self._done
+
+        def act() -> None:
+            action()
+            done.assign(True, read_value=False)
+
+        tf.cond(done, lambda: None, act)
+
     def check_apply(self) -> None:
         if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
             raise RuntimeError(
@@ -118,12 +136,30 @@ class TensorFlow(Backend):
     def number(self, step: Any) -> tuple[Any, Any]:
         return tf.cast(step, tf.float64), tf
 
-    def refusing(self, condition: Callable[[], bool], variable: Any, message: str) -> Any:
+    def refusing(
+        self, condition: Callable[[], bool], variable: Any, message: str, changing: Sequence[Any] = ()
+    ) -> Any:
         if tf.executing_eagerly():
             return super().refusing(condition, variable, message)
+
         # XLA leaves this operation out
-        check = tf.raw_ops.Assert(condition=tf.equal(native(variable), 0), data=[message])
-        return tf.control_dependencies([check])
+        def check() -> Any:
+            return tf.raw_ops.Assert(condition=tf.equal(native(variable), 0), data=[message])
+
+        if not changing or tf.distribute.has_strategy():
+            return tf.control_dependencies([check()])
+
+        # A control dependency of every operation keeps TensorFlow from folding the constants of a rate:
+        # training would differ by a rounding. A branch that seems to assign the variables comes before
+        # what uses them, and before nothing else.
+        def refuse() -> None:
+            with tf.control_dependencies([check()]):
+                for changed in map(native, changing):
+                    changed.assign(changed, read_value=False)
+
+        if not GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            tf.cond(tf.equal(native(variable), 0), lambda: None, refuse)
+        return nullcontext()
 
     def update(
         self,

@@ -342,7 +342,7 @@ def test_set_weights_that_do_not_fit_change_nothing(trained):
     ):
         optimizer.set_weights(other)
     assert_same_bits(optimizer.get_weights(), before)
-    with pytest.raises(ValueError, match=r"the optimizer is not built: call build\(variables\) first"):
+    with pytest.raises(ValueError, match=r"not built: call build\(variables\) first"):
         wrap().set_weights(before)
 
 

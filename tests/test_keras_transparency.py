@@ -63,9 +63,9 @@ def run_tests_of_keras(tmp_path, backend, wrapped, files, arguments=()):
         "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)]),
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    command = (
-        f"{sys.executable} -B -m pytest -q --tb=short -Wignore -p no:cacheprovider -p keras_wrapped".split()
-    )
+    # -P: in Keras' folder lie modules that are named like those of Python
+    options = "-P -B -m pytest -q --tb=short -Wignore -p no:cacheprovider -p keras_wrapped"
+    command = [sys.executable, *options.split()]
     done = subprocess.run(
         [*command, f"-c={settings}", f"--rootdir={KERAS}", f"--junitxml={report}", *arguments, *files],
         cwd=KERAS,
@@ -74,7 +74,9 @@ def run_tests_of_keras(tmp_path, backend, wrapped, files, arguments=()):
         text=True,
         check=False,
     )
-    assert done.returncode in (0, 1), done.stdout[-5000:] + done.stderr[-5000:]  # 1: tests failed
+    output = done.stdout[-5000:] + done.stderr[-5000:]
+    assert done.returncode in (0, 1), output  # 1: tests failed
+    assert report.exists(), output
     outcomes = {}
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         module, _, name = case.get("classname").rpartition(".")

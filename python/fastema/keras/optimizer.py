@@ -215,8 +215,10 @@ class ExponentialMovingAverage(
         """Create the state for these variables: the wrapped optimizer's, then an average each."""
         if self.built:
             return
-        with keras.name_scope(self.name, caller=self):
-            # not within creation(): the variables may come to be in this very trace, without values yet
+        # Variables that come to be in this very trace have no values yet, which the wrapped optimizer may
+        # want to read.
+        known = all(map(self._backend.has_value, variables))
+        with self._backend.creation() if known else nullcontext(), keras.name_scope(self.name, caller=self):
             self._optimizer.build(list(variables))
         with self._backend.creation(), keras.name_scope(self.name, caller=self):
             # plain lists, or Keras would track the model's variables as the optimizer's own

@@ -15,6 +15,7 @@ from keras_replay import assert_same_bits, replay
 def test_fit_under_mirrored_strategy_averages_the_same_in_all_replicas():
     output_of("""
         from distributed import assert_replicas_agree, mirrored
+        import tensorflow as tf
         from keras_replay import *
 
         with mirrored().scope():
@@ -31,6 +32,7 @@ def test_a_custom_loop_under_mirrored_strategy_averages_the_same_in_all_replicas
     """With update_every, which asks a condition: in a replica it must not wait for the others."""
     output_of(f"""
         from distributed import assert_replicas_agree, mirrored, step_of, train
+        import tensorflow as tf
         from keras_replay import *
 
         strategy = mirrored()
@@ -49,6 +51,7 @@ def test_mirrored_weights_and_averages_change_places_outside_of_the_scope_and_ar
         """
         import sys
         from distributed import assert_replicas_agree, mirrored, replicas_of, step_of, train
+        import tensorflow as tf
         from keras_replay import *
 
         path = sys.argv[1]
@@ -93,6 +96,7 @@ def test_statistics_that_differ_between_replicas_are_averaged_from_their_mean():
     """Each replica normalises its own part of a batch; the original's averages of these drift apart."""
     output_of("""
         from distributed import assert_replicas_agree, differ, mirrored, replicas_of, step_of, train
+        import tensorflow as tf
         from keras_replay import *
 
         class Mean:  # of a variable's replicas
@@ -131,6 +135,7 @@ def test_swap_twice_is_nothing_for_statistics_that_differ_between_replicas():
     """Also where the raw weights are kept aside, as averages of another type cannot hold them."""
     output_of("""
         from distributed import assert_replicas_agree, differ, mirrored, replicas_of, step_of, train
+        import tensorflow as tf
         from keras_replay import *
 
         strategy = mirrored()
@@ -153,6 +158,7 @@ def test_gradients_that_are_summed_already_are_not_summed_again():
     output_of("""
         import pytest
         from distributed import assert_replicas_agree, gradients_of, mirrored, step_of, train
+        import tensorflow as tf
         from keras_replay import *
 
         strategy = mirrored()
@@ -189,6 +195,7 @@ def test_gradients_that_are_summed_already_are_not_summed_again():
 def test_loss_scaling_in_both_orders_and_skipped_steps_under_mirrored_strategy():
     output_of("""
         from distributed import assert_replicas_agree, batches, gradients_of, mirrored
+        import tensorflow as tf
         from keras_replay import *
 
         strategy = mirrored()
@@ -223,6 +230,7 @@ def test_gradient_accumulation_under_mirrored_strategy_averages_real_updates():
     """In eager code: in a graph plain Keras fails, as it waits for other replicas in a condition."""
     output_of("""
         from distributed import assert_replicas_agree, mirrored, step_of, train
+        import tensorflow as tf
         from keras_replay import *
 
         strategy = mirrored()
@@ -245,6 +253,7 @@ def test_workers_of_multi_worker_mirrored_strategy_hold_the_same_averages(tmp_pa
         import tensorflow as tf
         strategy = tf.distribute.MultiWorkerMirroredStrategy()  # before any operation
         from distributed import replicas_of, step_of, train
+        import tensorflow as tf
         from keras_replay import *
 
         with strategy.scope():
@@ -288,6 +297,7 @@ def test_averages_on_a_parameter_server_equal_the_replay():
         resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(cluster, rpc_layer="grpc")
         strategy = tf.distribute.ParameterServerStrategy(resolver)
         from distributed import step_of
+        import tensorflow as tf
         from keras_replay import *
 
         with strategy.scope():

@@ -4,7 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from fastema.bench import bench_accuracy, bench_cold, bench_memory, bench_update
+from fastema.bench import (
+    bench_accuracy,
+    bench_cold,
+    bench_keras,
+    bench_memory,
+    bench_tensorflow,
+    bench_update,
+)
 
 from fastema import __main__ as command
 
@@ -39,6 +46,16 @@ def test_cold_calls_can_be_measured(capsys):
     printed = capsys.readouterr().out
     assert "1,048,576" in printed
     assert "10 x 10, cold" in printed
+
+
+def test_a_step_of_keras_can_be_measured(capsys):
+    bench_keras.main(["--quick", "--samples", "1"])
+    assert "200 small, tensorflow" in capsys.readouterr().out
+
+
+def test_updates_of_tensorflow_can_be_measured(capsys):
+    bench_tensorflow.main(["--quick", "--samples", "1"])
+    assert "first call, fastema" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -86,6 +86,7 @@ class Torch(Backend):
 
     def blend(self, average: Any, value: Any, decay: Callable[[], Any], when: Any) -> Any:
         with torch.no_grad():
+            average, value = torch.as_tensor(average), torch.as_tensor(value)
             return _blended(average, value, float(decay())) if when is None or when else average
 
     def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:

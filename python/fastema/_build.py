@@ -59,7 +59,7 @@ def _installed(*distributions: str) -> str | None:
 
 
 # beside the extension module, which an editable install keeps elsewhere than the Python files
-OP_LIBRARY = Path(_core.__file__).with_name("_tensorflow_ops.so")
+OP_LIBRARY = Path(_core.__file__).parent / "lib" / "fastema_tensorflow.so"
 
 
 def build_config() -> dict[str, Any]:

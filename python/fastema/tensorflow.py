@@ -173,9 +173,12 @@ def _warn_once(reason: str) -> None:
 def _operations() -> Any:
     """Load the library of our op; return its Python module, or the reason why there is none."""
     try:
-        return tf.load_op_library(str(OP_LIBRARY))
+        library = tf.load_op_library(str(OP_LIBRARY))
     except (tf.errors.OpError, OSError) as error:
         return f"{OP_LIBRARY.name} cannot be loaded: {error}"
+    if not hasattr(library, "fastema_update"):
+        return f"{OP_LIBRARY.name} does not find all it needs in TensorFlow {tf.__version__}"
+    return library
 
 
 def _update_natively(averages: list[Any], values: list[Any], decay: Any) -> None:

@@ -1,6 +1,7 @@
 """Averaging tf.Variables: NumPy's bits, and never a write into memory that TensorFlow shares."""
 
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 import fastema.tensorflow as engines
 import oracle
+from processes import output_of
 
 MODES = ["eager", "graph", "xla"]
 
@@ -165,3 +167,59 @@ def test_bad_input_is_refused_and_nothing_changes():
     ):
         engines.swap([a], [tf.Variable([1.0, 2.0], dtype=tf.float64)])
     assert a.numpy().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_lists_larger_than_caches_have_numpys_bits(rng, mode):
+    """They are written past the caches."""
+    a, v = (rng.standard_normal(2_300_001).astype(np.float32) for _ in range(2))
+    average, value = tf.Variable(a), tf.Variable(v)
+    run(mode, lambda: engines.update([average], [value], 0.9))
+    assert oracle.same_bits(average.numpy(), oracle.update(a, v, 0.9))
+    assert oracle.same_bits(value.numpy(), v)
+
+
+def test_a_reader_in_another_thread_never_sees_half_an_update():
+    """All elements are alike, before and after each update."""
+    average, value = tf.Variable(tf.zeros(3_000_000)), tf.Variable(tf.ones(3_000_000))
+    update = tf.function(lambda: engines.update([average], [value], 0.999, engine="native") and None)
+    update()
+    torn, stop = [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            seen = average.read_value().numpy()
+            torn.append(bool(seen[0] != seen[-1] or seen.min() != seen.max()))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        while len(torn) < 300:
+            update()
+    finally:
+        stop.set()
+        reader.join()
+    assert not any(torn)
+
+
+def test_a_library_that_cannot_be_loaded_is_said_once_and_the_framework_averages():
+    code = """
+        import warnings
+        import tensorflow as tf
+        import fastema.tensorflow as engines
+        from pathlib import Path
+
+        engines.OP_LIBRARY = Path("/nowhere/op.so")
+        average = tf.Variable([0.0])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert [engines.update([average], [tf.ones(1)], 0.5) for _ in range(2)] == ["graph"] * 2
+        assert len([w for w in said if "op.so cannot be loaded" in str(w.message)]) == 1, said
+        assert average.numpy() == 0.75
+        try:
+            engines.update([average], [tf.ones(1)], 0.5, engine="native")
+        except RuntimeError as error:
+            assert "cannot be loaded" in str(error)
+            print("fine")
+    """
+    assert output_of(code) == "fine"

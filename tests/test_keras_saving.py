@@ -69,6 +69,22 @@ def test_saved_while_swapped_both_sides_come_back_the_right_way_round(tmp_path):
     assert_same_bits(everything_of(loaded), before)
 
 
+def test_half_a_swap_is_refused_until_the_model_is_named(tmp_path):
+    """A loaded optimizer is told of trainable weights only: the statistics would stay behind."""
+    model, optimizer = small_model(), wrap(trainable_weights_only=False)
+    optimizer.shadow_copy(model)
+    fit(model, optimizer, epochs=1)
+    before = everything_of(model)
+    with optimizer.averaged_weights():
+        model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    with pytest.raises(RuntimeError, match=r"call shadow_copy\(model\) first"):
+        loaded.optimizer.swap_weights()
+    loaded.optimizer.shadow_copy(loaded)
+    loaded.optimizer.swap_weights()
+    assert sorted(x.tobytes() for x in everything_of(loaded)) == sorted(x.tobytes() for x in before)
+
+
 def test_16_bit_weights_saved_while_swapped_come_back_exactly(tmp_path):
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, dtype="bfloat16")])

@@ -294,6 +294,11 @@ class Averages:
         self._loaded = dict(state)
         self._assign_loaded()
 
+    @property
+    def waits_for_a_model(self) -> bool:
+        """Whether averages of weights were loaded that no optimizer trains, and that nobody named yet."""
+        return bool(self._loaded) and not self.settings.trainable_weights_only
+
     def _assign_loaded(self) -> None:
         if not self._loaded or not self._places:  # they are known once the optimizer is built
             return

@@ -193,7 +193,7 @@ class ExponentialMovingAverage(
         elif name == "loss_scale_factor":
             # Keras' wrappers set it to say that they scale the loss, and a scale within would divide the
             # gradients again. Noticed here: Keras leaves out the property where the value is the same.
-            object.__setattr__(self, "_scaled_above", True)
+            object.__setattr__(self, "_scaled_above", value is None)
             setattr(_innermost(self._optimizer), name, value)
         elif (
             name.startswith("_")
@@ -422,10 +422,13 @@ class ExponentialMovingAverage(
         weight is kept aside and comes back exactly.
 
         Raises:
-            RuntimeError: There are no averages, or the call is made in a replica context.
+            RuntimeError: There are no averages, or loaded ones whose weights are not known yet, or the call
+                is made in a replica context.
         """
         if not self._averages.pairs:
             raise RuntimeError("there are no averages to swap: train a step, or call shadow_copy(model)")
+        if self._averages.waits_for_a_model:
+            raise RuntimeError("averages of non-trainable weights were loaded: call shadow_copy(model) first")
         self._averages.swap(back=self.is_swapped)
         self._swapped.assign(1 - self._swapped)
 

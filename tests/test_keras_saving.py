@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from fastema.keras import ExponentialMovingAverage
 from keras_replay import assert_same_bits, averages_of, fit, small_model, wrap
@@ -151,3 +152,29 @@ def test_serialize_and_deserialize():
     again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert isinstance(again, ExponentialMovingAverage)
     assert again.get_config() == optimizer.get_config()
+
+
+@pytest.mark.parametrize("initial", ["zeros", "weights"])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("built", [False, True])
+def test_a_tensorflow_checkpoint_is_the_state_whether_read_before_or_after_building(
+    built, swapped, initial, tmp_path
+):
+    model, optimizer = small_model(), wrap(initial_average=initial)
+    fit(model, optimizer, epochs=1)
+    before = everything_of(model)
+    if swapped:
+        optimizer.swap_weights()
+    path = tf.train.Checkpoint(model=model, optimizer=optimizer).write(str(tmp_path / "checkpoint"))
+    again, fresh = small_model(seed=4), wrap(initial_average=initial)
+    if built:
+        fresh.build(again.trainable_variables)
+    status = tf.train.Checkpoint(model=again, optimizer=fresh).read(path)
+    if not built:
+        fresh.build(again.trainable_variables)
+    status.assert_existing_objects_matched()
+    assert fresh.is_swapped == swapped
+    if swapped:
+        fresh.swap_weights()
+    again.compile(fresh, "mse")
+    assert_same_bits(everything_of(again), before)

@@ -163,12 +163,9 @@ class Averages:
 
     # --- moving -----------------------------------------------------------------------------------
 
-    def start_at_weight(self, variable: Any, average: Any) -> None:
-        """Assign an average its variable, or do it at the first step if there is no value yet."""
-        if self.backend.has_value(variable):
-            self.backend.assign(average, variable)
-        else:
-            self._unstarted.append((variable, average))
+    def start_later(self, variable: Any, average: Any) -> None:
+        """Have `start` assign an average its variable, which has no value yet."""
+        self._unstarted.append((variable, average))
 
     def start(self) -> None:
         """Start at the weights where these had no value when their averages were created.

@@ -256,15 +256,23 @@ class ExponentialMovingAverage(
 
     def _create_average(self, variable: Any, dtype: str) -> Any:
         name = backends.name_of(variable).replace("/", "_").replace(":", "_")
+        at_weight = self._averages.settings.initial_average == "weights"
+        known = at_weight and self._backend.has_value(variable)
+
+        def weight(shape: Any, dtype: Any = None) -> Any:  # noqa: ARG001 - of an initializer
+            return keras.ops.copy(keras.ops.cast(backends.native(variable), dtype))
+
         with self._backend.colocated(variable):
             average = self.add_variable(
                 shape=variable.shape,
                 dtype=dtype,
+                # not assigned later: a checkpoint read before restores what is made here
+                initializer=weight if known else "zeros",
                 name=f"{name}_average",
                 layout=getattr(variable, "_layout", None),  # in JAX: its parts on the same devices
             )
-        if self._averages.settings.initial_average == "weights":
-            self._averages.start_at_weight(variable, average)
+        if at_weight and not known:
+            self._averages.start_later(variable, average)
         return average
 
     # --- training -------------------------------------------------------------------------------

@@ -1,9 +1,18 @@
 """Programs in processes of their own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
+
+import pytest
+
+
+def skip_without(package):
+    """Skip a test whose program needs a package; it is not imported here."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
 
 
 def python(code, *arguments, **environment):

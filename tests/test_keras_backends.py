@@ -1,6 +1,5 @@
 """Keras on TensorFlow, JAX and torch: keras_everywhere.py on each, in a process of its own."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -9,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from processes import skip_without
+
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_what_holds_everywhere_holds_here(backend):
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
+    skip_without(backend)
     tests = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / "keras_everywhere.py")],

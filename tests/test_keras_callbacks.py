@@ -6,7 +6,7 @@ import pytest
 
 from fastema.keras import AverageModelCheckpoint, ExponentialMovingAverage, SwapEMAWeights
 from keras_replay import assert_same_bits, averages_of, problem, small_model, wrap
-from processes import output_of
+from processes import output_of, skip_without
 
 X, Y = problem(32)  # two steps of 16 make an epoch
 
@@ -672,6 +672,7 @@ ANYWHERE = """
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_on_other_backends(backend, tmp_path):
+    skip_without(backend)
     assert output_of(ANYWHERE, tmp_path, KERAS_BACKEND=backend) == backend
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from distributed import output_of
+from processes import skip_without
 
 FOUR_CPUS = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "KERAS_BACKEND": "jax"}
 
@@ -64,4 +65,5 @@ PROGRAM = """
 
 @pytest.mark.parametrize("kind", ["data", "model"])
 def test_averages_are_sharded_as_their_weights_are(kind):
+    skip_without("jax")
     output_of(PROGRAM, kind, **FOUR_CPUS)

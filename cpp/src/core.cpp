@@ -132,16 +132,17 @@ struct Updater {
     for (std::size_t k = 0; k < decays.size(); ++k) {
       const std::size_t index = group * decays.size() + k;
       if (pairs[index].into == nullptr) {
-        update_one(pairs[index], index, decays[k], first, size);
+        update_one(index, decays[k], first, size, at(pairs[index].average, first));
       } else {
-        update_beside(pairs[index], index, decays[k], first, size);
+        update_beside(index, decays[k], first, size);
       }
     }
   }
 
   // By way of a buffer, so that every kernel can and none has to be written twice.
-  void update_beside(const Pair& pair, std::size_t index, double decay, std::size_t first,
+  void update_beside(std::size_t index, double decay, std::size_t first,
                      std::size_t size) const noexcept {
+    const Pair& pair = pairs[index];
     alignas(kLine) std::byte buffer[kBuffer];
     const std::size_t element = size_of(pair.average.dtype);
     const std::size_t step = kBuffer / element;
@@ -149,7 +150,7 @@ struct Updater {
       const std::size_t from = first + done;
       const std::size_t count = std::min(step, size - done);
       std::memcpy(buffer, at(pair.average, from), count * element);
-      update_one(pair, index, decay, from, count, buffer);
+      update_one(index, decay, from, count, buffer);
       void* to = static_cast<std::byte*>(pair.into) + from * element;
       if (far) {
         kernels.stream(to, buffer, count * element);
@@ -157,11 +158,13 @@ struct Updater {
         std::memcpy(to, buffer, count * element);
       }
     }
+    if (far) kernels.end_streaming();
   }
 
-  void update_one(const Pair& pair, std::size_t index, double decay, std::size_t first,
-                  std::size_t size, void* average = nullptr) const noexcept {
-    if (average == nullptr) average = at(pair.average, first);
+  // `average` is where the elements from `first` on are now.
+  void update_one(std::size_t index, double decay, std::size_t first, std::size_t size,
+                  void* average) const noexcept {
+    const Pair& pair = pairs[index];
     const Mix& mix = *mix_of(kernels, pair.average.dtype, pair.value.dtype);
     Run run{average, nullptr, at(pair.value, first), size, 1.0 - decay, {}, far};
     if (pair.carry != nullptr) {

@@ -275,7 +275,6 @@ void stream(void* to, const void* from, size_t bytes) noexcept {
   __builtin_memcpy(out, in, i);
   for (; bytes - i >= kLine; i += kLine) stream_line(out + i, in + i);
   __builtin_memcpy(out + i, in + i, bytes - i);
-  end_streaming();
 }
 
 }  // namespace
@@ -299,6 +298,7 @@ const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
     .f64_from_f32 = {update<double, float>, copy_f64_from_f32, nullptr, nullptr},
     .swap = swap,
     .stream = stream,
+    .end_streaming = end_streaming,
 };
 
 }  // namespace fastema

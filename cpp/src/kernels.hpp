@@ -29,6 +29,7 @@ struct Run {
 using Kernel = void (*)(const Run& run) noexcept;
 using Swap = void (*)(void* a, void* b, size_t bytes) noexcept;
 using Stream = void (*)(void* to, const void* from, size_t bytes) noexcept;
+using Fence = void (*)() noexcept;
 
 // What can be done with averages of one type and values of another; null: not offered.
 struct Mix {
@@ -43,7 +44,8 @@ struct Kernels {
   Mix f16, bf16, f32, f64;  // average and value of one type
   Mix f32_from_f16, f32_from_bf16, f64_from_f32;
   Swap swap;
-  Stream stream;  // a copy that leaves the caches alone
+  Stream stream;        // a copy that leaves the caches alone
+  Fence end_streaming;  // other threads see the copies after it
 };
 
 }  // namespace fastema

@@ -55,7 +55,7 @@ inline void stream_line(unsigned char* to, const unsigned char* from) {
 #endif
 }
 
-inline void end_streaming() {
+inline void end_streaming() noexcept {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif

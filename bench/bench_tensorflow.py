@@ -7,12 +7,13 @@ One update in a tf.function (or eagerly), each contestant with variables of its 
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from . import harness
 from .lists import LISTS, Shapes, arrays, elements
+from .rivals import RIVALS
 
 DECAY = 0.999
+OTHERS = ("TensorFlow function", "TensorFlow jit_compile", "Keras use_ema, function", "TensorFlow eager")
 MODELS: dict[str, Shapes] = {
     "one of 50M": [(50_000_100,)],
     "ResNet-50": LISTS["ResNet-50"],
@@ -27,37 +28,16 @@ def contestants(shapes: Shapes) -> dict[str, Callable[[], object]]:
 
     import fastema.tensorflow
 
-    values = [tf.Variable(array) for array in arrays(shapes, "f32", 2)]
+    averages, values = arrays(shapes, "f32", 1), arrays(shapes, "f32", 2)
 
-    def averages() -> list[Any]:
-        return [tf.Variable(array) for array in arrays(shapes, "f32", 1)]
-
-    def ours(mine: list[Any]) -> None:
-        fastema.tensorflow.update(mine, values, DECAY, engine="native")
-
-    def plain(mine: list[Any]) -> None:
-        for average, value in zip(mine, values, strict=True):
-            average.assign_sub((1.0 - DECAY) * (average - value))
-
-    def keras_way(mine: list[Any]) -> None:  # what use_ema=True of Keras' optimizers does
-        for average, value in zip(mine, values, strict=True):
-            average.assign(DECAY * average + (1.0 - DECAY) * value)
-
-    def call(function: Callable[[list[Any]], None], **how: Any) -> Callable[[], object]:
-        mine = averages()
-        return tf.function(lambda: function(mine), **how)
-
-    def eager(function: Callable[[list[Any]], None]) -> Callable[[], object]:
-        mine = averages()
-        return lambda: function(mine)
+    def ours() -> Callable[[], object]:
+        lists = [[tf.Variable(array) for array in x] for x in (averages, values)]
+        return lambda: fastema.tensorflow.update(*lists, DECAY, engine="native")
 
     return {
-        "fastema": call(ours),
-        "TensorFlow function": call(plain),
-        "TensorFlow jit_compile": call(plain, jit_compile=True),
-        "Keras' use_ema, function": call(keras_way),
-        "fastema, eager": eager(ours),
-        "TensorFlow eager": eager(plain),
+        "fastema": tf.function(ours()),
+        "fastema, eager": ours(),
+        **{name: RIVALS[name](averages, values, DECAY) for name in OTHERS},
     }
 
 

@@ -497,7 +497,9 @@ def test_slots_are_the_averages_the_users_own_and_the_inner_ones(kind):
     assert optimizer.add_slot(weight, "mine") is mine
     assert optimizer.get_slot(weight, "mine") is mine
     assert optimizer.add_slot(weight, "average") is optimizer.get_slot(weight, "average")
-    assert optimizer.get_slot(weight, "m").numpy().tolist() == pytest.approx([0.1, 0.1])  # 1 - beta_1
+    # 1 - beta_1: beta_1 rounded before (legacy), or the difference after
+    exact = {float(np.float32(1) - np.float32(0.9)), float(np.float32(1 - 0.9))}
+    assert set(optimizer.get_slot(weight, "m").numpy().tolist()) <= exact
     assert {"average", "mine"} <= set(optimizer.get_slot_names())
     assert any(v is mine for v in optimizer.variables())
     scalar = optimizer.add_slot(weight, "scalar", initializer=tf.constant(3.0), shape=[])

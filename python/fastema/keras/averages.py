@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import ml_dtypes
@@ -186,10 +187,14 @@ class Averages:
             self.engine = self.backend.update(
                 [average for _, average in self.pairs],
                 [variable for variable, _ in self.pairs],
-                lambda: self.settings.decay(*self.backend.number(step)),
+                self._decay_of(step),
                 self._due(step, when),
                 self.settings.engine,
             )
+
+    def _decay_of(self, step: Any) -> Callable[[], Any]:
+        """Return what computes the decay where it is first needed, and only there."""
+        return cache(lambda: self.settings.decay(*self.backend.number(step)))
 
     def _due(self, step: Any, when: Any) -> Any:
         if self.settings.update_every == 1:
@@ -214,15 +219,11 @@ class Averages:
         self.engine = "graph"
         after = dict(zip(map(id, self), values, strict=True))
         paired = {self._key(variable): id(average) for variable, average in self.pairs}
+        decay, due = self._decay_of(step), self._due(step, when)
         for variable, weight in zip(variables, weights, strict=True):
             average = paired.get(self._key(variable))
             if average is not None:
-                after[average] = self.backend.blend(
-                    after[average],
-                    weight,
-                    lambda: self.settings.decay(*self.backend.number(step)),
-                    self._due(step, when),
-                )
+                after[average] = self.backend.blend(after[average], weight, decay, due)
         return list(after.values())
 
     def assign_to(self, variables: Iterable[Any]) -> list[Any]:

@@ -99,7 +99,7 @@ class DocumentedMembers:
     _added: Added
     _slots: dict[tuple[Any, str], tuple[Any, Any]]  # (key, name): (variable, slot)
     _trainable_variables: Sequence[Any]
-    _counter: Any
+    _iterations: Any
     add_variable: Callable[..., Any]
     apply_gradients: Callable[..., Any]
     scale_loss: Callable[[Any], Any]
@@ -300,7 +300,7 @@ class DocumentedMembers:
         return [*self._inner_state(), *self._averages, *self._added]
 
     def _inner_state(self) -> list[Any]:
-        count = self._counter  # `iterations` is no variable where gradients accumulate
+        count = self._iterations  # `iterations` is no variable where gradients accumulate
         return [
             count,
             *(v for v in self._optimizer.variables if v is not count and v.name != "learning_rate"),

@@ -376,7 +376,7 @@ class ExponentialMovingAverage(
     ) -> list[Any]:
         """Return the values `after` of variables of this optimizer (or one around it), averages moved."""
         places = {id(variable): i for i, variable in enumerate(own)}
-        iterations = _innermost(self._optimizer)._iterations  # as it counts accumulated gradients, too
+        iterations = self._iterations  # as it counts accumulated gradients, too
         if not all(id(variable) in places for variable in (iterations, *self._averages)):
             return list(after)  # it belongs to another optimizer by now
         counter, each = places[id(iterations)], self.gradient_accumulation_steps or 1
@@ -506,11 +506,6 @@ class ExponentialMovingAverage(
     def iterations(self) -> Any:
         """The number of steps so far: those of the wrapped optimizer."""
         return self._optimizer.iterations
-
-    @property
-    def _counter(self) -> Any:
-        """The variable that counts the steps, below any division by accumulated gradients."""
-        return _innermost(self._optimizer)._iterations
 
     @property
     def learning_rate(self) -> Any:

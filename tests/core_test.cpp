@@ -209,26 +209,36 @@ void check_several(const Case& c) {
   }
 }
 
-// A new average beside the old one is what it would have become in its place.
-template <class T>
+// A new average beside the old one is what it would have become in its place, also where the two
+// begin at other places in their lines.
+template <class A, class V>
 void check_beside(const Case& c) {
-  auto a = noise<T>(c.size + c.offset, 1), v = noise<T>(c.size + c.offset, 2);
+  auto a = noise<A>(c.size + c.offset, 1);
+  auto v = noise<V>(c.size + c.offset, 2);
   const auto before = a;
-  auto made = noise<T>(c.size + c.offset, 3);
-  const double decay = 0.9;
-  const Options options{c.threads, true, 11, 12};
-  const Pair beside{span(a, c.offset), span(v, c.offset), nullptr, span(made, c.offset).data};
-  fastema::update({&beside, 1}, {&decay, 1}, options);
-  expect(same(a.data(), before.data(), a.size()), Type<T>::name, "an average beside which", c);
-  const Pair in_place{span(a, c.offset), span(v, c.offset)};
-  fastema::update({&in_place, 1}, {&decay, 1}, options);
-  expect(same(made.data() + c.offset, a.data() + c.offset, c.size), Type<T>::name, "beside", c);
+  auto made = noise<A>(c.size + 3, 3);
+  for (const bool stochastic : {false, true}) {
+    for (const double decay : {0.9, 0.0}) {
+      const Options options{c.threads, stochastic, 11, 12};
+      const Pair beside{span(a, c.offset), span(v, c.offset), nullptr, made.data() + 3};
+      fastema::update({&beside, 1}, {&decay, 1}, options);
+      expect(same(a.data(), before.data(), a.size()), Type<A>::name, "an average beside which", c);
+      auto moved = before;
+      const Pair in_place{span(moved, c.offset), span(v, c.offset)};
+      fastema::update({&in_place, 1}, {&decay, 1}, options);
+      expect(same(made.data() + 3, moved.data() + c.offset, c.size), Type<A>::name, "beside", c);
+    }
+  }
 }
 
 void check_all(const Case& c) {
-  check_beside<bf16>(c);
-  check_beside<float>(c);
-  check_beside<double>(c);
+  check_beside<bf16, bf16>(c);
+  check_beside<f16, f16>(c);
+  check_beside<float, float>(c);
+  check_beside<double, double>(c);
+  check_beside<float, bf16>(c);
+  check_beside<float, f16>(c);
+  check_beside<double, float>(c);
   check_update<float, float>(c, false);
   check_update<double, double>(c, false);
   check_update<float, bf16>(c, false);

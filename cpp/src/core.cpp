@@ -14,7 +14,6 @@ namespace {
 // Both measured by bench/bench_update.py, in bytes of averages.
 constexpr std::size_t kPiece = std::size_t{512} << 10;
 constexpr std::size_t kCached = std::size_t{8} << 20;  // smaller lists may well lie in caches
-constexpr std::size_t kBuffer = std::size_t{8} << 10;  // lies in the fastest cache
 
 const Mix* mix_of(const Kernels& kernels, DType average, DType value) noexcept {
   if (average == value) {
@@ -131,42 +130,25 @@ struct Updater {
   void operator()(std::size_t group, std::size_t first, std::size_t size) const noexcept {
     for (std::size_t k = 0; k < decays.size(); ++k) {
       const std::size_t index = group * decays.size() + k;
-      if (pairs[index].into == nullptr) {
-        update_one(index, decays[k], first, size, at(pairs[index].average, first));
-      } else {
-        update_beside(index, decays[k], first, size);
-      }
+      update_one(index, decays[k], first, size);
     }
   }
 
-  // By way of a buffer, so that every kernel can and none has to be written twice.
-  void update_beside(std::size_t index, double decay, std::size_t first,
-                     std::size_t size) const noexcept {
-    const Pair& pair = pairs[index];
-    alignas(kLine) std::byte buffer[kBuffer];
-    const std::size_t element = size_of(pair.average.dtype);
-    const std::size_t step = kBuffer / element;
-    for (std::size_t done = 0; done < size; done += step) {
-      const std::size_t from = first + done;
-      const std::size_t count = std::min(step, size - done);
-      std::memcpy(buffer, at(pair.average, from), count * element);
-      update_one(index, decay, from, count, buffer);
-      void* to = static_cast<std::byte*>(pair.into) + from * element;
-      if (far) {
-        kernels.stream(to, buffer, count * element);
-      } else {
-        std::memcpy(to, buffer, count * element);
-      }
-    }
-    if (far) kernels.end_streaming();
-  }
-
-  // `average` is where the elements from `first` on are now.
-  void update_one(std::size_t index, double decay, std::size_t first, std::size_t size,
-                  void* average) const noexcept {
+  void update_one(std::size_t index, double decay, std::size_t first,
+                  std::size_t size) const noexcept {
     const Pair& pair = pairs[index];
     const Mix& mix = *mix_of(kernels, pair.average.dtype, pair.value.dtype);
-    Run run{average, nullptr, at(pair.value, first), size, 1.0 - decay, {}, far};
+    Run run{.average = at(pair.average, first),
+            .into = nullptr,
+            .carry = nullptr,
+            .value = at(pair.value, first),
+            .size = size,
+            .weight = 1.0 - decay,
+            .noise = {},
+            .far = far};
+    if (pair.into != nullptr) {
+      run.into = static_cast<std::byte*>(pair.into) + first * size_of(pair.average.dtype);
+    }
     if (pair.carry != nullptr) {
       const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
       run.carry = static_cast<std::byte*>(pair.carry) + first * element;

@@ -29,14 +29,19 @@ inline void ask_for(const T* data) {
   }
 }
 
+// So many elements that whole lines of both are asked for, each once, when blocks of kBlock are.
+template <size_t kBlock, class A, class V>
+constexpr size_t group_of() {
+  constexpr size_t kNarrow = sizeof(A) < sizeof(V) ? sizeof(A) : sizeof(V);
+  return 2 * (kBlock * kNarrow < kLine ? kLine / kNarrow : kBlock);
+}
+
 // Calls step(a, v, i) for blocks of kBlock elements from the i-th on, while there are whole ones;
 // returns where it stopped.
 template <size_t kBlock, class A, class V, class Step>
 inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool far, const Step& step) {
   if (far) {
-    // whole lines of both, so that each line is asked for once
-    constexpr size_t kNarrow = sizeof(A) < sizeof(V) ? sizeof(A) : sizeof(V);
-    constexpr size_t kGroup = 2 * (kBlock * kNarrow < kLine ? kLine / kNarrow : kBlock);
+    constexpr size_t kGroup = group_of<kBlock, A, V>();
     for (; size - i >= kGroup; i += kGroup) {
       ask_for<kGroup * sizeof(A)>(a + i);
       ask_for<kGroup * sizeof(V)>(v + i);
@@ -45,6 +50,35 @@ inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool far, co
     }
   }
   for (; size - i >= kBlock; i += kBlock) step(a + i, v + i, i);
+  return i;
+}
+
+// The same, but the new averages go to `into`: each block is copied, changed and then written.
+template <size_t kBlock, class A, class V, class Step>
+inline size_t whole_blocks_beside(A* into, const A* a, const V* v, size_t i, size_t size, bool far,
+                                  const Step& step) {
+  const auto one_block = [&] {
+    alignas(kLine) A block[kBlock];
+    __builtin_memcpy(block, a + i, sizeof block);
+    step(block, v + i, i);
+    __builtin_memcpy(into + i, block, sizeof block);
+    i += kBlock;
+  };
+  if (far) {
+    while (size - i >= kBlock && head_of(into + i, kLine) > 0) one_block();
+    constexpr size_t kGroup = group_of<kBlock, A, V>();
+    for (; size - i >= kGroup; i += kGroup) {
+      ask_for<kGroup * sizeof(A)>(a + i);
+      ask_for<kGroup * sizeof(V)>(v + i);
+      alignas(kLine) A group[kGroup];
+      __builtin_memcpy(group, a + i, sizeof group);
+#pragma GCC unroll 8
+      for (size_t j = 0; j < kGroup; j += kBlock) step(group + j, v + i + j, i + j);
+      stream_lines<sizeof group>(into + i, group);
+    }
+    end_streaming();
+  }
+  while (size - i >= kBlock) one_block();
   return i;
 }
 
@@ -57,28 +91,41 @@ void update_all(A* __restrict a, const V* __restrict v, size_t size, A w) {
 }
 
 template <class A, class V>
+void update_beside(A* __restrict into, const A* a, const V* v, size_t size, A w) {
+#pragma omp simd
+  for (size_t i = 0; i < size; ++i) into[i] = blend(a[i], static_cast<A>(v[i]), w);
+}
+
+template <class A, class V>
 void update(const Run& run) noexcept {
   A* a = static_cast<A*>(run.average);
   const V* v = static_cast<const V*>(run.value);
   const A w = static_cast<A>(run.weight);
+  constexpr size_t kBlock = kLine / sizeof(V);
+  const auto step = [w](A* to, const V* from, size_t) { update_all(to, from, kBlock, w); };
+  if (run.into != nullptr) {
+    A* into = static_cast<A*>(run.into);
+    size_t i = head_of(into, run.size);
+    update_beside(into, a, v, i, w);
+    i = whole_blocks_beside<kBlock>(into, a, v, i, run.size, run.far, step);
+    return update_beside(into + i, a + i, v + i, run.size - i, w);
+  }
   size_t i = head_of(a, run.size);
   update_all(a, v, i, w);
-  if (run.far) {
-    constexpr size_t kBlock = kLine / sizeof(V);
-    i = whole_blocks<kBlock>(a, v, i, run.size, true, [w](A* to, const V* from, size_t) {
-      update_all(to, from, kBlock, w);
-    });
-  }
+  if (run.far) i = whole_blocks<kBlock>(a, v, i, run.size, true, step);
   update_all(a + i, v + i, run.size - i, w);
 }
 
+// Where a copy of the values goes.
+void* target_of(const Run& run) { return run.into == nullptr ? run.average : run.into; }
+
 template <class T>
 void copy(const Run& run) noexcept {
-  __builtin_memcpy(run.average, run.value, run.size * sizeof(T));
+  __builtin_memcpy(target_of(run), run.value, run.size * sizeof(T));
 }
 
 void copy_f64_from_f32(const Run& run) noexcept {
-  double* a = static_cast<double*>(run.average);
+  double* a = static_cast<double*>(target_of(run));
   const float* v = static_cast<const float*>(run.value);
 #pragma omp simd
   for (size_t i = 0; i < run.size; ++i) a[i] = v[i];
@@ -95,18 +142,20 @@ template <size_t kBlock, class A, class V, class Step>
 inline void all_blocks(const Run& run, size_t odd, const Step& step) {
   A* a = static_cast<A*>(run.average);
   const V* v = static_cast<const V*>(run.value);
+  A* into = static_cast<A*>(target_of(run));
   const auto partial = [&](size_t from, size_t count, size_t before) {
     alignas(kLine) A a_block[kBlock] = {};
     alignas(kLine) V v_block[kBlock] = {};
     __builtin_memcpy(a_block + before, a + from, count * sizeof(A));
     __builtin_memcpy(v_block + before, v + from, count * sizeof(V));
     step(a_block, v_block, from - before);
-    __builtin_memcpy(a + from, a_block + before, count * sizeof(A));
+    __builtin_memcpy(into + from, a_block + before, count * sizeof(A));
   };
-  size_t head = head_of(a, run.size) % kBlock;
-  if (odd != kAnyPlace && head % 2 != odd) head = odd < run.size ? odd : run.size;
-  if (head > 0) partial(0, head, odd == kAnyPlace ? 0 : odd);
-  const size_t i = whole_blocks<kBlock>(a, v, head, run.size, run.far, step);
+  size_t i = head_of(into, run.size) % kBlock;
+  if (odd != kAnyPlace && i % 2 != odd) i = odd < run.size ? odd : run.size;
+  if (i > 0) partial(0, i, odd == kAnyPlace ? 0 : odd);
+  i = run.into == nullptr ? whole_blocks<kBlock>(a, v, i, run.size, run.far, step)
+                          : whole_blocks_beside<kBlock>(into, a, v, i, run.size, run.far, step);
   if (i < run.size) partial(i, run.size - i, 0);
 }
 
@@ -267,16 +316,6 @@ void swap(void* a, void* b, size_t bytes) noexcept {
   swap_run(x + head, y + head, bytes - head);
 }
 
-// Lines that are written without having been read: without this, memory moves half as much again.
-void stream(void* to, const void* from, size_t bytes) noexcept {
-  auto* out = static_cast<unsigned char*>(to);
-  const auto* in = static_cast<const unsigned char*>(from);
-  size_t i = head_of(out, bytes);
-  __builtin_memcpy(out, in, i);
-  for (; bytes - i >= kLine; i += kLine) stream_line(out + i, in + i);
-  __builtin_memcpy(out + i, in + i, bytes - i);
-}
-
 }  // namespace
 
 #define FASTEMA_JOIN_(a, b) a##b
@@ -297,8 +336,6 @@ const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
                       update_f32_compensated<bf16>},
     .f64_from_f32 = {update<double, float>, copy_f64_from_f32, nullptr, nullptr},
     .swap = swap,
-    .stream = stream,
-    .end_streaming = end_streaming,
 };
 
 }  // namespace fastema

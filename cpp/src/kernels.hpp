@@ -18,18 +18,17 @@ struct Noise {
 // What one call of a kernel works on: a run of elements of one pair.
 struct Run {
   void* average;
+  void* into;   // where the new average goes, and the old one stays; null: in place
   void* carry;  // of compensated averages
   const void* value;
   size_t size;
   double weight;  // 1 - decay, rounded once to the compute type by the kernel
   Noise noise;    // of stochastic rounding
-  bool far;       // the list is larger than caches: ask for memory ahead of its use
+  bool far;       // the list is larger than caches: read ahead of its use, write `into` past them
 };
 
 using Kernel = void (*)(const Run& run) noexcept;
 using Swap = void (*)(void* a, void* b, size_t bytes) noexcept;
-using Stream = void (*)(void* to, const void* from, size_t bytes) noexcept;
-using Fence = void (*)() noexcept;
 
 // What can be done with averages of one type and values of another; null: not offered.
 struct Mix {
@@ -44,8 +43,6 @@ struct Kernels {
   Mix f16, bf16, f32, f64;  // average and value of one type
   Mix f32_from_f16, f32_from_bf16, f64_from_f32;
   Swap swap;
-  Stream stream;        // a copy that leaves the caches alone
-  Fence end_streaming;  // other threads see the copies after it
 };
 
 }  // namespace fastema

@@ -44,14 +44,22 @@ inline void write(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// Writes a whole line past the caches; other threads see it after end_streaming().
-inline void stream_line(unsigned char* to, const unsigned char* from) {
-#if defined(__SSE2__)
-  for (size_t byte = 0; byte < 64; byte += 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + byte), read<__m128i>(from + byte));
+// Lines that are written without having been read, past the caches: otherwise memory moves a third
+// more. `to` begins on a line; other threads see them after end_streaming().
+template <size_t kBytes>
+inline void stream_lines(void* to, const void* from) {
+  auto* out = static_cast<unsigned char*>(to);
+  const auto* in = static_cast<const unsigned char*>(from);
+#if defined(__AVX512F__)
+  for (size_t byte = 0; byte < kBytes; byte += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + byte), read<__m512i>(in + byte));
+  }
+#elif defined(__SSE2__)
+  for (size_t byte = 0; byte < kBytes; byte += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + byte), read<__m128i>(in + byte));
   }
 #else
-  __builtin_memcpy(to, from, 64);
+  __builtin_memcpy(out, in, kBytes);
 #endif
 }
 

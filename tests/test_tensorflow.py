@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import fastema
 import fastema.tensorflow as engines
 import oracle
 from processes import output_of
@@ -151,7 +152,7 @@ def test_swap_is_exact_and_its_own_inverse(rng, mode, dtype):
 
 
 def test_bad_input_is_refused_and_nothing_changes():
-    a, b = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 2.0, 3.0])
+    a, b, c = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 2.0, 3.0]), tf.Variable([0.0, 0.0])
     with pytest.raises(ValueError, match="averages and values must have one length, got 1 and 0"):
         engines.update([a], [], 0.5)
     with pytest.raises(
@@ -159,14 +160,42 @@ def test_bad_input_is_refused_and_nothing_changes():
     ):
         engines.update([a], [b], 0.5)
     with pytest.raises(ValueError, match="engine must be 'auto', 'native' or 'graph', got 'cuda'"):
-        engines.update([a], [a], 0.5, engine="cuda")
+        engines.update([a], [c], 0.5, engine="cuda")
     with pytest.raises(ValueError, match="decay must be from 0 to 1, got nan"):
-        engines.update([a], [a], float("nan"))
+        engines.update([a], [c], float("nan"))
     with pytest.raises(
         ValueError, match=re.escape("a[0] and b[0] must have one type, got float32 and float64")
     ):
         engines.swap([a], [tf.Variable([1.0, 2.0], dtype=tf.float64)])
+    twice = "averages must be different variables, got one at 0 and at 2"
+    with pytest.raises(ValueError, match=twice):
+        engines.update([a, b, a], [c, tf.Variable(b), c], 0.5)
+    with pytest.raises(ValueError, match=re.escape("values[1] must be no average, got averages[0]")):
+        engines.update([a, c], [tf.Variable(a), a], 0.5)
+    with pytest.raises(ValueError, match="a and b together must be different variables"):
+        engines.swap([a], [a])
+    with pytest.raises(ValueError, match="bucket_bytes must be at least 1, got 0"):
+        engines.update([a], [c], 0.5, bucket_bytes=0)
     assert a.numpy().tolist() == [1.0, 2.0]
+
+
+def test_averaging_nothing_is_nothing():
+    assert engines.update([], [], 0.5) == "native"
+    engines.swap([], [])
+
+
+def test_build_config_names_the_tier_that_the_library_found():
+    in_place = hasattr(engines._operations(), "fastema_update_in_place")
+    assert fastema.build_config()["tensorflow_op"] == ("locked" if in_place else "functional")
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("bucket_bytes", [1, 600, 1 << 30])
+def test_buckets_change_no_bits(lists, mode, bucket_bytes):
+    averages, values = [[tf.Variable(x) for x in arrays] for arrays in lists]
+    run(mode, lambda: engines.update(averages, values, 0.9, bucket_bytes=bucket_bytes) and None)
+    for average, a, v in zip(averages, *lists, strict=True):
+        assert oracle.same_bits(average.numpy(), oracle.update(a, v, 0.9))
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])

@@ -6,22 +6,34 @@ namespace fastema::tf {
 
 #define FASTEMA_TF_DEFINE(name, result, parameters) result(*name) parameters = nullptr;
 FASTEMA_TF_FUNCTIONS(FASTEMA_TF_DEFINE)
+FASTEMA_TF_VARIABLE_FUNCTIONS(FASTEMA_TF_DEFINE)
 #undef FASTEMA_TF_DEFINE
 
-const char* resolve() noexcept {
+namespace {
+
+void* framework() noexcept {
 #ifdef __APPLE__
   constexpr const char* kFramework = "libtensorflow_framework.2.dylib";
 #else
   constexpr const char* kFramework = "libtensorflow_framework.so.2";
 #endif
-  void* framework = dlopen(kFramework, RTLD_NOW | RTLD_NOLOAD);
-  if (framework == nullptr) return kFramework;
-#define FASTEMA_TF_RESOLVE(name, result, parameters)                            \
-  name = reinterpret_cast<result(*) parameters>(dlsym(framework, "TF_" #name)); \
-  if (name == nullptr) return "TF_" #name;
-  FASTEMA_TF_FUNCTIONS(FASTEMA_TF_RESOLVE)
-#undef FASTEMA_TF_RESOLVE
-  return nullptr;
+  static void* const handle = dlopen(kFramework, RTLD_NOW | RTLD_NOLOAD);
+  return handle;
 }
+
+template <class Function>
+bool find(Function*& function, const char* name) noexcept {
+  function = framework() ? reinterpret_cast<Function*>(dlsym(framework(), name)) : nullptr;
+  return function != nullptr;
+}
+
+}  // namespace
+
+#define FASTEMA_TF_FIND(name, result, parameters) &&find(name, "TF_" #name)
+bool resolve() noexcept { return true FASTEMA_TF_FUNCTIONS(FASTEMA_TF_FIND); }
+bool resolve_for_variables() noexcept {
+  return true FASTEMA_TF_VARIABLE_FUNCTIONS(FASTEMA_TF_FIND);
+}
+#undef FASTEMA_TF_FIND
 
 }  // namespace fastema::tf

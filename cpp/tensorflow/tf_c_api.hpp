@@ -15,9 +15,13 @@ struct ShapeInferenceContext;
 struct KernelBuilder;
 struct OpKernelConstruction;
 struct OpKernelContext;
+struct VariableInputLockHolder;
 
-enum Code { kOk = 0, kInvalidArgument = 3, kUnimplemented = 12 };
+enum Code { kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8 };
 enum DataType { kFloat = 1, kDouble = 2, kBfloat16 = 14, kHalf = 19 };
+
+// Copies one tensor to another and deletes both.
+using CopyTensor = void (*)(OpKernelContext*, Tensor* from, Tensor* to);
 
 // name, result, parameters
 #define FASTEMA_TF_FUNCTIONS(F)                                                        \
@@ -51,11 +55,25 @@ enum DataType { kFloat = 1, kDouble = 2, kBfloat16 = 14, kHalf = 19 };
   F(NumDims, int, (const Tensor*))                                                     \
   F(Dim, std::int64_t, (const Tensor*, int))
 
+// What TensorFlow 2.20 and 2.21 do not export: the variables behind resource inputs.
+#define FASTEMA_TF_VARIABLE_FUNCTIONS(F)                                                      \
+  F(MaybeLockVariableInputMutexesInOrder, void,                                               \
+    (OpKernelContext*, bool do_lock, bool sparse, const int* inputs, std::size_t, CopyTensor, \
+     VariableInputLockHolder**, Status*))                                                     \
+  F(ReleaseVariableInputLockHolder, void, (VariableInputLockHolder*))                         \
+  F(GetInputTensorFromVariable, void,                                                         \
+    (OpKernelContext*, int input, bool lock_held, bool is_variant, bool sparse, CopyTensor,   \
+     Tensor**, Status*))
+
 #define FASTEMA_TF_DECLARE(name, result, parameters) extern result(*name) parameters;
 FASTEMA_TF_FUNCTIONS(FASTEMA_TF_DECLARE)
+FASTEMA_TF_VARIABLE_FUNCTIONS(FASTEMA_TF_DECLARE)
 #undef FASTEMA_TF_DECLARE
 
-// Finds all of these in the TensorFlow of this process. Returns what is missing; null: nothing.
-const char* resolve() noexcept;
+// Finds the first of these in the TensorFlow of this process.
+bool resolve() noexcept;
+
+// Finds those for variables; after resolve().
+bool resolve_for_variables() noexcept;
 
 }  // namespace fastema::tf

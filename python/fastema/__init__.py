@@ -1,10 +1,10 @@
 """Exponential moving averages of model weights: in place, at memory bandwidth, exact to the bit."""
 
-from . import schedules
+from . import _core, schedules
 from ._build import build_config, instruction_sets, use_instruction_set
 from .functional import Pairs, copies, swap, update
 
-__version__ = build_config()["version"]
+__version__: str = _core.build_config()["version"]
 
 __all__ = [
     "Pairs",

@@ -1,7 +1,9 @@
 """What this build is, and what it finds on this machine."""
 
+import mmap
 import os
-from importlib import metadata
+from functools import cache
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,18 @@ def _installed(*distributions: str) -> str | None:
 OP_LIBRARY = Path(_core.__file__).parent / "lib" / "fastema_tensorflow.so"
 
 
+@cache
+def _tensorflow_op() -> str | None:
+    """Name the tier of our op by what the installed TensorFlow exports, without importing it."""
+    spec = util.find_spec("tensorflow")
+    if spec is None or not spec.submodule_search_locations or not OP_LIBRARY.exists():
+        return None
+    for framework in Path(spec.submodule_search_locations[0]).glob("libtensorflow_framework.*"):
+        with framework.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as symbols:
+            return "locked" if symbols.find(b"TF_GetInputTensorFromVariable") >= 0 else "functional"
+    return None
+
+
 def build_config() -> dict[str, Any]:
     """Tell what this build is and what it finds on this machine.
 
@@ -70,18 +84,18 @@ def build_config() -> dict[str, Any]:
         ``instruction_sets`` (to choose from, best first), ``openmp`` (its specification's date as
         yyyymm; 0: built without), ``threads`` (what ``threads=0`` means here and now), ``cupy`` and
         ``tensorflow`` (name and version, or None where not installed) and ``tensorflow_op`` (the
-        tier of our op: ``"functional"`` makes new averages beside the old; None: no op, or no
-        TensorFlow).
+        tier of our op: ``"locked"`` averages in place under TensorFlow's locks, ``"functional"`` makes
+        new averages beside the old, where TensorFlow does not export what the other needs; None: no
+        op, or no TensorFlow).
 
     Example:
         >>> import fastema
         >>> fastema.build_config()["version"] == fastema.__version__
         True
     """
-    tensorflow = _installed("tensorflow", "tensorflow-cpu", "tf-nightly")
     return {
         **_core.build_config(),
         "cupy": _installed("cupy-cuda13x", "cupy-cuda12x", "cupy"),
-        "tensorflow": tensorflow,
-        "tensorflow_op": "functional" if tensorflow and OP_LIBRARY.exists() else None,
+        "tensorflow": _installed("tensorflow", "tensorflow-cpu", "tf-nightly"),
+        "tensorflow_op": _tensorflow_op(),
     }

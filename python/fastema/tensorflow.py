@@ -1,14 +1,16 @@
 """Averaging and swapping lists of tf.Variables, in eager code and in graphs.
 
 A variable's buffer may be shared: with a tensor read earlier, with a constant, with another
-variable. So nothing here writes into one. Our op (cpp/tensorflow/ops.cpp) makes new averages beside the
-old, which are then assigned; TensorFlow takes over the new buffers, and whoever holds the old ones keeps
-them unchanged.
+variable. So nothing here writes into a buffer that somebody else holds. Of our two ops
+(cpp/tensorflow/ops.cpp) one averages in place, under TensorFlow's locks, in buffers that it has made the
+variables' own. Where TensorFlow does not export what that needs (2.20, 2.21), the other makes new averages
+beside the old, which are then assigned; whoever holds the old ones keeps them unchanged.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -35,6 +37,7 @@ def update(
     *,
     when: Any = None,
     engine: Engine = "auto",
+    bucket_bytes: int = 1 << 30,
 ) -> Literal["native", "graph"]:
     """Move averages towards values: ``average += (1 - decay) * (value - average)``.
 
@@ -51,12 +54,16 @@ def update(
         engine: ``"native"``: the C++ core, with NumPy's bits; ``"graph"``: TensorFlow's operations,
             which XLA may fuse, then one unit in the last place may differ; ``"auto"``: native where
             it can run.
+        bucket_bytes: Where new averages are made beside the old, so many bytes of them at a time, or the
+            largest average where that is more: this bounds the further memory. Buckets of some tens
+            of megabytes cost a few percent.
 
     Returns:
         What did it, ``"native"`` or ``"graph"``; in a ``tf.function``, what will.
 
     Raises:
-        ValueError: The lists differ in length, two shapes differ, or an argument is outside of its range.
+        ValueError: The lists differ in length, two shapes differ, an average is listed twice or
+            also as a value, or an argument is outside of its range. Nothing has changed then.
         RuntimeError: `engine` is ``"native"`` and native code cannot run here; the message says why.
 
     Example:
@@ -73,6 +80,13 @@ def update(
     if engine not in ("auto", "native", "graph"):
         raise ValueError(f"engine must be 'auto', 'native' or 'graph', got {engine!r}")
     _check_pairs(averages, values, ("averages", "values"))
+    _check_distinct(averages, "averages")
+    places = {id(average): i for i, average in enumerate(averages)}
+    for i, value in enumerate(values):
+        if id(value) in places:
+            raise ValueError(f"values[{i}] must be no average, got averages[{places[id(value)]}]")
+    if bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes!r}")
     if not tf.is_tensor(decay) and not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must be from 0 to 1, got {decay!r}")
     obstacle = "engine='graph' was asked for" if engine == "graph" else _obstacle(averages, values)
@@ -82,7 +96,7 @@ def update(
     if obstacle:
         _update_by_framework(averages, values, decay, when)
         return "graph"
-    _do(lambda: _update_natively(averages, values, decay), when)
+    _do(lambda: _update_natively(averages, values, decay, bucket_bytes), when)
     return "native"
 
 
@@ -104,7 +118,7 @@ def swap(a: Sequence[Any], b: Sequence[Any]) -> None:
         b: tf.Variables of the same types and shapes.
 
     Raises:
-        ValueError: The lists differ in length, or two shapes or types differ.
+        ValueError: The lists differ in length, two shapes or types differ, or a variable is listed twice.
         RuntimeError: Called in a replica context.
 
     Example:
@@ -117,6 +131,7 @@ def swap(a: Sequence[Any], b: Sequence[Any]) -> None:
     """
     a, b = list(a), list(b)
     _check_pairs(a, b, ("a", "b"))
+    _check_distinct(a + b, "a and b together")
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         if x.dtype != y.dtype:
             raise ValueError(f"a[{i}] and b[{i}] must have one type, got {x.dtype.name} and {y.dtype.name}")
@@ -144,6 +159,15 @@ def _check_pairs(a: list[Any], b: list[Any], names: tuple[str, str]) -> None:
         if not x.shape.is_compatible_with(y.shape):
             raise ValueError(
                 f"{names[0]}[{i}] and {names[1]}[{i}] must have one shape, got {x.shape} and {y.shape}"
+            )
+
+
+def _check_distinct(variables: list[Any], names: str) -> None:
+    first: dict[int, int] = {}
+    for i, variable in enumerate(variables):
+        if first.setdefault(id(variable), i) != i:
+            raise ValueError(
+                f"{names} must be different variables, got one at {first[id(variable)]} and at {i}"
             )
 
 
@@ -181,7 +205,24 @@ def _operations() -> Any:
     return library
 
 
-def _update_natively(averages: list[Any], values: list[Any], decay: Any) -> None:
+def _update_natively(averages: list[Any], values: list[Any], decay: Any, bucket_bytes: int) -> None:
+    if not averages:
+        return
+    if hasattr(_operations(), "fastema_update_in_place"):
+        _operations().fastema_update_in_place(
+            decay=decay,
+            averages=[average.handle for average in averages],
+            values=[tf.convert_to_tensor(value) for value in values],
+        )
+        return
+    done: list[Any] = []  # the assignments of one bucket, after which the next one begins
+    for bucket in _buckets(averages, bucket_bytes):
+        with tf.control_dependencies(done):
+            done = _update_beside(averages[bucket], values[bucket], decay)
+
+
+def _update_beside(averages: list[Any], values: list[Any], decay: Any) -> list[Any]:
+    """Return the assignments; in eager code they are done."""
     updated = _operations().fastema_update(
         decay=decay,
         averages=[tf.convert_to_tensor(average) for average in averages],
@@ -189,7 +230,19 @@ def _update_natively(averages: list[Any], values: list[Any], decay: Any) -> None
     )
     for average, new in zip(averages, updated, strict=True):
         new.set_shape(average.shape)
-        average.assign(new, read_value=False)
+    return [average.assign(new, read_value=False) for average, new in zip(averages, updated, strict=True)]
+
+
+def _buckets(averages: list[Any], bucket_bytes: int) -> list[slice]:
+    """Cut a list into runs of at most so many bytes, or of one average."""
+    ends, size = [0], 0
+    for i, average in enumerate(averages):
+        extent = (average.shape.num_elements() or 0) * average.dtype.size
+        if size > 0 and size + extent > bucket_bytes:
+            ends.append(i)
+            size = 0
+        size += extent
+    return [slice(*bounds) for bounds in pairwise([*ends, len(averages)])]
 
 
 def _update_by_framework(averages: list[Any], values: list[Any], decay: Any, when: Any) -> None:

@@ -1,6 +1,7 @@
 """Averaging tf.Variables: NumPy's bits, and never a write into memory that TensorFlow shares."""
 
 import re
+import sys
 import threading
 
 import numpy as np
@@ -252,3 +253,44 @@ def test_a_library_that_cannot_be_loaded_is_said_once_and_the_framework_averages
             print("fine")
     """
     assert output_of(code) == "fine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and counts Linux' page faults")
+def test_new_averages_take_no_fresh_pages_step_after_step():
+    """Without oneDNN, TensorFlow gives freed memory back to the system: a fault for every page."""
+    code = """
+        import gc, resource
+        from pathlib import Path
+        import tensorflow as tf
+        import fastema.tensorflow as engines
+
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+        def resident():  # pages
+            return int(Path("/proc/self/statm").read_text().split()[1])
+
+        sizes = (8_000_000, 3, 4_000_000)
+        pages = sum(sizes) * 4 // resource.getpagesize()
+        averages = [tf.Variable(tf.zeros(size)) for size in sizes]
+        values = [tf.Variable(tf.ones(size)) for size in sizes]
+        step = tf.function(lambda: engines.update(averages, values, 0.5, engine="native") and None)
+        for _ in range(6):
+            step()
+        before, held = faults(), [average.read_value() for average in averages]
+        for _ in range(2):
+            step()
+        assert faults() - before < 1.5 * pages, (faults() - before, pages)  # for what is held
+        before = faults()
+        for _ in range(4):
+            step()
+        assert faults() - before < pages / 4, (faults() - before, pages)
+        assert all(bool(tf.reduce_all(x == 1 - 0.5**6)) for x in held)
+        assert all(bool(tf.reduce_all(x == 1 - 0.5**12)) for x in averages)
+        before = resident()
+        del averages, values, held, step
+        gc.collect()
+        assert before - resident() > 3 * pages, (before - resident(), pages)  # averages, values, held
+        print("fine")
+    """
+    assert output_of(code, TF_ENABLE_ONEDNN_OPTS="0") == "fine"

@@ -6,11 +6,13 @@
 //   needs.
 // FastemaUpdate reads averages where they lie and makes new ones beside the old, which
 //   AssignVariableOp then takes over.
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
 
+#include "arena.hpp"
 #include "fastema/core.hpp"
 #include "tf_c_api.hpp"
 
@@ -23,10 +25,12 @@ struct Delete {
   void operator()(tf::VariableInputLockHolder* locks) const noexcept {
     tf::ReleaseVariableInputLockHolder(locks);
   }
+  void operator()(Arena* arena) const noexcept { arena->drop(); }
 };
 using TensorPtr = std::unique_ptr<tf::Tensor, Delete>;
 using StatusPtr = std::unique_ptr<tf::Status, Delete>;
 using LocksPtr = std::unique_ptr<tf::VariableInputLockHolder, Delete>;
+using ArenaPtr = std::unique_ptr<Arena, Delete>;
 
 bool to_dtype(tf::DataType type, DType& dtype) noexcept {
   switch (type) {
@@ -46,6 +50,35 @@ bool to_dtype(tf::DataType type, DType& dtype) noexcept {
   return false;
 }
 
+constexpr std::size_t kLarge = std::size_t{1} << 20;  // bytes; allocators keep smaller ones
+
+struct Shape {
+  explicit Shape(const tf::Tensor* tensor) : count(tf::NumDims(tensor)) {
+    for (int d = 0; d < count; ++d) dims[d] = tf::Dim(tensor, d);
+  }
+  int count;
+  std::int64_t dims[254];  // TensorFlow's own limit
+};
+
+// What a tensor takes in an arena: whole lines.
+std::size_t extent_of(const tf::Tensor* tensor) {
+  constexpr std::size_t kLine = 64;
+  return (tf::TensorByteSize(tensor) + kLine - 1) / kLine * kLine;
+}
+
+// Where one kernel's new averages come from: TensorFlow, until that was fresh memory several times
+// in a row.
+class Outputs {
+ public:
+  bool need_arena() const noexcept { return fresh_calls_ >= 3; }
+  void note(std::size_t bytes, std::size_t fresh) noexcept {
+    if (bytes >= kLarge) fresh_calls_ = 2 * fresh > bytes ? fresh_calls_ + 1 : 0;
+  }
+
+ private:
+  std::atomic<int> fresh_calls_{0};
+};
+
 // What both ops share: inputs are the decay, the averages and as many values. Everything is asked
 // for and checked before the first element changes.
 class Call {
@@ -55,17 +88,32 @@ class Call {
     pairs_.reserve(static_cast<std::size_t>(count_));
   }
 
-  void update_beside() { finish(decay() && beside()); }
-  void update_in_place() { finish(decay() && in_place()); }
+  void update_beside(void* outputs) { finish(decay() && beside(*static_cast<Outputs*>(outputs))); }
+  void update_in_place(void*) { finish(decay() && in_place()); }
 
  private:
-  bool beside() {
+  bool beside(Outputs& outputs) {
+    std::vector<const tf::Tensor*> averages;
+    std::size_t bytes = 0, fresh = 0;
     for (int i = 0; i < count_; ++i) {
-      const tf::Tensor* average = input(1 + i);
-      if (average == nullptr || !add(average, value(i))) return false;
-      pairs_.back().into = make_output(i, average);
-      if (!fine()) return false;
+      averages.push_back(input(1 + i));
+      if (averages.back() == nullptr || !add(averages.back(), value(i))) return false;
+      bytes += extent_of(averages.back());
     }
+    const ArenaPtr arena(outputs.need_arena() ? Arena::take(bytes) : nullptr);
+    std::byte* place = arena == nullptr ? nullptr : arena->data();
+    for (int i = 0; i < count_; ++i) {
+      const tf::Tensor* average = averages[static_cast<std::size_t>(i)];
+      const TensorPtr made(arena == nullptr ? allocate(i, average)
+                                            : set_output(i, average, *arena, place));
+      if (!fine()) return false;
+      void* into = tf::TensorData(made.get());
+      pairs_[static_cast<std::size_t>(i)].into = into;
+      const std::size_t extent = extent_of(average);
+      if (arena != nullptr) place += extent;
+      if (extent >= kLarge && is_fresh(into, extent)) fresh += extent;
+    }
+    if (arena == nullptr) outputs.note(bytes, fresh);
     return true;
   }
 
@@ -127,13 +175,20 @@ class Call {
     return true;
   }
 
-  void* make_output(int i, const tf::Tensor* average) {
-    std::int64_t shape[kMaxDims];
-    const int dims = tf::NumDims(average);
-    for (int d = 0; d < dims; ++d) shape[d] = tf::Dim(average, d);
-    const TensorPtr made(tf::AllocateOutput(context_, i, tf::TensorType(average), shape, dims,
-                                            tf::TensorByteSize(average), status_.get()));
-    return fine() ? tf::TensorData(made.get()) : nullptr;
+  tf::Tensor* allocate(int i, const tf::Tensor* average) {
+    const Shape shape(average);
+    return tf::AllocateOutput(context_, i, tf::TensorType(average), shape.dims, shape.count,
+                              tf::TensorByteSize(average), status_.get());
+  }
+
+  tf::Tensor* set_output(int i, const tf::Tensor* average, Arena& arena, std::byte* place) {
+    const Shape shape(average);
+    arena.hold();
+    tf::Tensor* made = tf::NewTensor(
+        tf::TensorType(average), shape.dims, shape.count, place, tf::TensorByteSize(average),
+        [](void*, std::size_t, void* held) { static_cast<Arena*>(held)->drop(); }, &arena);
+    tf::SetOutput(context_, i, made, status_.get());
+    return made;
   }
 
   bool fine() const noexcept { return tf::GetCode(status_.get()) == tf::kOk; }
@@ -148,8 +203,6 @@ class Call {
     tf::OpKernelContext_Failure(context_, status_.get());
   }
 
-  static constexpr int kMaxDims = 254;  // TensorShape's own limit
-
   tf::OpKernelContext* context_;
   StatusPtr status_;
   int count_;
@@ -160,10 +213,10 @@ class Call {
 };
 
 // No exception may leave through C.
-template <void (Call::*update)()>
-void compute(void*, tf::OpKernelContext* context) {
+template <void (Call::*update)(void*)>
+void compute(void* state, tf::OpKernelContext* context) {
   try {
-    (Call(context).*update)();
+    (Call(context).*update)(state);
   } catch (const std::bad_alloc&) {
     const StatusPtr status(tf::NewStatus());
     tf::SetStatus(status.get(), tf::kResourceExhausted, "no memory for the list of averages");
@@ -171,9 +224,14 @@ void compute(void*, tf::OpKernelContext* context) {
   }
 }
 
-using Compute = void (*)(void*, tf::OpKernelContext*);
+// What a kernel keeps between its calls, and what it does.
+struct Kernel {
+  void* (*create)(tf::OpKernelConstruction*);
+  void (*compute)(void*, tf::OpKernelContext*);
+  void (*destroy)(void*);
+};
 
-bool registered(const char* name, tf::OpDefinitionBuilder* op, Compute compute) {
+bool registered(const char* name, tf::OpDefinitionBuilder* op, const Kernel& kernel) {
   tf::OpDefinitionBuilderSetShapeInferenceFunction(
       op, [](tf::ShapeInferenceContext* context, tf::Status* s) {
         tf::ShapeInferenceContextSetUnknownShape(context, s);
@@ -181,8 +239,9 @@ bool registered(const char* name, tf::OpDefinitionBuilder* op, Compute compute) 
   const StatusPtr status(tf::NewStatus());
   tf::RegisterOpDefinition(op, status.get());
   if (tf::GetCode(status.get()) != tf::kOk) return false;
-  tf::KernelBuilder* kernel = tf::NewKernelBuilder(name, "CPU", nullptr, compute, nullptr);
-  tf::RegisterKernelBuilder(name, kernel, status.get());
+  tf::KernelBuilder* builder =
+      tf::NewKernelBuilder(name, "CPU", kernel.create, kernel.compute, kernel.destroy);
+  tf::RegisterKernelBuilder(name, builder, status.get());
   return tf::GetCode(status.get()) == tf::kOk;
 }
 
@@ -194,7 +253,10 @@ bool register_beside() {
   tf::OpDefinitionBuilderAddInput(op, "averages: A");
   tf::OpDefinitionBuilderAddInput(op, "values: V");
   tf::OpDefinitionBuilderAddOutput(op, "updated: A");
-  return registered("FastemaUpdate", op, compute<&Call::update_beside>);
+  return registered("FastemaUpdate", op,
+                    {[](tf::OpKernelConstruction*) -> void* { return new Outputs; },
+                     compute<&Call::update_beside>,
+                     [](void* outputs) { delete static_cast<Outputs*>(outputs); }});
 }
 
 bool register_in_place() {
@@ -205,7 +267,8 @@ bool register_in_place() {
   tf::OpDefinitionBuilderAddInput(op, "averages: N * resource");
   tf::OpDefinitionBuilderAddInput(op, "values: V");
   tf::OpDefinitionBuilderSetIsStateful(op, true);
-  return registered("FastemaUpdateInPlace", op, compute<&Call::update_in_place>);
+  return registered("FastemaUpdateInPlace", op,
+                    {nullptr, compute<&Call::update_in_place>, nullptr});
 }
 
 // TensorFlow collects what registers itself while it loads a library; Python sees which ops it

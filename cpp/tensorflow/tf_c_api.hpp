@@ -47,6 +47,10 @@ using CopyTensor = void (*)(OpKernelContext*, Tensor* from, Tensor* to);
   F(GetInput, void, (OpKernelContext*, int, Tensor**, Status*))                        \
   F(AllocateOutput, Tensor*,                                                           \
     (OpKernelContext*, int, DataType, const std::int64_t*, int, std::size_t, Status*)) \
+  F(NewTensor, Tensor*,                                                                \
+    (DataType, const std::int64_t*, int, void* data, std::size_t bytes,                \
+     void (*release)(void* data, std::size_t bytes, void* held), void* held))          \
+  F(SetOutput, void, (OpKernelContext*, int, const Tensor*, Status*))                  \
   F(DeleteTensor, void, (Tensor*))                                                     \
   F(TensorData, void*, (const Tensor*))                                                \
   F(TensorByteSize, std::size_t, (const Tensor*))                                      \

@@ -147,9 +147,29 @@ def strategy_of(variable: Any) -> Any:
 
 
 def _exchange(x: Any, y: Any) -> None:
-    x_value, y_value = x.read_value(), y.read_value()
+    x_value, y_value = _read_without_copy(x), _read_without_copy(y)
     x.assign(y_value)
     y.assign(x_value)
+
+
+def _read_without_copy(variable: Any) -> Any:
+    # After an embedding lookup a variable is copied whenever it is read, until this is taken back.
+    if not GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
+    return variable.read_value()
+
+
+_LARGE = 1 << 20  # bytes, from which on a copy costs more than an operation
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, tf.Variable) and _bytes(value) >= _LARGE:
+        return _read_without_copy(value)
+    return tf.convert_to_tensor(value)
+
+
+def _bytes(variable: Any) -> int:
+    return int((variable.shape.num_elements() or 0) * variable.dtype.size)
 
 
 def _check_pairs(a: list[Any], b: list[Any], names: tuple[str, str]) -> None:
@@ -212,7 +232,7 @@ def _update_natively(averages: list[Any], values: list[Any], decay: Any, bucket_
         _operations().fastema_update_in_place(
             decay=decay,
             averages=[average.handle for average in averages],
-            values=[tf.convert_to_tensor(value) for value in values],
+            values=[_read(value) for value in values],
         )
         return
     done: list[Any] = []  # the assignments of one bucket, after which the next one begins
@@ -225,8 +245,8 @@ def _update_beside(averages: list[Any], values: list[Any], decay: Any) -> list[A
     """Return the assignments; in eager code they are done."""
     updated = _operations().fastema_update(
         decay=decay,
-        averages=[tf.convert_to_tensor(average) for average in averages],
-        values=[tf.convert_to_tensor(value) for value in values],
+        averages=[_read(average) for average in averages],
+        values=[_read(value) for value in values],
     )
     for average, new in zip(averages, updated, strict=True):
         new.set_shape(average.shape)
@@ -237,11 +257,10 @@ def _buckets(averages: list[Any], bucket_bytes: int) -> list[slice]:
     """Cut a list into runs of at most so many bytes, or of one average."""
     ends, size = [0], 0
     for i, average in enumerate(averages):
-        extent = (average.shape.num_elements() or 0) * average.dtype.size
-        if size > 0 and size + extent > bucket_bytes:
+        if size > 0 and size + _bytes(average) > bucket_bytes:
             ends.append(i)
             size = 0
-        size += extent
+        size += _bytes(average)
     return [slice(*bounds) for bounds in pairwise([*ends, len(averages)])]
 
 

@@ -2,11 +2,15 @@
 
     python -m fastema.bench.bench_tensorflow [--quick] [--json FILE] [--picture FILE]
 
-One update in a tf.function (or eagerly), each contestant with variables of its own.
+One update in a tf.function (or eagerly), each contestant with variables of its own: time in turns in one
+process; then the further memory at the peak, in a process each.
 """
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from . import harness
 from .lists import LISTS, Shapes, arrays, elements
@@ -22,8 +26,8 @@ MODELS: dict[str, Shapes] = {
 }
 
 
-def contestants(shapes: Shapes) -> dict[str, Callable[[], object]]:
-    """Return the calls; the first ones say how long tracing and compiling takes."""
+def contestants(shapes: Shapes, only: str | None = None) -> dict[str, Callable[[], object]]:
+    """Return the calls, or one of them; the first ones say how long tracing and compiling takes."""
     import tensorflow as tf
 
     import fastema.tensorflow
@@ -34,11 +38,42 @@ def contestants(shapes: Shapes) -> dict[str, Callable[[], object]]:
         lists = [[tf.Variable(array) for array in x] for x in (averages, values)]
         return lambda: fastema.tensorflow.update(*lists, DECAY, engine="native")
 
-    return {
-        "fastema": tf.function(ours()),
-        "fastema, eager": ours(),
-        **{name: RIVALS[name](averages, values, DECAY) for name in OTHERS},
+    makers = {
+        "fastema": lambda: tf.function(ours()),
+        "fastema, eager": ours,
+        **{name: partial(RIVALS[name], averages, values, DECAY) for name in OTHERS},
     }
+    return {name: make() for name, make in makers.items() if only in (None, name)}
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from fastema.bench.bench_tensorflow import MODELS, contestants
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+def grown(calls):
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
+    before = peak()
+    for _ in range(calls):
+        call()
+    return (peak() - before) // 1024
+
+contestants([(3,)])[sys.argv[2]]()  # loads what it needs
+call = contestants(MODELS[sys.argv[1]], sys.argv[2])[sys.argv[2]]
+print(grown(3), grown(5))
+"""
+
+
+def memory(name: str, title: str) -> str:
+    """Return by how many MB the process grows in the first three calls, and in later ones."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, name, title], capture_output=True, text=True, check=True
+    )
+    return " + ".join(done.stdout.split()[-2:])
 
 
 def measure(name: str, samples: int) -> harness.Result:
@@ -58,6 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
     names = ["400 x 1,000"] if options.quick else list(MODELS)
     results = [measure(name, options.samples) for name in names]
     harness.report(results, "Update of tf.Variables", options.json, options.picture)
+    print("Further memory at the peak, MB: the first three calls + the next five")
+    for name in names:
+        size = 4 * elements(MODELS[name]) / 2**20
+        for title in results[0].timings:
+            print(f"{name:<13}({size:>3.0f} MB of averages)  {title:<26}{memory(name, title):>10}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import textwrap
 
 import pytest
 
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
 
 def skip_without(package):
     """Skip a test whose program needs a package; it is not imported here."""

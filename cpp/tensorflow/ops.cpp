@@ -6,6 +6,7 @@
 //   needs.
 // FastemaUpdate reads averages where they lie and makes new ones beside the old, which
 //   AssignVariableOp then takes over.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -59,6 +60,11 @@ struct Shape {
   int count;
   std::int64_t dims[254];  // TensorFlow's own limit
 };
+
+bool same_shape(const tf::Tensor* x, const tf::Tensor* y) {
+  const Shape a(x), b(y);
+  return std::equal(a.dims, a.dims + a.count, b.dims, b.dims + b.count);
+}
 
 // What a tensor takes in an arena: whole lines.
 std::size_t extent_of(const tf::Tensor* tensor) {
@@ -166,9 +172,7 @@ class Call {
         !offered(a, v)) {
       return refuse("averages and values must have types that can be averaged");
     }
-    if (tf::TensorElementCount(average) != tf::TensorElementCount(value)) {
-      return refuse("averages and values must have one size");
-    }
+    if (!same_shape(average, value)) return refuse("averages and values must have one shape");
     const auto size = static_cast<std::size_t>(tf::TensorElementCount(average));
     pairs_.push_back(
         {.average = {tf::TensorData(average), size, a}, .value = {tf::TensorData(value), size, v}});

@@ -222,6 +222,7 @@ def _operations() -> Any:
         return f"{OP_LIBRARY.name} cannot be loaded: {error}"
     if not hasattr(library, "fastema_update"):
         return f"{OP_LIBRARY.name} does not find all it needs in TensorFlow {tf.__version__}"
+    tf.no_gradient("FastemaUpdate")  # a tape or accumulator that watches an average asks
     return library
 
 

@@ -193,6 +193,20 @@ def test_gradients_of_gradients_pass_an_update_by(mode):
     assert average.numpy() == after(2, 0.0, 3.0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forward_derivative_passes_an_update_by(mode):
+    average, weight = tf.Variable([0.0]), tf.Variable([3.0])
+
+    def derivative():
+        with tf.autodiff.ForwardAccumulator(weight, tf.constant([1.0])) as forward:
+            loss = weight**3
+            update([average], [weight], 0.5)
+        return forward.jvp(loss)
+
+    assert run(mode, derivative).numpy() == 27.0
+    assert average.numpy() == 1.5
+
+
 def test_a_gradient_through_a_loop_that_averages():
     average, weight = tf.Variable([0.0]), tf.Variable([3.0])
 
@@ -253,6 +267,18 @@ def test_what_a_graph_finds_wrong_when_it_runs_changes_nothing(pair):
         with pytest.raises(tf.errors.InvalidArgumentError, match="decay must be from 0 to 1"):
             step(tf.ones([2, 3]), tf.constant(decay, tf.float64))
     assert contents(average) == contents(other) == 0.0
+
+
+def test_another_shape_of_the_same_size_is_refused_when_a_graph_runs():
+    average = tf.Variable(tf.zeros([2, 3]))
+
+    @tf.function(input_signature=[tf.TensorSpec(None, tf.float32)])
+    def step(value):
+        update([average], [value], 0.5)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="averages and values must have one"):
+        step(tf.ones([3, 2]))
+    assert contents(average) == 0.0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,11 +2,13 @@
 
 from . import _core, schedules
 from ._build import build_config, instruction_sets, use_instruction_set
+from .ema import EMA
 from .functional import Pairs, copies, swap, update
 
 __version__: str = _core.build_config()["version"]
 
 __all__ = [
+    "EMA",
     "Pairs",
     "build_config",
     "copies",

@@ -75,7 +75,7 @@ def _view_of_torch(tensor: Any) -> np.ndarray:
 _LINE = 64  # bytes: of a cache line, and of the widest vector
 
 
-def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[Any]) -> list[np.ndarray]:
+def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[Any], file: Any = None) -> list[np.ndarray]:
     """Copy arrays end to end into one piece of memory, each from a cache line on.
 
     Small arrays that follow each other are read faster than scattered ones, and NumPy asks the system
@@ -84,10 +84,15 @@ def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[Any]) -> list[n
     Args:
         arrays: Of any shapes; each copy has its array's order in memory.
         dtypes: Of the copies.
+        file: The path of a file to make and to map, instead of memory.
     """
     sizes = [array.size * np.dtype(dtype).itemsize for array, dtype in zip(arrays, dtypes, strict=True)]
     begins = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)])
-    memory = np.empty(begins[-1] + _LINE, np.uint8)
+    length = int(begins[-1]) + _LINE
+    if file is None:
+        memory = np.empty(length, np.uint8)
+    else:
+        memory = np.asarray(np.memmap(file, np.uint8, "w+", shape=length))
     memory = memory[-memory.ctypes.data % _LINE :]
     copies = []
     for array, dtype, begin, size in zip(arrays, dtypes, begins[:-1], sizes, strict=True):

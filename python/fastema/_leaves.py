@@ -1,0 +1,245 @@
+"""How the arrays of each library are read, written and shown: one class for each kind.
+
+A value can lie in several local arrays (a sharded one will); those here lie in one each. Everything that
+depends on a library is in these classes, and none of it is imported before the user has.
+"""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ._arrays import as_view, is_array
+
+
+class Leaf(ABC):
+    """One of the user's values.
+
+    Attributes:
+        fixed: Whether its parts stay the same memory from update to update, so that they are paired once.
+        immutable: Whether it never changes: then new values are passed to each update.
+    """
+
+    fixed = True
+    immutable = False
+
+    @abstractmethod
+    def parts(self, value: Any = None) -> list[Any]:
+        """Return the local arrays to read, as what `Pairs` takes; nothing is copied.
+
+        Args:
+            value: Another value of this kind. None: this one.
+        """
+
+    def in_place(self) -> bool:
+        """Tell whether what is written into the parts is the value's."""
+        return False
+
+    def obstacle(self) -> str | None:
+        """Return what keeps the value from being changed, if anything does."""
+        return None
+
+    @abstractmethod
+    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+        """Write NumPy arrays, one for each part, cast to the value's type; they are not kept.
+
+        Returns:
+            What holds them now: the value, or a new one of an immutable kind.
+        """
+
+    @abstractmethod
+    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+        """Return an average as the library has it; live where the library's arrays can change."""
+
+    def written(self) -> None:  # noqa: B027 - most libraries need not know
+        """Take notice that the parts were written behind the library's back."""
+
+    def unchanging(self) -> Any:
+        """Return the present value as something that does not change with it, or None."""
+        return None
+
+
+class _NumPy(Leaf):
+    """NumPy arrays, and views of what exports memory by DLPack."""
+
+    def __init__(self, given: Any, array: np.ndarray) -> None:
+        self._given, self._array = given, array
+
+    def parts(self, value: Any = None) -> list[Any]:
+        return [self._array if value is None else value]
+
+    def obstacle(self) -> str | None:
+        return None if self._array.flags.writeable else "is read-only"
+
+    def in_place(self) -> bool:
+        return True
+
+    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+        np.copyto(self._array, arrays[0], casting="same_kind")
+        return self._given
+
+    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+        return arrays[0]
+
+
+class _Torch(Leaf):
+    """Tensors and parameters in CPU memory, with a gradient or without."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
+
+    def parts(self, value: Any = None) -> list[Any]:
+        return [self._tensor if value is None else value]
+
+    def in_place(self) -> bool:
+        return True
+
+    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+        np.copyto(as_view(self._tensor, "values"), arrays[0], casting="same_kind")
+        self.written()
+        return self._tensor
+
+    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+        import torch  # noqa: PLC0415 - loaded already: the value is one of its tensors
+
+        if arrays[0].dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(arrays[0].view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(arrays[0])
+
+    def written(self) -> None:
+        # or a backward pass through what was there before would be wrong, and say nothing
+        import torch  # noqa: PLC0415
+
+        if not self._tensor.is_inference():
+            torch.autograd.graph.increment_version(self._tensor)
+
+
+class _Jax(Leaf):
+    """JAX arrays in CPU memory. Of the first only the type and the place are kept, not the memory."""
+
+    fixed = False
+    immutable = True
+
+    def __init__(self, array: Any) -> None:
+        as_view(array, "values")  # says why, where its memory cannot be viewed
+        self._dtype, self._sharding = array.dtype, array.sharding
+
+    def parts(self, value: Any = None) -> list[Any]:
+        if value is None:
+            raise ValueError("values must be passed: JAX arrays do not change, so give update() the new ones")
+        return [np.asarray(value)]
+
+    def obstacle(self) -> str | None:
+        return "is a JAX array, which never changes"
+
+    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+        return self.shown([arrays[0].astype(self._dtype, casting="same_kind")])
+
+    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+        import jax  # noqa: PLC0415 - loaded already: the value is one of its arrays
+
+        return jax.device_put(arrays[0].copy(), self._sharding)  # which may keep the memory it is given
+
+
+class _TensorFlow(Leaf):
+    """tf.Variables. Their buffers may be shared, so nothing is written into one; and they move."""
+
+    fixed = False
+
+    def __init__(self, variable: Any) -> None:
+        self._variable = variable
+
+    def parts(self, value: Any = None) -> list[Any]:
+        import tensorflow as tf  # noqa: PLC0415 - loaded already: the value is one of its variables
+
+        tensor = tf.convert_to_tensor(self._variable if value is None else value)
+        if tensor.dtype == tf.bfloat16:
+            return [np.from_dlpack(tf.bitcast(tensor, tf.uint16)).view(ml_dtypes.bfloat16)]
+        return [np.from_dlpack(tensor)]
+
+    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+        dtype = self._variable.dtype.as_numpy_dtype
+        # a copy: TensorFlow may keep the memory it is given
+        self._variable.assign(arrays[0].astype(dtype, casting="same_kind"))
+        return self._variable
+
+    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+        import tensorflow as tf  # noqa: PLC0415
+
+        return tf.convert_to_tensor(arrays[0].copy())
+
+
+class _KerasOnJax(_Jax):
+    """keras.Variables on JAX: each assignment puts another array behind them."""
+
+    immutable = False
+
+    def __init__(self, variable: Any) -> None:
+        super().__init__(variable._value)
+        self._variable = variable
+
+    def parts(self, value: Any = None) -> list[Any]:
+        return super().parts(_behind(self._variable if value is None else value))
+
+    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+        self._variable.assign(super().assign(arrays))
+        return self._variable
+
+    def obstacle(self) -> str | None:
+        return None
+
+    def unchanging(self) -> Any:
+        return self._variable._value
+
+
+def _behind(value: Any) -> Any:
+    """Return what a framework keeps behind a keras.Variable, or the value itself."""
+    return value._value if _is_keras(value) else value
+
+
+def _loaded(value: Any, module: str, name: str) -> bool:
+    """Tell whether a value is of a class of a module that the user has imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def _is_keras(value: Any) -> bool:
+    return _loaded(value, "keras", "Variable")
+
+
+def _is_tensorflow(value: Any) -> bool:
+    return _loaded(value, "tensorflow", "Variable")
+
+
+def is_leaf(value: Any) -> bool:
+    """Tell one of the user's arrays or variables from what holds them."""
+    return is_array(value) or _is_keras(value) or _is_tensorflow(value)
+
+
+def leaf(value: Any, name: str) -> Leaf:
+    """Return a value with what its kind can do.
+
+    Args:
+        value: What `is_leaf` says yes to.
+        name: What errors call it.
+
+    Raises:
+        TypeError: Its memory cannot be viewed.
+    """
+    if _is_keras(value) and value._value is None:
+        raise ValueError(f"{name} must have a value, and its model is not built")
+    if isinstance(value, np.ndarray):
+        return _NumPy(value, value)
+    native = _behind(value)
+    if _loaded(native, "torch", "Tensor"):
+        as_view(native, name)
+        return _Torch(native)
+    if _is_tensorflow(native):
+        return _TensorFlow(native)
+    if _loaded(native, "jax", "Array"):
+        as_view(native, name)
+        return _KerasOnJax(value) if native is not value else _Jax(value)
+    return _NumPy(value, as_view(value, name))

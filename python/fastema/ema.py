@@ -1,0 +1,731 @@
+"""Averages of a model's weights for training loops of one's own: two lines in any framework."""
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from os import PathLike
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from . import _leaves, schedules
+from ._arrays import as_view, is_movable, packed_copies
+from ._tree import Buffers, Tree
+from .functional import Pairs
+
+_Arrays = list[np.ndarray]
+_AWAY = "needs the weights, and averages are in their place: call swap() first"
+_FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
+
+
+class EMA:
+    """Exponential moving averages of weights, updated in place after every step of training.
+
+    ``average += (1 - decay) * (value - average)``, with NumPy's bits, by native code and in one call for
+    all arrays. Takes what a model of any library is made of: NumPy arrays, torch tensors and modules in CPU
+    memory, JAX arrays, tf.Variables and keras.Variables. Averages start at the values.
+
+    Arrays of integers and booleans (counters, masks) are copied at each update. An array that is given
+    twice (tied weights) is averaged once. Values are known by the object, never by a name.
+
+    Args:
+        values: An array, a sequence or a mapping of arrays, also nested, or anything with
+            ``named_parameters()``. Arrays that can change are kept and read again at each update.
+        decay: From 0 to 1, towards 1 is slower; or a schedule, called with the number of updates, the
+            present one included. A sequence of either: as many averages, in one pass over the values.
+        every: Average at every so many updates only, with ``decay ** every``: the window stays the same.
+        start_step: The first update that averages; before it, an average is a copy.
+        initial: ``"values"``, or ``"zeros"``: averages start at nothing, and what is shown is divided by
+            one minus the product of all decays used, so that the first values have no extra weight. What is
+            kept stays undivided.
+        dtype: Of the averages of floating arrays. None: float32 for float16 and bfloat16 values, for
+            others their own.
+        rounding: ``"nearest"``; ``"stochastic"``, for 16-bit averages, which stand still otherwise; or
+            ``"compensated"``: a second array beside each average keeps what rounding loses.
+        seed: Of stochastic rounding.
+        buffers: What to do with a module's buffers (those that its checkpoints hold). ``"copy"``: as torch's
+            own `AveragedModel`, since the statistics of batch normalisation are averages already;
+            ``"average"``: as parameters; ``"ignore"``.
+        device: Where averages are kept: None or ``"cpu"``.
+        background: Average in another thread, while the next step runs. Only for arrays that cannot change
+            meanwhile: JAX's, which must not be donated to that step.
+        threads: How many threads to use at most; 0: as many as OpenMP would.
+        memory: The path of a file to keep the averages in, mapped, for more averages than memory. It is made
+            anew, and holds no checkpoint.
+
+    Raises:
+        TypeError: A value is no array, or of a type that is not offered.
+        ValueError: An argument is outside of its range, or an array has holes.
+
+    Example:
+        >>> import fastema, numpy as np
+        >>> weights = {"kernel": np.ones((2, 2)), "bias": np.zeros(2)}
+        >>> ema = fastema.EMA(weights, decay=0.75)
+        >>> for _ in range(2):
+        ...     weights["bias"] += 1.0  # a step of training
+        ...     ema.update()
+        >>> ema.averages["bias"]
+        array([0.6875, 0.6875])
+        >>> with ema.swapped():
+        ...     print(weights["bias"])
+        [0.6875 0.6875]
+        >>> weights["bias"]
+        array([2., 2.])
+    """
+
+    def __init__(
+        self,
+        values: Any,
+        decay: Any = 0.999,
+        *,
+        every: int = 1,
+        start_step: int = 0,
+        initial: Literal["values", "zeros"] = "values",
+        dtype: Any = None,
+        rounding: Literal["nearest", "stochastic", "compensated"] = "nearest",
+        seed: int = 0,
+        buffers: Buffers = "copy",
+        device: Literal["cpu"] | None = None,
+        background: bool = False,
+        threads: int = 0,
+        memory: str | PathLike[str] | None = None,
+    ) -> None:
+        _check_choice("initial", initial, ("values", "zeros"))
+        _check_choice("rounding", rounding, ("nearest", "stochastic", "compensated"))
+        _check_choice("buffers", buffers, ("copy", "average", "ignore"))
+        _check_choice("device", device, (None, "cpu"))
+        self._several = isinstance(decay, Sequence | np.ndarray)
+        self._decays: list[Any] = [_checked_decay(d) for d in (decay if self._several else [decay])]
+        if not self._decays:
+            raise ValueError("decay must hold one decay or more, got none")
+        self._every, self._start_step = _count("every", every, 1), _count("start_step", start_step, 0)
+        self._rounding, self._seed, self._threads = rounding, _count("seed", seed, 0), threads
+
+        self._tree = Tree(values, _leaves.is_leaf, buffers)
+        parts = self._take(background)
+        self._allocate(parts, dtype, memory)
+        self._step = 0
+        self._used: list[float] | None = None
+        # of all decays used: the share that its start has in an average, where the start is nothing
+        self._products = [1.0 if initial == "zeros" else 0.0] * len(self._decays)
+        self._swapped: int | None = None  # which averages are in the values
+        self._aside: dict[int, _Arrays] = {}  # of each leaf that is not exchanged, the raw weights
+        self._worker = ThreadPoolExecutor(1, "fastema") if background else None
+        self._pending: tuple[Future[None], tuple[Any, ...]] | None = None
+        checked = self._pass_over(parts)
+        self._pass = checked if all(leaf.fixed for leaf in self._leaves) else None
+
+    def _take(self, background: bool) -> list[list[Any]]:
+        """Make leaves of the values, one for those that are the same; return what they have to read."""
+        values, self._tree.first = self._tree.first, []
+        self._leaves: list[_leaves.Leaf] = []
+        self._names: list[str] = []
+        self._places: list[int] = []  # of each value in the tree, its leaf
+        self._given: list[Any] = []  # of each value, the object; but none that every step leaves behind
+        all_parts: list[list[Any]] = []
+        known: dict[Any, int] = {}
+        for value, name in zip(values, self._tree.names, strict=True):
+            leaf = _leaves.leaf(value, f"values[{name!r}]")
+            if background and not leaf.immutable and leaf.unchanging() is None:
+                raise ValueError(
+                    "background must be False unless values cannot change meanwhile, as JAX arrays; "
+                    f"values[{name!r}] is of {type(value).__name__}"
+                )
+            parts = leaf.parts(value if leaf.immutable else None)
+            # an immutable array that is given twice may well become two
+            key = id(leaf) if leaf.immutable else _memory_of(parts[0]) if leaf.fixed else id(value)
+            place = known.setdefault(key or id(value), len(self._leaves))
+            if place == len(self._leaves):
+                self._leaves.append(leaf)
+                self._names.append(name)
+                all_parts.append(parts)
+            self._places.append(place)
+            self._given.append(None if leaf.immutable else value)
+        self._firsts = [self._places.index(i) for i in range(len(self._leaves))]
+        return all_parts
+
+    def _allocate(self, all_parts: list[list[Any]], dtype: Any, file: Any) -> None:
+        """Make averages that start at the values, and carries, in one piece of memory."""
+        views = [
+            _views(parts, f"values[{name!r}]") for parts, name in zip(all_parts, self._names, strict=True)
+        ]
+        chosen = None if dtype is None else _float_type(dtype)
+        self._averaged: list[int] = []
+        self._copied: list[int] = []
+        for i, (parts, name) in enumerate(zip(views, self._names, strict=True)):
+            kind = parts[0].dtype
+            if kind not in _FLOATS and kind.kind not in "iub":
+                raise TypeError(
+                    f"values[{name!r}] must be of float16, bfloat16, float32, float64, integers or booleans, "
+                    f"got {kind}"
+                )
+            averaged = kind in _FLOATS and name not in self._tree.copied
+            (self._averaged if averaged else self._copied).append(i)
+        lists = len(self._decays) * (2 if self._rounding == "compensated" else 1)
+        arrays = [view for i in self._copied for view in views[i]]
+        dtypes = [array.dtype for array in arrays]
+        for view in [view for i in self._averaged for view in views[i]] * lists:
+            arrays.append(view)
+            dtypes.append(chosen or (np.dtype(np.float32) if view.dtype.itemsize == 2 else view.dtype))
+        made = iter(packed_copies(arrays, dtypes, file))
+
+        def taken(leaves: list[int]) -> dict[int, _Arrays]:
+            return {i: [next(made) for _ in views[i]] for i in leaves}
+
+        copies = taken(self._copied)  # all decays share them
+        self._stores = [{**copies, **taken(self._averaged)} for _ in self._decays]
+        self._carries = [taken(self._averaged) for _ in self._decays[: lists - len(self._decays)]]
+        for carries in self._carries:
+            for i, parts in carries.items():
+                carries[i] = [x.view(np.int16) if x.dtype == ml_dtypes.bfloat16 else x for x in parts]
+                for carry in carries[i]:
+                    carry.fill(0)
+
+    # --- updates ----------------------------------------------------------------------------------
+
+    def update(self, values: Any = None) -> None:
+        """Count a step of training, and move the averages towards the values.
+
+        Args:
+            values: The new values, shaped as those given at first: JAX arrays do not change, so that each
+                step leaves others. None: the arrays given at first.
+
+        Raises:
+            RuntimeError: Weights and averages are swapped.
+            ValueError: The values do not fit those given at first, or an array was given other memory since.
+                Nothing has changed then.
+        """
+        if self._swapped is not None:
+            raise RuntimeError(f"update() {_AWAY}")
+        if self._pending is not None:
+            self.wait()
+        step = self._step + 1
+        if step % self._every:
+            self._step = step
+            return
+        decays = [self._decay_at(decay, step) for decay in self._decays]
+        products = self._products
+        if self._worker is not None:
+            work = self._worker.submit(self._average, self._held(values), decays, products, step)
+            self._pending = work, (self._step, self._used, products)
+        elif self._pass is None or (values is not None and not self._are_given(values)):
+            self._average(self._held(values), decays, products, step)
+        elif 1.0 in products:  # once: pairs made anew notice what moved before anything starts at nothing
+            self._average([None] * len(self._leaves), decays, products, step)
+        else:
+            self._move(self._pass, decays, products, step)
+        self._step, self._used = step, decays
+        if any(products):
+            self._products = [product * decay for product, decay in zip(products, decays, strict=True)]
+
+    def _decay_at(self, decay: Any, step: int) -> float:
+        if step < self._start_step:
+            return 0.0
+        if callable(decay):
+            decay = _checked_decay(decay(step), f"decay({step})")
+        return float(schedules.compound(decay, self._every))
+
+    def _are_given(self, values: Any) -> bool:
+        """Tell whether these values are the very objects given at first."""
+        return all(map(operator.is_, self._tree.arrays(values), self._given))
+
+    def _held(self, values: Any) -> list[Any]:
+        """Return for each leaf the value to read; None: its own, as it is by then."""
+        if values is not None:
+            arrays = self._tree.arrays(values)
+            return [arrays[place] for place in self._firsts]
+        for leaf, name in zip(self._leaves, self._names, strict=True):
+            if leaf.immutable:
+                raise ValueError(
+                    f"values must be given: values[{name!r}] {leaf.obstacle()}, and a step leaves others"
+                )
+        return [leaf.unchanging() for leaf in self._leaves]
+
+    def _average(self, held: list[Any], decays: list[float], products: list[float], step: int) -> None:
+        parts = [leaf.parts(value) for leaf, value in zip(self._leaves, held, strict=True)]
+        self._move(self._pass_over(parts), decays, products, step)
+
+    def _move(self, over: "_Pass", decays: list[float], products: list[float], step: int) -> None:
+        if 1.0 in products:  # some start at nothing; until now they were the first values
+            for k, (product, decay) in enumerate(zip(products, decays, strict=True)):
+                for i in self._averaged if product == 1.0 and decay < 1.0 else ():
+                    for average in self._stores[k][i]:
+                        average.fill(0)
+        try:
+            if self._rounding == "stochastic":
+                over.update(decays, self._threads, rounding="stochastic", seed=self._seed, step=step)
+            else:
+                over.update(decays, self._threads)
+        except ValueError as error:
+            raise ValueError(self._with_names(str(error), self._averaged)) from None
+
+    def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
+        """Pair the averages with local arrays of each leaf."""
+        try:
+            return _Pass(
+                [[x for i in self._averaged for x in store[i]] for store in self._stores],
+                [x for i in self._averaged for x in parts[i]],
+                [[x for i in self._averaged for x in carries[i]] for carries in self._carries],
+                [x for i in self._copied for x in self._stores[0][i]],
+                [x for i in self._copied for x in parts[i]],
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(self._with_names(str(error), self._averaged)) from None
+
+    def _with_names(self, message: str, leaves: list[int]) -> str:
+        """Put the names of values into an error of the core, which knows their numbers in a list."""
+        names = [self._names[i] for i in leaves for _ in self._stores[0][i]]
+
+        def named(found: re.Match[str]) -> str:
+            return f"{found[1]}[{names[int(found[2])]!r}]"
+
+        return re.sub(r"\b((?:averages|carries)(?:\[\d+\](?=\[))?|values)\[(\d+)\]", named, message)
+
+    def wait(self) -> None:
+        """Return when all that was asked for is done.
+
+        Raises:
+            Exception: What stopped an update in the background; that update was not counted then.
+        """
+        if self._pending is None:
+            return
+        work, before = self._pending
+        error = work.exception()
+        self._pending = None
+        if error is not None:
+            self._step, self._used, self._products = before
+            raise error
+
+    # --- averages ---------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The number of updates seen."""
+        return self._step
+
+    @property
+    def decay(self) -> float | tuple[float, ...] | None:
+        """The decay last used (its power, with `every`); of several averages, a tuple; None before."""
+        if self._used is None:
+            return None
+        return tuple(self._used) if self._several else self._used[0]
+
+    @property
+    def averages(self) -> Any:
+        """The averages, shaped as the values, in arrays of their library; of several, the first ones.
+
+        NumPy's and torch's are the averages themselves, until the next `swap`, unless they started at zeros;
+        others are copies.
+        """
+        return self.averages_of(0)
+
+    def averages_of(self, k: int) -> Any:
+        """Return the averages of the k-th decay, as `averages`."""
+        k = self._checked_index(k)
+        self.wait()
+        shown = [leaf.shown(self._average_of(k, i)) for i, leaf in enumerate(self._leaves)]
+        return self._tree.build(shown[place] for place in self._places)
+
+    def _checked_index(self, k: int) -> int:
+        if not 0 <= k < len(self._decays):
+            raise IndexError(f"k must be from 0 to {len(self._decays) - 1}, got {k}")
+        return k
+
+    def _average_of(self, k: int, i: int) -> _Arrays:
+        """Return a leaf's average as the user sees it."""
+        kept, divisor = self._kept(k, i), self._divisor(k)
+        if i in self._copied or divisor == 1.0:
+            return kept
+        return [_quotient(average, divisor) for average in kept]
+
+    def _kept(self, k: int, i: int) -> _Arrays:
+        """Return a leaf's average as it is kept, wherever that is."""
+        away = (
+            self._swapped is not None and i not in self._aside and (k == self._swapped or i in self._copied)
+        )
+        return _views(self._leaves[i].parts(), self._names[i]) if away else self._stores[k][i]
+
+    def _divisor(self, k: int) -> float:
+        product = self._products[k]
+        return 1.0 if product == 1.0 else 1.0 - product  # nothing was averaged yet: they are the first values
+
+    # --- swapping ---------------------------------------------------------------------------------
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether the averages are in the place of the weights."""
+        return self._swapped is not None
+
+    def swap(self, k: int = 0) -> None:
+        """Put averages in the place of the weights; called again, put the weights back, bit for bit.
+
+        Contents are exchanged in place, without further memory. Where that cannot be (an average of another
+        type than its weight or one that started at zeros, variables of TensorFlow and Keras), the weight is
+        kept aside meanwhile, and the average is left as it is.
+
+        Args:
+            k: Which averages, of several. Means nothing on the way back.
+
+        Raises:
+            TypeError: A value never changes, as JAX arrays. Evaluate with `averages` there.
+            ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
+        """
+        self.wait()
+        if self._swapped is not None:
+            self._exchange([i for i in range(len(self._leaves)) if i not in self._aside], self._swapped)
+            for i, raw in self._aside.items():
+                self._leaves[i].assign(raw)
+            self._swapped, self._aside = None, {}
+            return
+        for leaf, name in zip(self._leaves, self._names, strict=True):
+            _check_writable(leaf, name, "swap()")
+        k = self._checked_index(k)
+        apart = [i for i in range(len(self._leaves)) if not self._exchangeable(k, i)]
+        aside = {i: [x.copy(order="K") for x in self._read(i)] for i in apart}
+        averages = {i: self._average_of(k, i) for i in apart}
+        try:
+            for i in apart:
+                self._leaves[i].assign(averages[i])
+            self._exchange([i for i in range(len(self._leaves)) if i not in aside], k)
+        except BaseException:
+            for i, raw in aside.items():
+                self._leaves[i].assign(raw)
+            raise
+        self._swapped, self._aside = k, aside
+
+    def _exchangeable(self, k: int, i: int) -> bool:
+        """Tell whether a value and its average can exchange contents, and both stay what they are."""
+        shown_as_kept = i in self._copied or self._divisor(k) == 1.0
+        return (
+            self._leaves[i].in_place()
+            and shown_as_kept
+            and all(
+                x.dtype == y.dtype and x.dtype.itemsize > 1
+                for x, y in zip(self._read(i), self._stores[k][i], strict=True)
+            )
+        )
+
+    def _read(self, i: int) -> _Arrays:
+        return _views(self._leaves[i].parts(), f"values[{self._names[i]!r}]")
+
+    def _exchange(self, leaves: list[int], k: int) -> None:
+        averages = [_bits(x) for i in leaves for x in self._stores[k][i]]
+        values = [_bits(x) for i in leaves for x in self._read(i)]
+        try:
+            Pairs(averages, values).swap(self._threads)
+        except (TypeError, ValueError) as error:
+            raise type(error)(self._with_names(str(error), leaves)) from None
+        for i in leaves:
+            self._leaves[i].written()
+
+    @contextmanager
+    def swapped(self, k: int = 0) -> Iterator[None]:
+        """Put averages in the place of the weights within a ``with`` statement.
+
+        The weights come back on every way out, bit for bit.
+
+        Args:
+            k: Which averages, of several.
+
+        Raises:
+            RuntimeError: They are swapped already.
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> weight = np.zeros(2)
+            >>> ema = fastema.EMA([weight], 0.5)
+            >>> weight += 1.0
+            >>> ema.update()
+            >>> with ema.swapped():
+            ...     print(weight)
+            [0.5 0.5]
+        """
+        if self._swapped is not None:
+            raise RuntimeError("swapped() cannot be entered while averages are in the place of the weights")
+        self.swap(k)
+        try:
+            yield
+        finally:
+            if self._swapped is not None:
+                self.swap()
+
+    def copy_to(self, values: Any = None, k: int = 0) -> Any:
+        """Write averages into values, for good.
+
+        Args:
+            values: Arrays (of any library) or a module, shaped as the values given at first. None: these.
+            k: Which averages, of several.
+
+        Returns:
+            The values with the averages in their own types, shaped as they were given: the arrays
+            themselves, or new ones where they never change (JAX).
+
+        Raises:
+            RuntimeError: Weights and averages are swapped.
+            ValueError: Shapes differ, or an array is read-only. Nothing has changed then.
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> ema = fastema.EMA({"w": np.ones(2)})
+            >>> ema.copy_to({"w": np.zeros(2)})
+            {'w': array([1., 1.])}
+        """
+        self.wait()
+        k = self._checked_index(k)
+        averages = [self._average_of(k, i) for i in range(len(self._leaves))]
+        if values is None:
+            if self._swapped is not None:
+                raise RuntimeError(f"copy_to() {_AWAY}")
+            targets = [self._leaves[place] for place in self._places]
+        else:
+            targets = []
+            for value, name, place in zip(
+                self._tree.arrays(values), self._tree.names, self._places, strict=True
+            ):
+                target = _leaves.leaf(value, f"values[{name!r}]")
+                _check_fits(name, _views(target.parts(value), name), averages[place])
+                targets.append(target)
+        for target, name in zip(targets, self._tree.names, strict=True):
+            if not target.immutable:
+                _check_writable(target, name, "copy_to()")
+        return self._tree.build(
+            target.assign(averages[place]) for target, place in zip(targets, self._places, strict=True)
+        )
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of all that is needed to go on: NumPy arrays and plain values.
+
+        Returns:
+            A dictionary: ``"averages"`` and ``"carries"`` (for each decay a dictionary of names and arrays),
+            ``"copied"`` and ``"values"`` (of names and arrays; the weights, while averages are in their
+            place, else nothing), ``"step"``, ``"decay"`` (the last ones), ``"products"`` (of all decays, for
+            ``initial="zeros"``), ``"swapped"`` (which averages are in the place of the weights, or None) and
+            ``"config"`` (arguments of the constructor, for the record).
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> ema = fastema.EMA({"w": np.ones(2)}, 0.9)
+            >>> state = ema.state_dict()
+            >>> state["averages"], state["step"]
+            ([{'w': array([1., 1.])}], 0)
+            >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
+        """
+        return self._state(lambda array: array.copy(order="K"))
+
+    def _state(self, taken: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+        """Return the state with what `taken` makes of each array; the arrays themselves are live."""
+        self.wait()
+        raw: dict[int, _Arrays] = {}
+        if self._swapped is not None:
+            raw = {i: self._aside.get(i, parts) for i, parts in self._stores[self._swapped].items()}
+
+        def named(leaves: Iterable[int], of: Callable[[int], _Arrays]) -> dict[str, np.ndarray]:
+            return {
+                name: taken(x) for i in leaves for name, x in zip(self._part_names(i), of(i), strict=True)
+            }
+
+        return {
+            "averages": [named(self._averaged, partial(self._kept, k)) for k in range(len(self._decays))],
+            "carries": [named(self._averaged, carries.__getitem__) for carries in self._carries],
+            "copied": named(self._copied, partial(self._kept, 0)),
+            "values": named(sorted(raw), raw.__getitem__),
+            "step": self._step,
+            "decay": None if self._used is None else list(self._used),
+            "products": list(self._products),
+            "swapped": self._swapped,
+            "config": {
+                "every": self._every,
+                "start_step": self._start_step,
+                "rounding": self._rounding,
+                "seed": self._seed,
+            },
+        }
+
+    def _part_names(self, i: int) -> list[str]:
+        parts, name = self._stores[0][i], self._names[i]
+        return [name] if len(parts) == 1 else [f"{name}/{j}" for j in range(len(parts))]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, to the bit.
+
+        A state that was saved while averages were in the place of the weights is loaded so, too: the values
+        hold the averages then, and `swap` gives the weights of that time back, whichever the model's own
+        checkpoint held.
+
+        Args:
+            state: What `state_dict` returned, of values of the same names, shapes and types, as many decays
+                and carries or none alike. Copied.
+
+        Raises:
+            RuntimeError: Averages are in the place of the weights now.
+            KeyError: Something is missing.
+            TypeError: A type differs, or a value never changes and the state was saved while swapped.
+            ValueError: The state does not fit. Whatever is raised, nothing has changed.
+        """
+        self.wait()
+        if self._swapped is not None:
+            raise RuntimeError(f"load_state_dict() {_AWAY}")
+        step, swapped = _count("state['step']", state["step"], 0), state["swapped"]
+        used, products = state["decay"], [float(product) for product in state["products"]]
+        lists = len(self._decays)
+        if len(products) != lists or (used is not None and len(used) != lists):
+            raise ValueError(f"state must be of {lists} decays, got {len(products)}")
+        found = []
+        for key, ours, all_leaves in (
+            ("averages", self._stores, self._averaged),
+            ("carries", self._carries, self._averaged),
+            ("copied", self._stores[:1], self._copied),
+        ):
+            theirs = [state[key]] if key == "copied" else state[key]
+            if len(theirs) != len(ours):
+                raise ValueError(f"state[{key!r}] must hold {len(ours)} dictionaries, got {len(theirs)}")
+            for k, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+                place = f"state[{key!r}]" if key == "copied" else f"state[{key!r}][{k}]"
+                found += self._fitting(place, {i: own[i] for i in all_leaves}, other)
+        raw: list[tuple[np.ndarray, np.ndarray]] = []
+        if swapped is not None:
+            swapped = self._checked_index(swapped)
+            for leaf, name in zip(self._leaves, self._names, strict=True):
+                _check_writable(leaf, name, "load_state_dict() of a state saved while swapped")
+            own = {i: [np.empty_like(x) for x in self._read(i)] for i in range(len(self._leaves))}
+            raw = self._fitting("state['values']", own, state["values"])
+        for target, source in (*found, *raw):
+            np.copyto(target, source)
+        self._step, self._products = step, products
+        self._used = None if used is None else [float(decay) for decay in used]
+        if swapped is not None:
+            for i, leaf in enumerate(self._leaves):
+                leaf.assign(self._average_of(swapped, i))
+            self._swapped, self._aside = swapped, own
+
+    def _fitting(
+        self, place: str, own: dict[int, _Arrays], other: Mapping[str, Any]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return our arrays with those of a state, where these fit."""
+        ours = {
+            name: x for i, parts in own.items() for name, x in zip(self._part_names(i), parts, strict=True)
+        }
+        if ours.keys() != other.keys():
+            missing, unknown = sorted(ours.keys() - other.keys()), sorted(other.keys() - ours.keys())
+            raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
+        pairs = [(array, np.asarray(other[name])) for name, array in ours.items()]
+        for name, (array, source) in zip(ours, pairs, strict=True):
+            if array.dtype != source.dtype:
+                raise TypeError(f"{place}[{name!r}] must be {array.dtype}, got {source.dtype}")
+            if array.shape != source.shape:
+                raise ValueError(f"{place}[{name!r}] must have shape {array.shape}, got {source.shape}")
+        return pairs
+
+
+class _Pass:
+    """One pass over the values, checked once: averages move, and what is not averaged is copied."""
+
+    __slots__ = ("_addresses", "_copies", "_movable", "_pairs", "_small")
+
+    def __init__(
+        self,
+        averages: list[_Arrays],
+        values: list[Any],
+        carries: list[_Arrays],
+        targets: _Arrays,
+        sources: list[Any],
+    ) -> None:
+        self._pairs = Pairs.several(averages, values, carries=carries or None)
+        views = _views(sources, "values")
+        wide = [i for i, view in enumerate(views) if view.dtype.itemsize > 1]
+        # a decay of 0 copies bits, whatever they mean
+        self._copies = Pairs([_bits(targets[i]) for i in wide], [_bits(views[i]) for i in wide])
+        self._small = [(targets[i], view) for i, view in enumerate(views) if i not in wide]
+        self._movable = [source for source in sources if is_movable(source)]
+        self._addresses = [source.data_ptr() for source in self._movable]
+
+    def update(self, decays: list[float], threads: int, **options: Any) -> None:
+        """Move the averages; a call that raises has changed nothing."""
+        if self._movable and [x.data_ptr() for x in self._movable] != self._addresses:
+            raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
+        self._pairs.update(decays if len(decays) > 1 else decays[0], threads, **options)
+        if len(self._copies) > 0:
+            self._copies.update(0.0, threads)
+        for target, source in self._small:
+            np.copyto(target, source)
+
+
+def _views(parts: Sequence[Any], name: str) -> _Arrays:
+    return [part if isinstance(part, np.ndarray) else as_view(part, name) for part in parts]
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """Return a view of an array of 2, 4 or 8 bytes an element that can be copied and exchanged."""
+    bits: np.ndarray = array.view(f"f{array.dtype.itemsize}")
+    return bits
+
+
+def _memory_of(array: Any) -> Any:
+    """Return what tells an array's memory from others'; nothing for arrays without elements."""
+    (view,) = _views([array], "values")
+    return (view.ctypes.data, view.shape, view.strides, view.dtype) if view.size else None
+
+
+def _quotient(average: np.ndarray, divisor: float) -> np.ndarray:
+    compute = np.float64 if average.dtype == np.float64 else np.float32
+    with np.errstate(all="ignore"):  # whatever the weights are
+        return np.divide(average.astype(compute), compute(divisor)).astype(average.dtype)
+
+
+def _check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
+    obstacle = leaf.obstacle()
+    if leaf.immutable:
+        raise TypeError(f"{call} must change values[{name!r}], which {obstacle}: use `averages` or copy_to()")
+    if obstacle is not None:
+        raise ValueError(f"{call} must change values[{name!r}], which {obstacle}")
+
+
+def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
+    for target, average in zip(targets, averages, strict=True):
+        if target.shape != average.shape:
+            raise ValueError(f"values[{name!r}] must have shape {average.shape}, got {target.shape}")
+        if not np.can_cast(average.dtype, target.dtype, "same_kind"):
+            raise TypeError(f"values[{name!r}] must be able to hold {average.dtype}, got {target.dtype}")
+
+
+def _checked_decay(decay: Any, name: str = "decay") -> Any:
+    """Return a decay as a float, or a schedule as it is."""
+    if callable(decay):
+        return decay
+    try:
+        number = float(decay)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number from 0 to 1, or a schedule, got {decay!r}") from None
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be from 0 to 1, got {decay!r}")
+    return number
+
+
+def _count(name: str, number: Any, least: int) -> int:
+    try:
+        count = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {number!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be {least} or more, got {number!r}")
+    return count
+
+
+def _check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {choice!r}")
+
+
+def _float_type(dtype: Any) -> Any:
+    """Return NumPy's type for the averages, of its own or of torch's name."""
+    name = str(dtype)
+    chosen = np.dtype(name.removeprefix("torch.") if name.startswith("torch.") else dtype)
+    if chosen not in _FLOATS:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {chosen}")
+    return chosen

@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+
+from fastema import __main__ as command
 from fastema.bench import (
     bench_accuracy,
     bench_cold,
+    bench_ema,
     bench_keras,
     bench_memory,
     bench_tensorflow,
     bench_update,
 )
-
-from fastema import __main__ as command
+from processes import skip_without
 
 
 def test_bench_writes_its_numbers_and_prints_its_tables(tmp_path, capsys):
@@ -51,6 +53,12 @@ def test_cold_calls_can_be_measured(capsys):
 def test_a_step_of_keras_can_be_measured(capsys):
     bench_keras.main(["--quick", "--samples", "1"])
     assert "200 small, tensorflow" in capsys.readouterr().out
+
+
+def test_what_counting_adds_to_an_update_can_be_measured(capsys):
+    skip_without("torch")
+    bench_ema.main(["--quick", "--samples", "1"])
+    assert "10 x 10, torch: EMA.update adds" in capsys.readouterr().out
 
 
 def test_updates_of_tensorflow_can_be_measured(capsys):

@@ -47,8 +47,8 @@ class Tree:
             return {key: self._walk(child, _joined(name, key)) for key, child in values.items()}
         if not isinstance(values, Iterable) or isinstance(values, str | bytes):
             raise TypeError(
-                f"{_place(name)} must be an array, a sequence or mapping of them, or have named_parameters(), "
-                f"got {type(values).__name__}"
+                f"{_place(name)} must be an array, a sequence or mapping of them, or have "
+                f"named_parameters(), got {type(values).__name__}"
             )
         return _maker(values), [self._walk(x, _joined(name, i)) for i, x in enumerate(values)]
 

@@ -98,7 +98,7 @@ class EMA:
         _check_choice("rounding", rounding, ("nearest", "stochastic", "compensated"))
         _check_choice("buffers", buffers, ("copy", "average", "ignore"))
         _check_choice("device", device, (None, "cpu"))
-        self._several = isinstance(decay, Sequence | np.ndarray)
+        self._several = isinstance(decay, Sequence | np.ndarray) and not isinstance(decay, str)
         self._decays: list[Any] = [_checked_decay(d) for d in (decay if self._several else [decay])]
         if not self._decays:
             raise ValueError("decay must hold one decay or more, got none")
@@ -106,6 +106,7 @@ class EMA:
         self._rounding, self._seed, self._threads = rounding, _count("seed", seed, 0), threads
 
         self._tree = Tree(values, _leaves.is_leaf, buffers)
+        self._module = values if hasattr(values, "named_parameters") else None
         parts = self._take(background)
         self._allocate(parts, dtype, memory)
         self._step = 0
@@ -228,6 +229,18 @@ class EMA:
         if callable(decay):
             decay = _checked_decay(decay(step), f"decay({step})")
         return float(schedules.compound(decay, self._every))
+
+    def _check_module(self) -> None:
+        """Raise if a module has other tensors by now: they would be neither averaged nor swapped."""
+        if self._module is None:
+            return
+        for now, first, name in zip(
+            self._tree.arrays(self._module), self._given, self._tree.names, strict=True
+        ):
+            if now is not first:
+                raise RuntimeError(
+                    f"values[{name!r}] is no longer the tensor that was given at first; make the EMA anew"
+                )
 
     def _are_given(self, values: Any) -> bool:
         """Tell whether these values are the very objects given at first."""
@@ -372,6 +385,7 @@ class EMA:
 
         Raises:
             TypeError: A value never changes, as JAX arrays. Evaluate with `averages` there.
+            RuntimeError: A module's tensor is another one by now.
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()
@@ -383,6 +397,7 @@ class EMA:
             return
         for leaf, name in zip(self._leaves, self._names, strict=True):
             _check_writable(leaf, name, "swap()")
+        self._check_module()
         k = self._checked_index(k)
         apart = [i for i in range(len(self._leaves)) if not self._exchangeable(k, i)]
         aside = {i: [x.copy(order="K") for x in self._read(i)] for i in apart}
@@ -480,6 +495,7 @@ class EMA:
         if values is None:
             if self._swapped is not None:
                 raise RuntimeError(f"copy_to() {_AWAY}")
+            self._check_module()
             targets = [self._leaves[place] for place in self._places]
         else:
             targets = []
@@ -521,6 +537,7 @@ class EMA:
     def _state(self, taken: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
         """Return the state with what `taken` makes of each array; the arrays themselves are live."""
         self.wait()
+        self._check_module()
         raw: dict[int, _Arrays] = {}
         if self._swapped is not None:
             raw = {i: self._aside.get(i, parts) for i, parts in self._stores[self._swapped].items()}
@@ -572,7 +589,8 @@ class EMA:
         if self._swapped is not None:
             raise RuntimeError(f"load_state_dict() {_AWAY}")
         step, swapped = _count("state['step']", state["step"], 0), state["swapped"]
-        used, products = state["decay"], [float(product) for product in state["products"]]
+        products = [float(product) for product in state["products"]]
+        used = None if state["decay"] is None else [float(decay) for decay in state["decay"]]
         lists = len(self._decays)
         if len(products) != lists or (used is not None and len(used) != lists):
             raise ValueError(f"state must be of {lists} decays, got {len(products)}")
@@ -597,8 +615,7 @@ class EMA:
             raw = self._fitting("state['values']", own, state["values"])
         for target, source in (*found, *raw):
             np.copyto(target, source)
-        self._step, self._products = step, products
-        self._used = None if used is None else [float(decay) for decay in used]
+        self._step, self._used, self._products = step, used, products
         if swapped is not None:
             for i, leaf in enumerate(self._leaves):
                 leaf.assign(self._average_of(swapped, i))
@@ -675,7 +692,8 @@ def _memory_of(array: Any) -> Any:
 def _quotient(average: np.ndarray, divisor: float) -> np.ndarray:
     compute = np.float64 if average.dtype == np.float64 else np.float32
     with np.errstate(all="ignore"):  # whatever the weights are
-        return np.divide(average.astype(compute), compute(divisor)).astype(average.dtype)
+        quotient: np.ndarray = np.divide(average.astype(compute), compute(divisor)).astype(average.dtype)
+    return quotient
 
 
 def _check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:

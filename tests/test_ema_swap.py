@@ -1,0 +1,254 @@
+"""Averages in the place of the weights, for a while (swap, swapped) or for good (copy_to)."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastema
+import oracle
+
+bfloat16 = ml_dtypes.bfloat16
+DTYPES = [np.float16, bfloat16, np.float32, np.float64, np.int64, np.uint8, np.bool_]
+
+
+@pytest.fixture
+def weights(rng):
+    """Return weights of every type, NaN payloads, infinities and large beside small numbers among them."""
+    made = [rng.standard_normal(6).astype(dtype) for dtype in DTYPES]
+    for weight in made[:4]:
+        weight[:4] = [np.nan, -0.0, np.inf, 3e4]
+        weight.view(f"u{weight.itemsize}")[0] |= 5
+    return made
+
+
+def bits(arrays):
+    return [np.asarray(array).tobytes() for array in arrays]
+
+
+def trained(ema, weights, steps=3):
+    for _ in range(steps):
+        for weight in weights:
+            if weight.dtype.kind not in "biu":
+                weight[3:] = weight[3:] * weight.dtype.type(0.5)
+            else:
+                weight[:] = weight[::-1].copy()
+        ema.update()
+
+
+ARGUMENTS = [
+    {},
+    {"initial": "zeros"},
+    {"rounding": "compensated"},
+    {"decay": [0.9, 0.5]},
+    {"decay": [0.9, 0.5], "initial": "zeros"},
+    {"every": 2, "start_step": 2},
+]
+
+
+def made(weights, decay=0.9, **arguments):
+    if arguments.get("rounding") == "compensated":
+        weights = [weight for weight in weights if weight.dtype != np.float64]
+    return fastema.EMA(weights, decay, **arguments), weights
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@pytest.mark.parametrize("k", [0, -1])
+def test_swapped_weights_are_the_averages_and_come_back_bit_for_bit(weights, arguments, k):
+    ema, weights = made(weights, **arguments)
+    k = len(ema.state_dict()["averages"]) - 1 if k else 0
+    trained(ema, weights)
+    raw, averages = bits(weights), [np.array(x) for x in ema.averages_of(k)]
+    others = bits(ema.averages_of(0))
+    for _ in range(2):
+        ema.swap(k)
+        assert ema.is_swapped
+        for weight, average in zip(weights, averages, strict=True):
+            with np.errstate(over="ignore"):
+                assert weight.tobytes() == average.astype(weight.dtype).tobytes()
+        assert bits(ema.averages_of(k)) == bits(averages), "averages stay what they are while swapped"
+        assert bits(ema.averages_of(0)) == others
+        ema.swap()
+        assert not ema.is_swapped
+        assert bits(weights) == raw
+        assert bits(ema.averages_of(k)) == bits(averages)
+
+
+@given(data=st.data())
+def test_any_bytes_come_back(data):
+    weights = [
+        np.frombuffer(data.draw(st.binary(min_size=24, max_size=24)), dtype).copy() for dtype in DTYPES[:4]
+    ]
+    ema = fastema.EMA(weights, data.draw(st.floats(0, 1)))
+    raw = bits(weights)
+    before = bits(ema.averages)
+    with ema.swapped():
+        pass
+    assert bits(weights) == raw
+    assert bits(ema.averages) == before
+
+
+def test_arrays_of_one_type_are_exchanged_without_further_memory(rng):
+    weight = rng.standard_normal(5).astype(np.float32)
+    ema = fastema.EMA([weight])
+    average = ema.averages[0]
+    raw = weight.copy()
+    weight += 1.0
+    ema.swap()
+    assert oracle.same_bits(weight, raw)
+    assert oracle.same_bits(average, raw + np.float32(1)), "the weight is where the average was"
+
+
+class Interruption(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, Interruption])
+def test_swapped_restores_whatever_is_raised(weights, error):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    raw = bits(weights)
+
+    def evaluate():
+        with ema.swapped():
+            assert bits(weights) != raw
+            raise error
+
+    with pytest.raises(error):
+        evaluate()
+    assert not ema.is_swapped
+    assert bits(weights) == raw
+
+
+def test_swapped_restores_on_return_break_and_the_end_of_a_generator(weights):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    raw = bits(weights)
+
+    def returning():
+        with ema.swapped():
+            return bits(weights)
+
+    def generating():
+        with ema.swapped():
+            yield bits(weights)
+
+    assert returning() != raw
+    assert bits(weights) == raw
+    for _ in range(2):
+        with ema.swapped():
+            break
+    assert bits(weights) == raw
+    generator = generating()
+    assert next(generator) != raw
+    generator.close()
+    assert bits(weights) == raw
+
+
+def test_swapped_leaves_alone_what_was_swapped_back_within(weights):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    raw = bits(weights)
+    with ema.swapped():
+        ema.swap()
+    assert not ema.is_swapped
+    assert bits(weights) == raw
+
+
+def test_a_second_swapped_is_refused_and_the_first_goes_on(weights):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    raw = bits(weights)
+    with ema.swapped():
+        seen = bits(weights)
+        with (
+            pytest.raises(RuntimeError, match=r"swapped\(\) cannot be entered while averages"),
+            ema.swapped(),
+        ):
+            pass
+        assert bits(weights) == seen
+    assert bits(weights) == raw
+
+
+def test_what_needs_the_weights_is_refused_while_they_are_away(weights):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    state = ema.state_dict()
+    with ema.swapped():
+        seen, step = bits(weights), ema.step
+        for call in (ema.update, ema.copy_to, lambda: ema.load_state_dict(state)):
+            with pytest.raises(RuntimeError, match=r"\(\) needs the weights, .* call swap\(\) first"):
+                call()
+        assert bits(weights) == seen
+        assert ema.step == step
+
+
+def test_training_goes_on_after_a_swap_as_if_there_had_been_none(weights):
+    copies = [weight.copy() for weight in weights]
+    plain, swapped = fastema.EMA(copies), fastema.EMA(weights)
+    for _ in range(3):
+        trained(plain, copies, 1)
+        trained(swapped, weights, 1)
+        with swapped.swapped():
+            pass
+    assert bits(weights) == bits(copies)
+    assert bits(plain.averages) == bits(swapped.averages)
+
+
+def test_a_value_that_is_read_only_or_shared_is_refused_and_nothing_is_swapped():
+    memory = np.arange(6.0)
+    fixed = np.ones(2)
+    fixed.flags.writeable = False
+    for values, message in (
+        ({"a": np.zeros(2), "b": fixed}, r"swap\(\) must change values\['b'\], which is read-only"),
+        ({"c": memory[:4], "d": memory[2:]}, r"values\['c'\] and values\['d'\] must not overlap"),
+    ):
+        ema = fastema.EMA(values)
+        before = bits(values.values())
+        with pytest.raises(ValueError, match=message):
+            ema.swap()
+        assert not ema.is_swapped
+        assert bits(values.values()) == before
+
+
+def test_a_swap_that_fails_on_its_way_has_changed_nothing(weights):
+    """The types that are written one by one come first, and those that are exchanged fail then."""
+    memory = np.arange(6.0)
+    values = [*weights, memory[:4], memory[2:]]
+    ema = fastema.EMA(values)
+    trained(ema, weights)
+    raw, averages = bits(values), bits(ema.averages)
+    with pytest.raises(ValueError, match="must not overlap"):
+        ema.swap()
+    assert bits(values) == raw
+    assert bits(ema.averages) == averages
+
+
+def test_copy_to_writes_averages_for_good(weights):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    averages = [average.astype(weight.dtype) for average, weight in zip(ema.averages, weights, strict=True)]
+    others = [np.zeros_like(weight) for weight in weights]
+    raw = bits(weights)
+    assert all(x is y for x, y in zip(ema.copy_to(others), others, strict=True))
+    assert bits(others) == bits(averages)
+    assert bits(weights) == raw
+    ema.copy_to()
+    assert bits(weights) == bits(averages)
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        (np.ones(4), ValueError, r"values\['b'\] must have shape \(3,\), got \(4,\)"),
+        (np.ones(3, int), TypeError, r"values\['b'\] must be able to hold float64, got int64"),
+        (np.broadcast_to(1.0, 3), ValueError, r"copy_to\(\) must change values\['b'\], which is read-only"),
+    ],
+)
+def test_copy_to_what_does_not_fit_changes_nothing(other, error, message):
+    ema = fastema.EMA({"a": np.ones(3), "b": np.ones(3)})
+    target = np.zeros(3)
+    with pytest.raises(error, match=message):
+        ema.copy_to({"a": target, "b": other})
+    assert not target.any()

@@ -124,6 +124,9 @@ def test_values_may_be_given_again_as_other_libraries_ask_for(torch, model):
     again.update(model.parameters())
     plain.update()
     assert all(map(torch.equal, again.averages, plain.averages))
+    again.update(parameter.detach().clone() for parameter in model.parameters())
+    plain.update()
+    assert all(map(torch.equal, again.averages, plain.averages))
 
 
 def test_a_tensor_that_moved_is_an_error_and_nothing_changes(torch, model):

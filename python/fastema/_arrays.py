@@ -99,7 +99,8 @@ def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[Any], file: Any
         axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
         dense = memory[begin : begin + size].view(dtype).reshape([array.shape[axis] for axis in axes])
         copy = dense.transpose(np.argsort(axes)) if axes else dense
-        np.copyto(copy, array, casting="same_kind")
+        with np.errstate(all="ignore"):  # NumPy calls a signalling NaN invalid when it is widened
+            np.copyto(copy, array, casting="same_kind")
         copies.append(copy)
     return copies
 

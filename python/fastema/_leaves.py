@@ -15,6 +15,19 @@ import numpy as np
 from ._arrays import as_view, is_array
 
 
+def _write(array: np.ndarray, target: np.ndarray) -> None:
+    """Write an average, rounded to nearest where the target is narrower."""
+    with np.errstate(all="ignore"):  # one may well be too large for 16 bits
+        np.copyto(target, array, casting="same_kind")
+
+
+def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return a copy in another type."""
+    copy = np.empty_like(array, dtype)
+    _write(array, copy)
+    return copy
+
+
 class Leaf(ABC):
     """One of the user's values.
 
@@ -78,7 +91,7 @@ class _NumPy(Leaf):
         return True
 
     def assign(self, arrays: Sequence[np.ndarray]) -> Any:
-        np.copyto(self._array, arrays[0], casting="same_kind")
+        _write(arrays[0], self._array)
         return self._given
 
     def shown(self, arrays: Sequence[np.ndarray]) -> Any:
@@ -92,13 +105,13 @@ class _Torch(Leaf):
         self._tensor = tensor
 
     def parts(self, value: Any = None) -> list[Any]:
-        return [self._tensor if value is None else value]
+        return [self._tensor if value is None else _behind(value)]
 
     def in_place(self) -> bool:
         return True
 
     def assign(self, arrays: Sequence[np.ndarray]) -> Any:
-        np.copyto(as_view(self._tensor, "values"), arrays[0], casting="same_kind")
+        _write(arrays[0], as_view(self._tensor, "values"))
         self.written()
         return self._tensor
 
@@ -129,14 +142,19 @@ class _Jax(Leaf):
 
     def parts(self, value: Any = None) -> list[Any]:
         if value is None:
-            raise ValueError("values must be passed: JAX arrays do not change, so give update() the new ones")
-        return [np.asarray(value)]
+            raise ValueError("values must be given: JAX arrays do not change")
+        try:
+            return [np.asarray(value)]
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"values must outlive their averaging, and one was donated to a step before: {error}"
+            ) from None
 
     def obstacle(self) -> str | None:
         return "is a JAX array, which never changes"
 
     def assign(self, arrays: Sequence[np.ndarray]) -> Any:
-        return self.shown([arrays[0].astype(self._dtype, casting="same_kind")])
+        return self.shown([_cast(arrays[0], self._dtype)])
 
     def shown(self, arrays: Sequence[np.ndarray]) -> Any:
         import jax  # noqa: PLC0415 - loaded already: the value is one of its arrays
@@ -161,9 +179,8 @@ class _TensorFlow(Leaf):
         return [np.from_dlpack(tensor)]
 
     def assign(self, arrays: Sequence[np.ndarray]) -> Any:
-        dtype = self._variable.dtype.as_numpy_dtype
         # a copy: TensorFlow may keep the memory it is given
-        self._variable.assign(arrays[0].astype(dtype, casting="same_kind"))
+        self._variable.assign(_cast(arrays[0], self._variable.dtype.as_numpy_dtype))
         return self._variable
 
     def shown(self, arrays: Sequence[np.ndarray]) -> Any:

@@ -13,7 +13,7 @@ class Tree:
     A module is a mapping of its parameters' names, with those of its buffers after them.
 
     Args:
-        values: What to take apart. Each call of `arrays` goes through it again.
+        values: What to take apart; no iterators, which can be gone through only once.
         is_array: Tells an array from what holds arrays.
         buffers: What happens to a module's buffers.
 
@@ -27,7 +27,6 @@ class Tree:
         self._buffers: Buffers = buffers
         self.names: list[str] = []
         self.copied: set[str] = set()
-        self.first: list[Any] = []  # the arrays themselves; whoever needs them takes them away
         self._root = self._walk(values, "")
         if len(set(self.names)) < len(self.names):
             twice = next(name for name in self.names if self.names.count(name) > 1)
@@ -36,7 +35,6 @@ class Tree:
     def _walk(self, values: Any, name: str) -> _Node:
         if self._is_array(values):
             self.names.append(name or "0")
-            self.first.append(values)
             return None
         if hasattr(values, "named_parameters"):
             parameters, buffers = _tensors_of(values, self._buffers)
@@ -53,7 +51,7 @@ class Tree:
         return _maker(values), [self._walk(x, _joined(name, i)) for i, x in enumerate(values)]
 
     def arrays(self, values: Any) -> list[Any]:
-        """Return the arrays of other values of this shape, in this tree's order.
+        """Return the arrays of these or other values of this shape, in order.
 
         Raises:
             ValueError: They have another shape.
@@ -103,8 +101,8 @@ def _built(node: _Node, arrays: Any) -> Any:
 
 def _maker(values: Any) -> Callable[[list[Any]], Any]:
     if isinstance(values, tuple):
-        make = getattr(values, "_make", tuple)  # a named tuple stays one
-        return make if callable(make) else tuple
+        make: Callable[[list[Any]], Any] = getattr(values, "_make", tuple)  # a named tuple stays one
+        return make
     return list
 
 

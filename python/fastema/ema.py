@@ -98,16 +98,18 @@ class EMA:
         _check_choice("rounding", rounding, ("nearest", "stochastic", "compensated"))
         _check_choice("buffers", buffers, ("copy", "average", "ignore"))
         _check_choice("device", device, (None, "cpu"))
-        self._several = isinstance(decay, Sequence | np.ndarray) and not isinstance(decay, str)
+        self._several = isinstance(decay, Sequence) and not isinstance(decay, str)
         self._decays: list[Any] = [_checked_decay(d) for d in (decay if self._several else [decay])]
         if not self._decays:
             raise ValueError("decay must hold one decay or more, got none")
         self._every, self._start_step = _count("every", every, 1), _count("start_step", start_step, 0)
         self._rounding, self._seed, self._threads = rounding, _count("seed", seed, 0), threads
 
+        if isinstance(values, Iterator):
+            values = list(values)
         self._tree = Tree(values, _leaves.is_leaf, buffers)
         self._module = values if hasattr(values, "named_parameters") else None
-        parts = self._take(background)
+        parts = self._take(self._tree.arrays(values), background)
         self._allocate(parts, dtype, memory)
         self._step = 0
         self._used: list[float] | None = None
@@ -120,9 +122,8 @@ class EMA:
         checked = self._pass_over(parts)
         self._pass = checked if all(leaf.fixed for leaf in self._leaves) else None
 
-    def _take(self, background: bool) -> list[list[Any]]:
+    def _take(self, values: list[Any], background: bool) -> list[list[Any]]:
         """Make leaves of the values, one for those that are the same; return what they have to read."""
-        values, self._tree.first = self._tree.first, []
         self._leaves: list[_leaves.Leaf] = []
         self._names: list[str] = []
         self._places: list[int] = []  # of each value in the tree, its leaf
@@ -208,13 +209,14 @@ class EMA:
         if step % self._every:
             self._step = step
             return
+        arrays = None if values is None else self._tree.arrays(values)
         decays = [self._decay_at(decay, step) for decay in self._decays]
         products = self._products
         if self._worker is not None:
-            work = self._worker.submit(self._average, self._held(values), decays, products, step)
+            work = self._worker.submit(self._average, self._held(arrays), decays, products, step)
             self._pending = work, (self._step, self._used, products)
-        elif self._pass is None or (values is not None and not self._are_given(values)):
-            self._average(self._held(values), decays, products, step)
+        elif self._pass is None or not (arrays is None or all(map(operator.is_, arrays, self._given))):
+            self._average(self._held(arrays), decays, products, step)
         elif 1.0 in products:  # once: pairs made anew notice what moved before anything starts at nothing
             self._average([None] * len(self._leaves), decays, products, step)
         else:
@@ -242,14 +244,9 @@ class EMA:
                     f"values[{name!r}] is no longer the tensor that was given at first; make the EMA anew"
                 )
 
-    def _are_given(self, values: Any) -> bool:
-        """Tell whether these values are the very objects given at first."""
-        return all(map(operator.is_, self._tree.arrays(values), self._given))
-
-    def _held(self, values: Any) -> list[Any]:
+    def _held(self, arrays: list[Any] | None) -> list[Any]:
         """Return for each leaf the value to read; None: its own, as it is by then."""
-        if values is not None:
-            arrays = self._tree.arrays(values)
+        if arrays is not None:
             return [arrays[place] for place in self._firsts]
         for leaf, name in zip(self._leaves, self._names, strict=True):
             if leaf.immutable:

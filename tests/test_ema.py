@@ -259,6 +259,13 @@ def test_averages_larger_than_memory_lie_in_a_file(tmp_path):
     assert path.stat().st_size >= 64 << 20
 
 
+def test_averages_in_a_file_that_is_made_anew_stay(tmp_path):
+    first = fastema.EMA(np.ones(1000), memory=tmp_path / "averages")
+    second = fastema.EMA(np.zeros(1000), memory=tmp_path / "averages")
+    assert (first.averages == 1).all()
+    assert (second.averages == 0).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -293,6 +300,8 @@ def test_values_that_are_no_arrays_are_refused_by_name():
         fastema.EMA([np.ones(2, complex)])
     with pytest.raises(ValueError, match=r"values\['w'\] must be dense"):
         fastema.EMA({"w": np.ones(4)[::2]})
+    with pytest.raises(ValueError, match=r"values\['n'\] must be dense"):
+        fastema.EMA({"w": np.ones(4), "n": np.ones(4, int)[::2]})
     with pytest.raises(ValueError, match=r"values must have one name each, and two of them are 'a\.0'"):
         fastema.EMA({"a.0": np.ones(2), "a": [np.ones(2)]})
 

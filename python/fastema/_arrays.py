@@ -1,6 +1,7 @@
 """Foreign arrays as NumPy views of the same memory: never a copy, or an error that says why."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -92,6 +93,7 @@ def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[Any], file: Any
     if file is None:
         memory = np.empty(length, np.uint8)
     else:
+        Path(file).unlink(missing_ok=True)  # whoever has it mapped keeps the old one
         memory = np.asarray(np.memmap(file, np.uint8, "w+", shape=length))
     memory = memory[-memory.ctypes.data % _LINE :]
     copies = []

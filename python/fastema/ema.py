@@ -271,29 +271,40 @@ class EMA:
             else:
                 over.update(decays, self._threads)
         except ValueError as error:
-            raise ValueError(self._with_names(str(error), self._averaged)) from None
+            raise self._named(error, self._averaged) from None
 
     def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
         """Pair the averages with local arrays of each leaf."""
+        averages = [[x for i in self._averaged for x in store[i]] for store in self._stores]
+        carries = [[x for i in self._averaged for x in carry[i]] for carry in self._carries]
         try:
-            return _Pass(
-                [[x for i in self._averaged for x in store[i]] for store in self._stores],
-                [x for i in self._averaged for x in parts[i]],
-                [[x for i in self._averaged for x in carries[i]] for carries in self._carries],
-                [x for i in self._copied for x in self._stores[0][i]],
-                [x for i in self._copied for x in parts[i]],
+            pairs = Pairs.several(
+                averages, [x for i in self._averaged for x in parts[i]], carries=carries or None
             )
         except (TypeError, ValueError) as error:
-            raise type(error)(self._with_names(str(error), self._averaged)) from None
+            raise self._named(error, self._averaged) from None
+        wide = [i for i in self._copied if self._stores[0][i][0].itemsize > 1]
+        small = [i for i in self._copied if i not in wide]
+        views = {i: _views(parts[i], f"values[{self._names[i]!r}]") for i in self._copied}
+        try:
+            copies = Pairs(
+                [_bits(x) for i in wide for x in self._stores[0][i]],
+                [_bits(x) for i in wide for x in views[i]],
+            )
+        except (TypeError, ValueError) as error:
+            raise self._named(error, wide) from None
+        bytewise = [pair for i in small for pair in zip(self._stores[0][i], views[i], strict=True)]
+        return _Pass(pairs, copies, bytewise, [x for i in self._copied for x in parts[i]])
 
-    def _with_names(self, message: str, leaves: list[int]) -> str:
-        """Put the names of values into an error of the core, which knows their numbers in a list."""
+    def _named(self, error: Exception, leaves: list[int]) -> Exception:
+        """Return an error of the core, which knows numbers in a list, with the names of values."""
         names = [self._names[i] for i in leaves for _ in self._stores[0][i]]
 
         def named(found: re.Match[str]) -> str:
             return f"{found[1]}[{names[int(found[2])]!r}]"
 
-        return re.sub(r"\b((?:averages|carries)(?:\[\d+\](?=\[))?|values)\[(\d+)\]", named, message)
+        numbers = r"\b((?:averages|carries)(?:\[\d+\](?=\[))?|values)\[(\d+)\]"
+        return type(error)(re.sub(numbers, named, str(error)))
 
     def wait(self) -> None:
         """Return when all that was asked for is done.
@@ -430,7 +441,7 @@ class EMA:
         try:
             Pairs(averages, values).swap(self._threads)
         except (TypeError, ValueError) as error:
-            raise type(error)(self._with_names(str(error), leaves)) from None
+            raise self._named(error, leaves) from None
         for i in leaves:
             self._leaves[i].written()
 
@@ -640,22 +651,12 @@ class EMA:
 class _Pass:
     """One pass over the values, checked once: averages move, and what is not averaged is copied."""
 
-    __slots__ = ("_addresses", "_copies", "_movable", "_pairs", "_small")
+    __slots__ = ("_addresses", "_bytewise", "_copies", "_movable", "_pairs")
 
     def __init__(
-        self,
-        averages: list[_Arrays],
-        values: list[Any],
-        carries: list[_Arrays],
-        targets: _Arrays,
-        sources: list[Any],
+        self, pairs: Pairs, copies: Pairs, bytewise: list[tuple[np.ndarray, np.ndarray]], sources: list[Any]
     ) -> None:
-        self._pairs = Pairs.several(averages, values, carries=carries or None)
-        views = _views(sources, "values")
-        wide = [i for i, view in enumerate(views) if view.dtype.itemsize > 1]
-        # a decay of 0 copies bits, whatever they mean
-        self._copies = Pairs([_bits(targets[i]) for i in wide], [_bits(views[i]) for i in wide])
-        self._small = [(targets[i], view) for i, view in enumerate(views) if i not in wide]
+        self._pairs, self._copies, self._bytewise = pairs, copies, bytewise
         self._movable = [source for source in sources if is_movable(source)]
         self._addresses = [source.data_ptr() for source in self._movable]
 
@@ -665,8 +666,8 @@ class _Pass:
             raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
         self._pairs.update(decays if len(decays) > 1 else decays[0], threads, **options)
         if len(self._copies) > 0:
-            self._copies.update(0.0, threads)
-        for target, source in self._small:
+            self._copies.update(0.0, threads)  # which copies bits, whatever they mean
+        for target, source in self._bytewise:
             np.copyto(target, source)
 
 

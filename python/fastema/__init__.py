@@ -1,6 +1,6 @@
 """Exponential moving averages of model weights: in place, at memory bandwidth, exact to the bit."""
 
-from . import _core, schedules
+from . import _core, checkpoint, schedules
 from ._build import build_config, instruction_sets, use_instruction_set
 from .ema import EMA
 from .functional import Pairs, copies, swap, update
@@ -11,6 +11,7 @@ __all__ = [
     "EMA",
     "Pairs",
     "build_config",
+    "checkpoint",
     "copies",
     "instruction_sets",
     "schedules",

@@ -1,0 +1,382 @@
+"""Files of averages: how does one replace another so that no crash breaks it, and what is their mean?
+
+Safetensors files: 8 bytes with the length of a header, the header in JSON, the tensors. The header is ours
+to write because the package writes only what is in memory already; reading trusts its checks.
+"""
+
+import fcntl
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import reduce
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ._arrays import as_view
+
+__all__ = ["File", "average", "write"]
+
+# the format's names, the reals first
+_REALS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_TYPES = {
+    **_REALS,
+    "C64": np.dtype(np.complex64),
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in _TYPES.items()}
+
+_Path = str | os.PathLike[str]
+_METADATA = "__metadata__"  # beside the tensors' names in the header
+_LONGEST_HEADER = 100_000_000  # bytes, by the format
+_PIECE = 1 << 18  # elements: what `average` holds of a tensor at a time
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int = 0  # bytes from the start of the file
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=object))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+def write(path: _Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, all or nothing.
+
+    A crash at any moment leaves the file that was there or the new one, each whole. The new one is written
+    beside the old, as ``.<name>.partial``, flushed to the disk and renamed; what a crash left under that
+    name is overwritten by the next call. Of several writers of one file each waits for the one before.
+
+    Args:
+        path: The file; a symbolic link stays one, and what it leads to is replaced.
+        tensors: Name -> array: NumPy's, torch's (in CPU memory), or anything with ``__dlpack__``; any shape.
+        metadata: Texts for the header.
+
+    Raises:
+        TypeError: A tensor is no array or has a type that the format lacks, or `metadata` is not of texts.
+        ValueError: `path` is there and no file, or a tensor has the header's own name, ``__metadata__``.
+        OSError: The file cannot be written. The old one is as it was, in all these cases.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from fastema import checkpoint
+        >>> path = tempfile.mkdtemp() + "/averages.safetensors"
+        >>> checkpoint.write(path, {"w": np.ones((2, 3), np.float32)}, {"step": "7"})
+        >>> file = checkpoint.File(path)
+        >>> file["w"].shape, file.metadata
+        ((2, 3), {'step': '7'})
+    """
+    arrays = {}
+    for name, tensor in tensors.items():
+        array = tensor if isinstance(tensor, np.ndarray) else as_view(tensor, f"tensors[{name!r}]")
+        if array.dtype.newbyteorder("=") not in _CODES:
+            raise TypeError(f"tensors[{name!r}] must be of {', '.join(_TYPES)}, got {array.dtype}")
+        arrays[name] = array
+    layout = {name: _Tensor(array.dtype.newbyteorder("="), array.shape) for name, array in arrays.items()}
+    header, names = _header(layout, metadata or {})
+    with _replacing(path) as file:
+        file.write(header)
+        for name in names:
+            dense = np.ascontiguousarray(arrays[name], layout[name].dtype)
+            file.write(dense.reshape(-1).view(np.uint8).data)
+
+
+class File(Mapping[str, np.ndarray]):
+    """A safetensors file: name -> array, read-only views of the mapped file.
+
+    Nothing is read before it is used. The views stay what they are when the file is replaced.
+
+    Args:
+        path: Of the file.
+
+    Attributes:
+        metadata: The header's texts.
+        shapes: Name -> shape.
+        dtypes: Name -> type; bfloat16 and the 8-bit types are those of ml_dtypes.
+
+    Raises:
+        ValueError: It is no whole safetensors file.
+        OSError: It cannot be read.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from fastema import checkpoint
+        >>> path = tempfile.mkdtemp() + "/averages.safetensors"
+        >>> checkpoint.write(path, {"w": np.arange(3.0), "b": np.zeros((), np.float16)})
+        >>> file = checkpoint.File(path)
+        >>> file.dtypes
+        {'w': dtype('float64'), 'b': dtype('float16')}
+        >>> file["w"]
+        array([0., 1., 2.])
+    """
+
+    def __init__(self, path: _Path) -> None:
+        with Path(path).open("rb") as file:
+            self._layout, self.metadata = _read_header(file, path)
+            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        self.shapes = {name: tensor.shape for name, tensor in self._layout.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._layout.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._layout[name]
+        part = self._bytes[tensor.begin : tensor.begin + tensor.nbytes]
+        return part.view(tensor.dtype).reshape(tensor.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+
+def average(
+    paths: Iterable[_Path],
+    output: _Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Write the mean of safetensors files, as `write` does: all or nothing.
+
+    ``sum(weight * tensor) / sum(weights)`` in float64, in the order of `paths`, rounded once to the type in
+    the file. Files are read piece by piece: about 10 MB of memory, whatever their number and size.
+
+    Tensors of integers and booleans have no mean: they are taken from the last file. The metadata on which
+    all files agree are kept.
+
+    Args:
+        paths: The files, one or more, with tensors of the same names, shapes and types.
+        output: The file to write; may be one of `paths`.
+        weights: A number for each file. None: all alike.
+        dtype: Of the averages: one of the real types of the format. None: as in the files. Complex averages
+            keep theirs.
+        progress: Called with the bytes done and the bytes in all, after each piece.
+
+    Returns:
+        The names of the tensors that were taken from the last file.
+
+    Raises:
+        TypeError: `paths` is a single path, or `dtype` is none of the format's real types.
+        ValueError: A file is no safetensors file or does not fit the first, or `weights` are not finite,
+            not as many as the files, or add up to 0.
+        OSError: A file cannot be read, or `output` cannot be written. It is as it was, in all these cases.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from fastema import checkpoint
+        >>> paths = [f"{tempfile.mkdtemp()}/{i}.safetensors" for i in range(3)]
+        >>> for i, path in enumerate(paths):
+        ...     checkpoint.write(path, {"w": np.full(2, float(i)), "step": np.array(100 * i)})
+        >>> checkpoint.average(paths[:2], paths[2], weights=[1, 3])
+        ['step']
+        >>> checkpoint.File(paths[2])["w"]
+        array([0.75, 0.75])
+    """
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"paths must be a sequence of paths, got {paths!r}")
+    paths = list(paths)
+    if not paths:
+        raise ValueError("paths must hold one path or more, got none")
+    shares = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(paths):
+        raise ValueError(f"weights must hold a number for each of the {len(paths)} files, got {len(shares)}")
+    if not np.isfinite(shares).all() or sum(shares) == 0:
+        raise ValueError(f"weights must be finite and not add up to 0, got {shares}")
+    narrow = None if dtype is None else np.dtype(dtype)
+    if narrow and narrow not in _REALS.values():
+        raise TypeError(f"dtype must be one of {', '.join(map(str, _REALS.values()))}, got {narrow}")
+    with ExitStack() as opened:
+        files = [opened.enter_context(Path(path).open("rb")) for path in paths]
+        layouts, texts = zip(*map(_read_header, files, paths), strict=True)
+        for path, layout in zip(paths[1:], layouts[1:], strict=True):
+            _check_fit(layouts[0], layout, paths[0], path)
+        means = {
+            name: replace(tensor, dtype=narrow) if narrow and tensor.dtype in _REALS.values() else tensor
+            for name, tensor in layouts[0].items()
+        }
+        shared = set.intersection(*(set(text.items()) for text in texts))
+        header, names = _header(means, dict(sorted(shared)))
+        done, total = 0, sum(tensor.nbytes for tensor in means.values())
+        with _replacing(output) as written:
+            written.write(header)
+            for name in names:
+                tensors = [layout[name] for layout in layouts]
+                for begin in range(0, tensors[0].size, _PIECE):
+                    piece = _mean(files, tensors, shares, begin, means[name].dtype)
+                    written.write(piece.view(np.uint8).data)
+                    done += piece.nbytes
+                    if progress:
+                        progress(done, total)
+    return [name for name, tensor in layouts[0].items() if not _has_mean(tensor.dtype)]
+
+
+def _has_mean(dtype: np.dtype) -> bool:
+    return dtype in _REALS.values() or dtype.kind == "c"
+
+
+def _mean(
+    files: Sequence[BufferedReader],
+    tensors: Sequence[_Tensor],
+    shares: Sequence[float],
+    begin: int,
+    dtype: np.dtype,
+) -> np.ndarray:
+    """Return a piece of the tensors' mean, from element `begin` on; the last one's where there is no mean."""
+    source = tensors[0].dtype
+    if not _has_mean(source):
+        return _read_piece(files[-1], tensors[-1], begin)
+    wide = np.result_type(source, np.float64)
+    with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
+        terms = (
+            np.multiply(_read_piece(file, tensor, begin), share, dtype=wide)
+            for file, tensor, share in zip(files, tensors, shares, strict=True)
+        )
+        return _narrowed(reduce(np.add, terms) / sum(shares), dtype)
+
+
+def _narrowed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round float64 once; ml_dtypes rounds to float32 first, and so twice.
+
+    Float32 is therefore rounded to odd: what was cut off stays visible in the last bit, on the right side
+    of every tie of a narrower type.
+    """
+    if dtype.isbuiltin == 1:
+        return x.astype(dtype)
+    near = x.astype(np.float32)
+    bits = near.view(np.uint32)
+    bits -= np.abs(near) > np.abs(x)
+    bits |= near != x
+    return near.astype(dtype)
+
+
+def _read_piece(file: BufferedReader, tensor: _Tensor, begin: int) -> np.ndarray:
+    file.seek(tensor.begin + begin * tensor.dtype.itemsize)
+    piece = np.empty(min(_PIECE, tensor.size - begin), tensor.dtype)
+    if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
+        raise ValueError(f"{file.name} was cut off while it was read")
+    return piece
+
+
+def _check_fit(
+    first: Mapping[str, _Tensor], other: Mapping[str, _Tensor], first_path: _Path, other_path: _Path
+) -> None:
+    for name in sorted(first.keys() ^ other.keys()):
+        has, lacks = (first_path, other_path) if name in first else (other_path, first_path)
+        raise ValueError(f"all files must have the same tensors: {has} has {name!r}, {lacks} has not")
+    for name, tensor in first.items():
+        for what in ("shape", "dtype"):
+            needed, got = getattr(tensor, what), getattr(other[name], what)
+            if needed != got:
+                raise ValueError(
+                    f"{name!r} must have one {what} in all files, "
+                    f"got {needed} in {first_path} and {got} in {other_path}"
+                )
+
+
+def _header(tensors: Mapping[str, _Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """Return a file's first bytes, and the names in the order in which the tensors follow."""
+    if _METADATA in tensors:
+        raise ValueError(f"tensors must not have the name {_METADATA!r}: it is the header's")
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"metadata must be texts, got {key!r}: {text!r}")
+    # widest first: all are aligned then, with no gap between them, which the format forbids
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [begin, end],
+        }
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    if len(header) > _LONGEST_HEADER:
+        raise ValueError(f"names and metadata must fit into {_LONGEST_HEADER} bytes, got {len(header)}")
+    return len(header).to_bytes(8, "little") + header, names
+
+
+def _read_header(file: BufferedReader, path: _Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+    """Return a file's tensors, as they are named in the header, and its metadata."""
+    try:
+        with safe_open(path, "numpy"):  # checks everything: lengths, shapes, gaps, overlaps
+            pass
+    except SafetensorError as reason:
+        raise ValueError(f"{path} is no whole safetensors file: {reason}") from None
+    length = int.from_bytes(file.read(8), "little")
+    entries = json.loads(file.read(length))
+    metadata = entries.pop(_METADATA, None) or {}
+    for name, entry in entries.items():
+        if entry["dtype"] not in _TYPES:
+            raise ValueError(f"{path}: {name!r} has type {entry['dtype']}, which NumPy has not")
+    return {
+        name: _Tensor(_TYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }, metadata
+
+
+@contextmanager
+def _replacing(path: _Path) -> Iterator[BufferedWriter]:
+    """Open a file that takes the place of the one at `path` if the block ends well; else nothing changes."""
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} must be a file or not be there")
+    beside = target.with_name(f".{target.name}.partial")
+    with _locked(beside) as file:
+        try:
+            file.truncate(0)  # what a crash left
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            beside.replace(target)
+        except BaseException:
+            beside.unlink()
+            raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name; without it the old file could be back after a power failure
+    finally:
+        os.close(folder)
+
+
+def _locked(path: Path) -> BufferedWriter:
+    """Open a file for writing that no other process or thread has open in this way."""
+    while True:
+        file = path.open("ab")
+        with suppress(OSError):  # some network file systems have no locks: there, one writer at a time
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()  # the writer that had it is done, and has renamed it

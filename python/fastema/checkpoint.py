@@ -8,9 +8,10 @@ import fcntl
 import json
 import mmap
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from . import schedules
 from ._arrays import as_view
 
 __all__ = ["File", "average", "write"]
@@ -46,6 +48,8 @@ _CODES = {dtype: code for code, dtype in _TYPES.items()}
 
 _Path = str | os.PathLike[str]
 _METADATA = "__metadata__"  # beside the tensors' names in the header
+_STATE = "fastema"  # in the metadata, and where names of tensors begin that are for an EMA alone
+_VERSION = 1  # of what is kept there
 _LONGEST_HEADER = 100_000_000  # bytes, by the format
 _PIECE = 1 << 18  # elements: what `average` holds of a tensor at a time
 
@@ -95,7 +99,8 @@ def write(path: _Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] |
     """
     arrays = {}
     for name, tensor in tensors.items():
-        array = tensor if isinstance(tensor, np.ndarray) else as_view(tensor, f"tensors[{name!r}]")
+        is_numpys = isinstance(tensor, np.ndarray | np.generic)
+        array = np.asarray(tensor) if is_numpys else as_view(tensor, f"tensors[{name!r}]")
         if array.dtype.newbyteorder("=") not in _CODES:
             raise TypeError(f"tensors[{name!r}] must be of {', '.join(_TYPES)}, got {array.dtype}")
         arrays[name] = array
@@ -170,7 +175,7 @@ def average(
     the file. Files are read piece by piece: about 10 MB of memory, whatever their number and size.
 
     Tensors of integers and booleans have no mean: they are taken from the last file. The metadata on which
-    all files agree are kept.
+    all files agree are kept. Of files of `EMA.save`, what only an EMA reads is left out.
 
     Args:
         paths: The files, one or more, with tensors of the same names, shapes and types.
@@ -215,15 +220,16 @@ def average(
         raise TypeError(f"dtype must be one of {', '.join(map(str, _REALS.values()))}, got {narrow}")
     with ExitStack() as opened:
         files = [opened.enter_context(Path(path).open("rb")) for path in paths]
-        layouts, texts = zip(*map(_read_header, files, paths), strict=True)
+        headers = [_read_header(file, path) for file, path in zip(files, paths, strict=True)]
+        layouts = [{name: x for name, x in layout.items() if not _is_state(name)} for layout, _ in headers]
         for path, layout in zip(paths[1:], layouts[1:], strict=True):
             _check_fit(layouts[0], layout, paths[0], path)
         means = {
             name: replace(tensor, dtype=narrow) if narrow and tensor.dtype in _REALS.values() else tensor
             for name, tensor in layouts[0].items()
         }
-        shared = set.intersection(*(set(text.items()) for text in texts))
-        header, names = _header(means, dict(sorted(shared)))
+        shared = set.intersection(*(set(metadata.items()) for _, metadata in headers))
+        header, names = _header(means, {key: text for key, text in sorted(shared) if key != _STATE})
         done, total = 0, sum(tensor.nbytes for tensor in means.values())
         with _replacing(output) as written:
             written.write(header)
@@ -236,6 +242,112 @@ def average(
                     if progress:
                         progress(done, total)
     return [name for name, tensor in layouts[0].items() if not _has_mean(tensor.dtype)]
+
+
+def write_state(
+    path: _Path,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    shown: Sequence[Mapping[str, np.ndarray]],
+) -> None:
+    """Write the state of an EMA, its first averages under the names of the values.
+
+    Args:
+        path: As for `write`.
+        state: As `EMA.state_dict` returns it.
+        config: The constructor's arguments, beside those in the state.
+        shown: For each decay the averages as their users see them, where they are kept otherwise.
+
+    Raises:
+        ValueError: A value has a name that would be taken for the state.
+    """
+    tensors = _prefixed("", 0, state["copied"])
+    for k, kept in enumerate(state["averages"]):
+        tensors |= _prefixed("averages" if k else "", k, shown[k] or kept)
+        tensors |= _prefixed("kept", k, kept if shown[k] else {})
+    for k, carries in enumerate(state["carries"]):
+        tensors |= _prefixed("carries", k, carries)
+    tensors |= _prefixed("values", 0, state["values"])
+    decay = config["decay"]
+    plain = {
+        "version": _VERSION,
+        **{key: state[key] for key in ("step", "decay", "products", "swapped")},
+        "copied": list(state["copied"]),
+        "config": {
+            **state["config"],
+            **config,
+            "decay": [_described(d) for d in decay] if isinstance(decay, list) else _described(decay),
+        },
+    }
+    # transformers refuses a file whose metadata lack a format; all other readers pass over it
+    write(path, tensors, {"format": "pt", _STATE: json.dumps(plain)})
+
+
+def read_state(path: _Path, decay: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `write_state` wrote, the arrays as views of the mapped file, and all of the configuration.
+
+    Args:
+        path: Of the file.
+        decay: What takes the place of the file's. None: the file's.
+
+    Raises:
+        ValueError: The file holds no state, or one of a later version, or of a schedule only the name.
+    """
+    file = File(path)
+    if _STATE not in file.metadata:
+        raise ValueError(f"{path} holds no state of an EMA: EMA.save() did not write it")
+    state = json.loads(file.metadata[_STATE])
+    if state.pop("version") != _VERSION:
+        raise ValueError(f"{path} was written by a later fastema, in a way that this one does not know")
+    found: dict[tuple[str, int], dict[str, np.ndarray]] = defaultdict(dict)
+    for name, array in file.items():
+        if _is_state(name):
+            _, kind, k, own = name.split(".", 3)
+            found[kind, int(k)][own] = array
+        else:
+            found["copied" if name in state["copied"] else "averages", 0][name] = array
+    lists, config = range(len(state["products"])), state["config"]
+    state["averages"] = [found["kept", k] or found["averages", k] for k in lists]
+    state["carries"] = [found["carries", k] for k in lists if config["rounding"] == "compensated"]
+    state["copied"], state["values"] = found["copied", 0], found["values", 0]
+    if decay is not None:
+        config["decay"] = decay
+    elif isinstance(config["decay"], list):
+        config["decay"] = [_restored(d, path) for d in config["decay"]]
+    else:
+        config["decay"] = _restored(config["decay"], path)
+    return state, config
+
+
+def _is_state(name: str) -> bool:
+    return name.startswith(f"{_STATE}.")
+
+
+def _prefixed(kind: str, k: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for name in arrays:
+        if _is_state(name):
+            raise ValueError(f"values must not have names that begin with '{_STATE}.', got {name!r}")
+    return {f"{_STATE}.{kind}.{k}.{name}" if kind else name: array for name, array in arrays.items()}
+
+
+def _described(decay: Any) -> Any:
+    """Describe a decay in JSON: a schedule of the user's own only by its name."""
+    if not callable(decay):
+        return decay
+    kind = type(decay)
+    if kind.__module__ == schedules.__name__:
+        return {"schedule": kind.__name__, **asdict(decay)}
+    named = decay if hasattr(decay, "__qualname__") else kind
+    return {"schedule": f"{named.__module__}.{named.__qualname__}"}
+
+
+def _restored(decay: Any, path: _Path) -> Any:
+    if not isinstance(decay, dict):
+        return decay
+    kind = decay.pop("schedule")
+    if kind not in schedules.__all__:
+        raise ValueError(f"decay must be given: of the schedule {kind} {path} holds only the name")
+    return getattr(schedules, kind)(**decay)
 
 
 def _has_mean(dtype: np.dtype) -> bool:

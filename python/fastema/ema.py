@@ -12,7 +12,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from . import _leaves, schedules
+from . import _leaves, checkpoint, schedules
 from ._arrays import as_view, is_movable, packed_copies
 from ._tree import Buffers, Tree
 from .functional import Pairs
@@ -104,6 +104,8 @@ class EMA:
             raise ValueError("decay must hold one decay or more, got none")
         self._every, self._start_step = _count("every", every, 1), _count("start_step", start_step, 0)
         self._rounding, self._seed, self._threads = rounding, _count("seed", seed, 0), threads
+        self._buffers: Buffers = buffers
+        self._dtype = None if dtype is None else _float_type(dtype)
 
         if isinstance(values, Iterator):
             values = list(values)
@@ -628,6 +630,74 @@ class EMA:
             for i, leaf in enumerate(self._leaves):
                 leaf.assign(self._average_of(swapped, i))
             self._swapped, self._aside = swapped, own
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.
+
+        The averages of the first decay, as `averages` shows them, and what is copied have the names of the
+        values: any reader of the format finds them. What only `load` reads has names that begin with
+        ``fastema.``. Nothing is copied but averages that started at zeros. A schedule of your own is saved as
+        its name alone.
+
+        Args:
+            path: Of the file, see `fastema.checkpoint.write`.
+
+        Raises:
+            ValueError: A value has a name that begins with ``fastema.``.
+            OSError: The file cannot be written. The old one is as it was, whatever is raised.
+
+        Example:
+            >>> import fastema, numpy as np, tempfile
+            >>> path = tempfile.mkdtemp() + "/averages.safetensors"
+            >>> fastema.EMA({"w": np.ones(2)}, fastema.schedules.dynamic(0.99)).save(path)
+            >>> fastema.checkpoint.File(path)["w"]
+            array([1., 1.])
+            >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
+            {'w': array([1., 1.])}
+        """
+        state = self._state(lambda array: array)
+        shown = [
+            {
+                name: x
+                for i in (self._averaged if self._divisor(k) != 1.0 else ())
+                for name, x in zip(self._part_names(i), self._average_of(k, i), strict=True)
+            }
+            for k in range(len(self._decays))
+        ]
+        decay = self._decays if self._several else self._decays[0]
+        dtype = None if self._dtype is None else self._dtype.name
+        config = {"decay": decay, "dtype": dtype, "buffers": self._buffers}
+        checkpoint.write_state(path, state, config, shown)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], values: Any, *, decay: Any = None, **options: Any) -> "EMA":
+        """Go on from a file of `save`, to the bit, as the run that wrote it would have.
+
+        Saved while averages were in the place of the weights, it is loaded so, too, as by `load_state_dict`.
+
+        Args:
+            path: Of the file.
+            values: As for `EMA`: of the same names and shapes.
+            decay: As for `EMA`. None: as it was, which a schedule of your own cannot be.
+            options: Arguments of `EMA` that are of this process, as `threads`, `background` and `memory`, or
+                are to change.
+
+        Returns:
+            The averages, with their step and configuration.
+
+        Raises:
+            TypeError: A type differs, or a value never changes and the file was saved while swapped.
+            ValueError: The file is not whole, was not written by `save`, does not fit the values, or
+                `decay` must be given. Whatever is raised, nothing has changed.
+            OSError: The file cannot be read.
+        """
+        state, config = checkpoint.read_state(path, decay)
+        ema = cls(values, **{**config, **options})
+        try:
+            ema.load_state_dict(state)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path} does not fit: {error}") from None
+        return ema
 
     def _fitting(
         self, place: str, own: dict[int, _Arrays], other: Mapping[str, Any]

@@ -118,6 +118,23 @@ def test_tied_weights_are_averaged_once_and_swapped_once(torch):
     assert equal(torch, contents(module), raw)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_averages_of_16_bits_are_tensors_of_16_bits_and_exchanged(torch, dtype):
+    dtype = getattr(torch, dtype)
+    weight = torch.arange(6, dtype=dtype, requires_grad=True)
+    ema = fastema.EMA([weight], 0.5, dtype=dtype)
+    with torch.no_grad():
+        weight += 2
+    ema.update()
+    assert torch.equal(ema.averages[0], torch.arange(1, 7, dtype=dtype))
+    memory = weight.data_ptr()
+    with ema.swapped():
+        assert torch.equal(weight, torch.arange(1, 7, dtype=dtype))
+        assert weight.data_ptr() == memory
+    assert torch.equal(weight, torch.arange(2, 8, dtype=dtype))
+    assert weight.requires_grad
+
+
 def test_values_may_be_given_again_as_other_libraries_ask_for(torch, model):
     again, plain = fastema.EMA(model.parameters(), 0.9), fastema.EMA(model.parameters(), 0.9)
     step(torch, model)

@@ -70,10 +70,6 @@ class Leaf(ABC):
     def written(self) -> None:  # noqa: B027 - most libraries need not know
         """Take notice that the parts were written behind the library's back."""
 
-    def unchanging(self) -> Any:
-        """Return the present value as something that does not change with it, or None."""
-        return None
-
 
 class _NumPy(Leaf):
     """NumPy arrays, and views of what exports memory by DLPack."""
@@ -207,9 +203,6 @@ class _KerasOnJax(_Jax):
 
     def obstacle(self) -> str | None:
         return None
-
-    def unchanging(self) -> Any:
-        return self._variable._value
 
 
 def _behind(value: Any) -> Any:

@@ -134,7 +134,7 @@ class EMA:
         known: dict[Any, int] = {}
         for value, name in zip(values, self._tree.names, strict=True):
             leaf = _leaves.leaf(value, f"values[{name!r}]")
-            if background and not leaf.immutable and leaf.unchanging() is None:
+            if background and not leaf.immutable:
                 raise ValueError(
                     "background must be False unless values cannot change meanwhile, as JAX arrays; "
                     f"values[{name!r}] is of {type(value).__name__}"
@@ -220,7 +220,7 @@ class EMA:
         elif self._pass is None or not (arrays is None or all(map(operator.is_, arrays, self._given))):
             self._average(self._held(arrays), decays, products, step)
         elif 1.0 in products:  # once: pairs made anew notice what moved before anything starts at nothing
-            self._average([None] * len(self._leaves), decays, products, step)
+            self._average(self._held(None), decays, products, step)
         else:
             self._move(self._pass, decays, products, step)
         self._step, self._used = step, decays
@@ -255,7 +255,7 @@ class EMA:
                 raise ValueError(
                     f"values must be given: values[{name!r}] {leaf.obstacle()}, and a step leaves others"
                 )
-        return [leaf.unchanging() for leaf in self._leaves]
+        return [None] * len(self._leaves)
 
     def _average(self, held: list[Any], decays: list[float], products: list[float], step: int) -> None:
         parts = [leaf.parts(value) for leaf, value in zip(self._leaves, held, strict=True)]
@@ -285,6 +285,8 @@ class EMA:
             )
         except (TypeError, ValueError) as error:
             raise self._named(error, self._averaged) from None
+        if not self._copied:
+            return _Pass(pairs)
         wide = [i for i in self._copied if self._stores[0][i][0].itemsize > 1]
         small = [i for i in self._copied if i not in wide]
         views = {i: _views(parts[i], f"values[{self._names[i]!r}]") for i in self._copied}
@@ -724,7 +726,11 @@ class _Pass:
     __slots__ = ("_addresses", "_bytewise", "_copies", "_movable", "_pairs")
 
     def __init__(
-        self, pairs: Pairs, copies: Pairs, bytewise: list[tuple[np.ndarray, np.ndarray]], sources: list[Any]
+        self,
+        pairs: Pairs,
+        copies: Pairs | None = None,
+        bytewise: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+        sources: Sequence[Any] = (),
     ) -> None:
         self._pairs, self._copies, self._bytewise = pairs, copies, bytewise
         self._movable = [source for source in sources if is_movable(source)]
@@ -735,7 +741,7 @@ class _Pass:
         if self._movable and [x.data_ptr() for x in self._movable] != self._addresses:
             raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
         self._pairs.update(decays if len(decays) > 1 else decays[0], threads, **options)
-        if len(self._copies) > 0:
+        if self._copies is not None:
             self._copies.update(0.0, threads)  # which copies bits, whatever they mean
         for target, source in self._bytewise:
             np.copyto(target, source)

@@ -21,6 +21,20 @@ XLA = {"rtol": 1e-6, "atol": 1e-7}
 # float32 after twenty updates of weights that are about 1.
 FRAMEWORK = {"rtol": 1e-6, "atol": 1e-6}
 
+# Libraries round a power differently, by a unit or two in the last place of a float64 near 1, as decays are.
+POWERS = {"rtol": 0, "atol": 2.0**-51}
+
+# The same average in float64 by another order of the operations, over at most a thousand steps of weights of
+# about 10.
+FLOAT64 = {"rtol": 1e-12, "atol": 1e-13}
+
+# ema_pytorch forms its decay in float32, half a unit in the last place below 1, over 60 steps of weights of
+# about 10.
+DECAY_IN_FLOAT32 = {"rtol": 0, "atol": 60 * 10 * 2.0**-24}
+
+# A power function's spread is that of an integral; of 20,000 steps, each weighs as its middle.
+STEPS = {"rtol": 1e-4, "atol": 0}
+
 
 def assert_close(actual, expected, tolerance):
     """Assert within one of the tolerances above."""

@@ -1,32 +1,27 @@
 """Decay schedules: callables from a step to the decay of that step.
 
-A step counts the updates seen, the present one included. Schedules are plain, picklable values:
-two with the same arguments are equal.
+A step counts the updates seen, the present one included: the first update is step 1. Schedules are plain,
+picklable values: two with the same arguments are equal. A decay of 0 copies the value.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["compound", "constant", "dynamic"]
+__all__ = ["Schedule", "compound", "constant", "dynamic", "equal_weights", "half_life", "power", "warmup"]
 
 
-class _Schedule(ABC):
+class Schedule(ABC):
     """A decay that depends on the step alone."""
-
-    decay: float
-    start_step: int
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.decay <= 1.0:
-            raise ValueError(f"decay must be from 0 to 1, got {self.decay!r}")
 
     def __call__(self, step: int) -> float:
         """Return the decay of this step."""
         return float(self.at(step, np))
 
+    @abstractmethod
     def at(self, step: Any, xp: Any) -> Any:
         """Return the decay of this step, computed with an array library.
 
@@ -34,6 +29,14 @@ class _Schedule(ABC):
             step: A number, or a float64 scalar tensor.
             xp: Where `maximum`, `minimum` and `where` come from: numpy, tensorflow, jax.numpy.
         """
+
+
+class _Started(Schedule):
+    """A decay that is 0 before its start, and counts from there."""
+
+    start_step: int
+
+    def at(self, step: Any, xp: Any) -> Any:
         # tensors come first: TensorFlow takes the others' type from them
         k = xp.maximum(step - self.start_step, 0)
         return xp.where(step >= self.start_step, self._after(k, xp), 0.0)
@@ -43,8 +46,18 @@ class _Schedule(ABC):
         """Return the decay `k` steps after the start."""
 
 
+class _Limited(_Started):
+    """A decay with a limit."""
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay <= 1.0:
+            raise ValueError(f"decay must be from 0 to 1, got {self.decay!r}")
+
+
 @dataclass(frozen=True)
-class constant(_Schedule):  # noqa: N801 - used as a function
+class constant(_Limited):  # noqa: N801 - used as a function
     """The same decay at every step from the start on; 0, a copy, before.
 
     Args:
@@ -65,7 +78,7 @@ class constant(_Schedule):  # noqa: N801 - used as a function
 
 
 @dataclass(frozen=True)
-class dynamic(_Schedule):  # noqa: N801 - used as a function
+class dynamic(_Limited):  # noqa: N801 - used as a function
     """A decay that rises with the number of updates: ``min(decay, (1 + k) / (10 + k))``.
 
     Here ``k = step - start_step``; before the start it is 0, so that the average is a copy. This is
@@ -89,6 +102,142 @@ class dynamic(_Schedule):  # noqa: N801 - used as a function
 
     def _after(self, k: Any, xp: Any) -> Any:
         return xp.minimum((1 + k) / (10 + k), self.decay)
+
+
+@dataclass(frozen=True)
+class warmup(_Limited):  # noqa: N801 - used as a function
+    """A decay that rises as a power of the number of updates: ``1 - (1 + s / gamma) ** -power``.
+
+    Here ``s = step - start_step - 1``; while it is not above 0 the decay is 0, so that the average is a
+    copy. The rest is held between `min_decay` and `decay`. This is the warm-up of timm's ``ModelEmaV3``
+    (``use_warmup=True``), diffusers' ``EMAModel`` (``use_ema_warmup=True``) and lucidrains' ``EMA``, after
+    K. Crowson: with a power of 2/3 it reaches .999 at step 31,600 and .9999 at step 1,000,000, with one
+    of 3/4 at steps 10,000 and 215,400.
+
+    Args:
+        decay: From 0 to 1; the limit.
+        gamma: Above 0, in updates; larger rises later. ``inv_gamma`` of diffusers and lucidrains.
+        power: Above 0; larger rises faster.
+        start_step: Values are copied up to the step after it. Theirs is called ``update_after_step``.
+        min_decay: From 0 to `decay`; once averaging has begun.
+
+    Example:
+        >>> from fastema import schedules
+        >>> schedule = schedules.warmup(0.9999, power=0.75)
+        >>> [round(schedule(step), 4) for step in (1, 2, 10, 10_000, 1_000_000)]
+        [0.0, 0.4054, 0.8222, 0.999, 0.9999]
+    """
+
+    decay: float
+    gamma: float = 1.0
+    power: float = 2 / 3
+    start_step: int = 0
+    min_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gamma", "power"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
+        if not 0.0 <= self.min_decay <= self.decay:
+            raise ValueError(f"min_decay must be from 0 to decay, got {self.min_decay!r} and {self.decay!r}")
+
+    def _after(self, k: Any, xp: Any) -> Any:
+        s = xp.maximum(k - 1, 0)
+        rising = 1.0 - (1.0 + s / self.gamma) ** -self.power
+        return xp.where(s > 0, xp.maximum(xp.minimum(rising, self.decay), self.min_decay), 0.0)
+
+
+@dataclass(frozen=True)
+class equal_weights(_Started):  # noqa: N801 - used as a function
+    """The mean of all values from the start on, each with the same weight: ``k / (k + 1)``.
+
+    Here ``k = step - start_step``; at the start and before, the average is a copy. This is stochastic
+    weight averaging (Izmailov et al. 2018), torch's ``AveragedModel`` with its default.
+
+    Args:
+        start_step: From 1; the first step whose value belongs to the mean.
+
+    Example:
+        >>> from fastema import schedules
+        >>> [schedules.equal_weights()(step) for step in (1, 2, 3, 4)]
+        [0.0, 0.5, 0.6666666666666666, 0.75]
+    """
+
+    start_step: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.start_step >= 1:
+            raise ValueError(f"start_step must be at least 1, the first step, got {self.start_step!r}")
+
+    def _after(self, k: Any, xp: Any) -> Any:  # noqa: ARG002 - numbers and tensors divide alike
+        return k / (k + 1)
+
+
+def half_life(updates: float) -> constant:
+    """Return the constant decay that halves the weight of a value in so many updates.
+
+    Args:
+        updates: Above 0.
+
+    Example:
+        >>> from fastema import schedules
+        >>> schedules.half_life(1)
+        constant(decay=0.5, start_step=0)
+        >>> round(schedules.half_life(1000)(1) ** 1000, 12)
+        0.5
+    """
+    if not 0.0 < updates < math.inf:
+        raise ValueError(f"updates must be above 0 and finite, got {updates!r}")
+    return constant(0.5 ** (1.0 / updates))
+
+
+@dataclass(frozen=True)
+class power(Schedule):  # noqa: N801 - used as a function
+    """The decay ``(1 - 1 / step) ** (gamma + 1)``, whose window grows with the training.
+
+    At step t a value of step s weighs in proportion to ``s ** gamma``, so that the shape of the average is
+    the same at every t, and its start is forgotten. Averages of this kind can be combined into others
+    afterwards: `fastema.posthoc`. Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+    Diffusion Models" (EDM2), section 3.1.
+
+    Args:
+        sigma_rel: The standard deviation of the steps' weights as a share of the training so far; 0.05
+            and 0.10 are usual. Above 0, at most ``12 ** -0.5``, which weighs all steps alike.
+
+    Attributes:
+        gamma: The exponent, at least 0: the root of
+            ``sigma_rel ** 2 == (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))``.
+
+    Example:
+        >>> from fastema import schedules
+        >>> schedule = schedules.power(0.10)
+        >>> round(schedule.gamma, 6)
+        6.937204
+        >>> schedule(1), round(schedule(10_000), 6)
+        (0.0, 0.999207)
+    """
+
+    sigma_rel: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sigma_rel <= 12**-0.5:
+            raise ValueError(
+                "sigma_rel must be above 0 and at most 0.288675 (12 ** -0.5, equal weights), "
+                f"got {self.sigma_rel!r}"
+            )
+
+    @property
+    def gamma(self) -> float:
+        """The exponent of the steps' weights."""
+        # gamma = y - 7/3 takes the square out of the cubic: y^3 + p y + q = 0, whose largest root Viete gives
+        p = -1 / 3 - self.sigma_rel**-2
+        q = 2 / 27 + 4 / 3 * self.sigma_rel**-2
+        radius = math.sqrt(-p / 3)
+        return max(0.0, 2 * radius * math.cos(math.acos(3 * q / (2 * p * radius)) / 3) - 7 / 3)
+
+    def at(self, step: Any, xp: Any) -> Any:  # noqa: D102 - as of every schedule
+        return (1.0 - 1.0 / xp.maximum(step, 1)) ** (self.gamma + 1.0)
 
 
 def compound(decay: Any, updates: int) -> Any:

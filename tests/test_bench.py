@@ -12,6 +12,7 @@ from fastema.bench import (
     bench_ema,
     bench_keras,
     bench_memory,
+    bench_posthoc,
     bench_tensorflow,
     bench_update,
 )
@@ -64,6 +65,12 @@ def test_what_counting_adds_to_an_update_can_be_measured(capsys):
 def test_updates_of_tensorflow_can_be_measured(capsys):
     bench_tensorflow.main(["--quick", "--samples", "1"])
     assert "first call, fastema" in capsys.readouterr().out
+
+
+def test_averages_made_of_snapshots_can_be_measured(tmp_path, capsys):
+    bench_posthoc.main(["--quick", "--picture", str(tmp_path / "posthoc.png")])
+    assert "snapshots at 64 steps" in capsys.readouterr().out
+    assert (tmp_path / "posthoc.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

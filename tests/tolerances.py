@@ -35,6 +35,13 @@ DECAY_IN_FLOAT32 = {"rtol": 0, "atol": 60 * 10 * 2.0**-24}
 # A power function's spread is that of an integral; of 20,000 steps, each weighs as its middle.
 STEPS = {"rtol": 1e-4, "atol": 0}
 
+# The test's own solution of least squares, by one system of nearly parallel profiles: its condition is about
+# 1e6, as is that of two power functions between two of a thousand snapshots; weights are up to 20.
+LEAST_SQUARES = {"rtol": 0, "atol": 1e-8}
+
+# A float64 rounded once to float32.
+IN_FLOAT32 = {"rtol": 2.0**-24, "atol": 0}
+
 
 def assert_close(actual, expected, tolerance):
     """Assert within one of the tolerances above."""

@@ -1,6 +1,6 @@
 """Exponential moving averages of model weights: in place, at memory bandwidth, exact to the bit."""
 
-from . import _core, checkpoint, schedules
+from . import _core, checkpoint, posthoc, schedules
 from ._build import build_config, instruction_sets, use_instruction_set
 from .ema import EMA
 from .functional import Pairs, copies, swap, update
@@ -14,6 +14,7 @@ __all__ = [
     "checkpoint",
     "copies",
     "instruction_sets",
+    "posthoc",
     "schedules",
     "swap",
     "update",

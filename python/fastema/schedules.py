@@ -26,7 +26,7 @@ class Schedule(ABC):
         """Return the decay of this step, computed with an array library.
 
         Args:
-            step: A number, or a float64 scalar tensor.
+            step: A number, or a tensor of float64.
             xp: Where `maximum`, `minimum` and `where` come from: numpy, tensorflow, jax.numpy.
         """
 

@@ -337,7 +337,7 @@ def _named(averages: Any, sigma: float) -> tuple[dict[str, np.ndarray], str]:
         raise type(error)(f"averages[{sigma!r}] cannot be kept: {error}") from None
     views = {
         name: array if isinstance(array, np.ndarray) else as_view(array, f"averages[{sigma!r}][{name!r}]")
-        for name, array in zip(tree.names, tree.first, strict=True)
+        for name, array in zip(tree.names, tree.arrays(averages), strict=True)
     }
     if is_array(averages):
         return views, "array"

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
-from fastema import __main__ as command
 from fastema.bench import (
     bench_accuracy,
     bench_cold,
@@ -16,6 +14,8 @@ from fastema.bench import (
     bench_tensorflow,
     bench_update,
 )
+
+from fastema import __main__ as command
 from processes import skip_without
 
 

@@ -1,0 +1,69 @@
+"""What CuPy compiles, and how: the kernels' text, options, entry points and tables."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+# As in kernels.cu: what a tensor's `mix` says of its average and value.
+MIXES = {
+    ("float32", "float32"): 0,
+    ("float64", "float64"): 1,
+    ("bfloat16", "bfloat16"): 2,
+    ("float16", "float16"): 3,
+    ("float32", "bfloat16"): 4,
+    ("float32", "float16"): 5,
+    ("float64", "float32"): 6,
+}
+ROUNDINGS = {"nearest": 0, "stochastic": 1, "compensated": 2}
+THREADS = 256  # of a block
+LISTS = 8  # the most lists of averages that one launch updates
+
+# 177: not every list needs every function.
+OPTIONS = ("-std=c++17", "-default-device", "-fmad=false", "-diag-suppress=177")
+
+# The tables in device memory, and the arguments that are structures.
+TENSOR = np.dtype([("average", "<u8"), ("value", "<u8"), ("size", "<u8"), ("mix", "<u4"), ("id", "<u4")])
+CHUNK = np.dtype([("group", "<u4"), ("index", "<u4")])
+STATE = np.dtype([("step", "<u8"), ("decay", "<f8", LISTS)])
+DECAYS = np.dtype([("device", "<u8"), ("value", "<f8", LISTS)])
+SCHEDULE = np.dtype(
+    [
+        ("kind", "<u4"),
+        ("every", "<u4"),
+        ("start_step", "<i8"),
+        ("decay", "<f8"),
+        ("scale", "<f8"),
+        ("power", "<f8"),
+    ]
+)
+SCHEDULES = {"constant": 0, "dynamic": 1, "warmup": 2, "power": 3}  # the kinds
+
+
+# Entry points, as C++ names them.
+SWAP = "fastema::swap"
+ADVANCE = "fastema::advance"
+
+
+def update_name(mixes: Iterable[int], rounding: int) -> str:
+    """Return the entry point that updates a list of these mixes."""
+    present = sum(1 << mix for mix in set(mixes))
+    return f"fastema::update<{present}u, {rounding}>"
+
+
+def _formula() -> Path:
+    """Return where the core's formula is: beside this file, or in the sources it is built from."""
+    here = Path(__file__).parent
+    installed = here / "formula.hpp"
+    return installed if installed.exists() else here.parents[2] / "cpp" / "src" / "formula.hpp"
+
+
+def _resolved() -> str:
+    """Return the kernels as one text that includes nothing, as NVRTC takes it."""
+    formula = _formula().read_text(encoding="utf-8")
+    formula = formula.replace("#pragma once\n", "").replace("#include <stdint.h>\n", "")
+    kernels = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
+    return kernels.replace('#include "formula.hpp"\n', formula)
+
+
+SOURCE = _resolved()

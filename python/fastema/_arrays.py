@@ -12,7 +12,18 @@ KINDS = "a NumPy array, a torch tensor, a JAX array or anything else with __dlpa
 
 def is_array(x: Any) -> bool:
     """Tell an array from a sequence of arrays."""
-    return isinstance(x, np.ndarray) or hasattr(x, "__dlpack__")
+    return isinstance(x, np.ndarray) or hasattr(x, "__dlpack__") or hasattr(x, "__cuda_array_interface__")
+
+
+def is_on_cuda(x: Any) -> bool:
+    """Tell whether something is an array in the memory of a CUDA device."""
+    if isinstance(x, np.ndarray):
+        return False
+    if is_movable(x):
+        return bool(getattr(x, "is_cuda", False))
+    if hasattr(x, "__dlpack_device__"):
+        return int(x.__dlpack_device__()[0]) in _CUDA
+    return hasattr(x, "__cuda_array_interface__")
 
 
 def as_list(arrays: Any, argument: str) -> tuple[list[Any], bool]:
@@ -41,9 +52,11 @@ def as_view(array: Any, name: str) -> np.ndarray:
     """
     module = type(array).__module__.partition(".")[0]
     device = getattr(array, "__dlpack_device__", None)
-    if device is None:
+    if device is None and not is_on_cuda(array):
         raise TypeError(f"{name} must be {KINDS}, got {type(array).__name__}")
     try:
+        if device is None:
+            raise TypeError("it lies on a CUDA device")
         if module == "torch" or is_movable(array):
             return _view_of_torch(array)
         if int(device()[0]) != _CPU:
@@ -58,6 +71,7 @@ def as_view(array: Any, name: str) -> np.ndarray:
 
 
 _CPU = 1  # DLPack's kDLCPU
+_CUDA = 2, 13  # kDLCUDA and kDLCUDAManaged
 
 
 def _view_of_torch(tensor: Any) -> np.ndarray:

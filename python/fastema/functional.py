@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from . import _core
-from ._arrays import as_list, as_view, is_movable, packed_copies
+from ._arrays import as_list, as_view, is_movable, is_on_cuda, packed_copies
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -33,15 +33,17 @@ def update(
     For arrays that are averaged again and again, `Pairs` checks them once.
 
     Args:
-        averages: One array, or a sequence of arrays: NumPy's, torch's (in CPU memory, also those
-            that require grad) or anything with ``__dlpack__``. float16, bfloat16 (of ml_dtypes),
-            float32 or float64, any shape, dense (in any order), writable. Changed in place.
+        averages: One array, or a sequence of arrays: NumPy's, torch's (also those that require grad),
+            CuPy's or anything with ``__dlpack__`` or ``__cuda_array_interface__``; all in CPU memory, or
+            all on one CUDA device. float16, bfloat16 (of ml_dtypes), float32 or float64, any shape,
+            dense (in any order), writable. Changed in place.
         values: As `averages`, in shapes and order in memory; may be read-only, as JAX's arrays are.
             Of the averages' types, or float16 or bfloat16 beside float32 averages, or float32
             beside float64 ones.
         decay: From 0 to 1; towards 1 is slower.
         threads: How many threads to use at most. 0: as many as OpenMP would (``OMP_NUM_THREADS``,
-            threadpoolctl). Each takes 512 KiB of averages at a time, so small lists have one.
+            threadpoolctl). Each takes 512 KiB of averages at a time, so small lists have one. Has no
+            meaning on a CUDA device.
         rounding: ``"nearest"``, or ``"stochastic"``: 16-bit averages are rounded up or down at
             random, without a bias, so that they move where rounding to nearest stands still (a
             bfloat16 average does with a decay of .999).
@@ -53,7 +55,9 @@ def update(
             of bfloat16 values (exactly a float32 together). Changed in place.
 
     Raises:
-        TypeError: An array is none, its type is not offered, or its memory cannot be viewed.
+        ImportError: Arrays lie on a CUDA device, and CuPy is not installed.
+        TypeError: An array is none, its type is not offered, its memory cannot be viewed, or it lies
+            elsewhere than the first average.
         ValueError: Sizes, shapes or orders differ, an average is read-only, overlaps another array
             of the call or has holes, or `decay` is outside of [0, 1]. Nothing has changed then.
 
@@ -74,14 +78,16 @@ def swap(a: Any, b: Any, *, threads: int = 0) -> None:
     signed zeros and infinities too.
 
     Args:
-        a: One array, or a sequence of arrays: NumPy's, torch's (in CPU memory) or anything with
-            ``__dlpack__``. float16, bfloat16, float32 or float64, any shape, dense, writable.
+        a: One array, or a sequence of arrays: NumPy's, torch's, CuPy's or anything with ``__dlpack__`` or
+            ``__cuda_array_interface__``; all in CPU memory, or all on one CUDA device. float16, bfloat16,
+            float32 or float64, any shape, dense, writable.
         b: As `a`, in shapes, types and order in memory.
         threads: How many threads to use at most. 0: as many as OpenMP would (``OMP_NUM_THREADS``,
             threadpoolctl). Each takes 512 KiB of averages at a time, so small lists have one.
 
     Raises:
-        TypeError: An array is none, its type is not offered, or its memory cannot be viewed.
+        ImportError: As for `update`.
+        TypeError: As for `update`.
         ValueError: Sizes, shapes or orders differ, or an array is read-only, overlaps another or
             has holes. Nothing has changed then.
 
@@ -94,8 +100,7 @@ def swap(a: Any, b: Any, *, threads: int = 0) -> None:
     """
     a_list, single = as_list(a, "a")
     b_list, _ = as_list(b, "b")
-    a_views, b_views = _views(a_list, "a", single), _views(b_list, "b", single)
-    _core.Pairs(a_views, b_views, [], "a", "b", single, 1, True).swap(threads)
+    _paired(a_list, b_list, [], ("a", "b", single, 1), exchanged=True).swap(threads)
 
 
 def copies(values: Any, dtype: Any = None) -> Any:
@@ -127,6 +132,27 @@ def copies(values: Any, dtype: Any = None) -> Any:
     return made[0] if single else made
 
 
+def _paired(
+    a: list[Any], b: list[Any], carries: list[Any], names: tuple[str, str, bool, int], *, exchanged: bool
+) -> Any:
+    """Return the core's pairs, or a CUDA device's where the first average lies on one.
+
+    Args:
+        a: Averages.
+        b: Values.
+        carries: None, or one for each average.
+        names: Of `a` and `b`, whether each is a single array, and how many averages share a value.
+        exchanged: Whether both sides will be written.
+    """
+    if a and is_on_cuda(a[0]):
+        from .cuda._pairs import Pairs as CudaPairs  # noqa: PLC0415 - no CPU needs it
+
+        return CudaPairs(a, b, carries, names, exchanged=exchanged)
+    a_name, b_name, single, lists = names
+    views = _views(a, a_name, single), _views(b, b_name, single), _views(carries, "carries", single)
+    return _core.Pairs(*views, a_name, b_name, single, lists, exchanged)
+
+
 def _views(arrays: list[Any], argument: str, single: bool) -> list[Any]:
     return [
         x if isinstance(x, np.ndarray) else as_view(x, argument if single else f"{argument}[{i}]")
@@ -138,7 +164,11 @@ class Pairs:
     """Averages and values that were checked once, to be updated or swapped many times.
 
     The arrays are kept alive, never copied. An array whose memory moved since (NumPy's ``resize``,
-    torch's ``tensor.data = ...``) is noticed at the next call.
+    torch's ``tensor.data = ...``) is noticed at the next call: in CPU memory that is an error, on a CUDA
+    device the pairs go on with the tensor's new memory.
+
+    On a CUDA device each call is one kernel launch in the current stream of the averages' library, and
+    returns before the device is done. It allocates nothing and can be captured in a CUDA graph.
 
     Args:
         averages: As for `update`.
@@ -201,23 +231,18 @@ class Pairs:
         if lists == 0:
             raise ValueError("averages must hold one list or more, got none")
         single = single and lists == 1 and len(a) == 1
-        self._native = _core.Pairs(
-            _views(a, "averages", single),
-            _views(b, "values", single),
-            _views(c, "carries", single),
-            "averages",
-            "values",
-            single,
-            lists,
-            False,
-        )
+        self._native = _paired(a, b, c, ("averages", "values", single, lists), exchanged=False)
         self._compensated = bool(c)
         self._movable = [x for x in (*a, *b, *c) if is_movable(x)]
         self._addresses = [x.data_ptr() for x in self._movable]
 
     def _check_unmoved(self) -> None:
-        if [x.data_ptr() for x in self._movable] != self._addresses:
-            raise ValueError("a tensor was given other memory after it was paired; make the pairs anew")
+        addresses = [x.data_ptr() for x in self._movable]
+        if addresses != self._addresses:
+            if isinstance(self._native, _core.Pairs):
+                raise ValueError("a tensor was given other memory after it was paired; make the pairs anew")
+            self._native.follow()
+            self._addresses = addresses
 
     def __len__(self) -> int:
         return len(self._native)
@@ -230,9 +255,20 @@ class Pairs:
         rounding: Rounding = "nearest",
         seed: int = 0,
         step: int = 0,
+        check: bool = True,
     ) -> None:
-        """Move the averages towards the values; see `fastema.update`."""
-        if self._movable:
+        """Move the averages towards the values; see `fastema.update`.
+
+        Args:
+            decay: As for `update`; on a CUDA device also a `fastema.cuda.Schedule`.
+            threads: As for `update`.
+            rounding: As for `update`.
+            seed: As for `update`.
+            step: As for `update`.
+            check: Whether to ask tensors if they were given other memory. Without, that goes unnoticed
+                and other memory is written: for graphs captured on a CUDA device, whose addresses stay.
+        """
+        if check and self._movable:
             self._check_unmoved()
         if rounding == "nearest" and seed == step == 0:
             self._native.update_plainly(decay, threads)

@@ -1,7 +1,9 @@
-"""torch: parameters and averages change in place; on the CPU by the native core."""
+"""torch: parameters and averages change in place; on CPUs and CUDA devices by native code."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -65,12 +67,11 @@ class Torch(Backend):
         engine: Engine,
     ) -> Carrier:
         targets, values = _tensors(averages), _tensors(variables)
-        elsewhere = {str(x.device) for x in (*targets, *values) if x.device.type != "cpu"}
-        if elsewhere and engine == "native":
-            raise RuntimeError(f"engine='native' cannot run here: weights lie on {', '.join(elsewhere)}")
-        carrier: Carrier = "graph" if elsewhere or engine == "graph" else "native"
+        carrier: Carrier = "graph" if engine == "graph" else _native_carrier([*targets, *values])
+        if carrier == "graph" and engine == "native":
+            raise RuntimeError(f"engine='native' cannot run here: {_reason([*targets, *values])}")
         if when is None or when:
-            if carrier == "native":
+            if carrier != "graph":
                 self._paired(targets, values).update(float(decay()))
             else:
                 for target, value in zip(targets, values, strict=True):
@@ -91,13 +92,38 @@ class Torch(Backend):
 
     def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:
         x, y = _tensors(a), _tensors(b)
-        if all(tensor.device.type == "cpu" for tensor in (*x, *y)):
+        if _native_carrier([*x, *y]) != "graph":
             swap(x, y)
             return
         for first, second in zip(x, y, strict=True):
             kept = first.clone()
             first.copy_(second)
             second.copy_(kept)
+
+
+def _places(tensors: list[torch.Tensor]) -> list[str]:
+    return sorted({str(x.device) for x in tensors})
+
+
+@cache
+def _has_cupy() -> bool:
+    return find_spec("cupy") is not None
+
+
+def _native_carrier(tensors: list[torch.Tensor]) -> Carrier:
+    """Return what carries out native code where these tensors lie; ``"graph"`` if nothing does."""
+    places = _places(tensors)
+    if places in ([], ["cpu"]):
+        return "native"
+    on_one_device = len(places) == 1 and places[0].startswith("cuda")
+    return "cuda" if on_one_device and _has_cupy() else "graph"
+
+
+def _reason(tensors: list[torch.Tensor]) -> str:
+    places = _places(tensors)
+    if len(places) == 1 and places[0].startswith("cuda"):
+        return f"weights lie on {places[0]}, which needs CuPy: pip install 'fastema[cuda13]'"
+    return f"weights lie on {', '.join(places)}"
 
 
 def _blended(average: torch.Tensor, value: torch.Tensor, decay: float) -> torch.Tensor:

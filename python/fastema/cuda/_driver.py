@@ -1,0 +1,182 @@
+"""What fastema asks of CUDA devices: the only file that knows CuPy.
+
+Everything else in this package goes through the object that `load` returns. Tests put another in its place,
+which does the same on host memory (bench/fake_cuda.py).
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._source import OPTIONS, SOURCE, THREADS
+
+
+class Stream(NamedTuple):
+    """A CUDA stream, and what keeps it from being destroyed."""
+
+    handle: int
+    holder: Any = None
+
+
+class Memory:
+    """A piece of device memory, given back in the order of the stream that used it last.
+
+    CuPy's pool would hand it out again at once, while a kernel on torch's stream still reads it.
+    """
+
+    def __init__(self, address: int, free: Callable[[int, Stream], None], stream: Stream) -> None:
+        self.address = address
+        self.stream = stream
+        self._free = free
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._free(self.address, self.stream)
+
+
+Launch = Callable[[int, Stream], None]  # takes the number of blocks
+
+
+class Driver:
+    """CUDA through CuPy."""
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self._runtime = cupy.cuda.runtime
+        self._functions: dict[tuple[str, int], Any] = {}
+        self._devices: dict[int, Any] = {}
+
+    # --- arrays -----------------------------------------------------------------------------------
+
+    def imported(self, array: Any) -> Any:
+        """Return an array that has `__dlpack__` as one that has `__cuda_array_interface__`."""
+        return self._cupy.from_dlpack(array)
+
+    def device_of(self, address: int) -> int:
+        """Tell on which device an address lies."""
+        return int(self._runtime.pointerGetAttributes(address).device)
+
+    # --- devices and streams ----------------------------------------------------------------------
+
+    def on(self, device: int) -> AbstractContextManager[Any]:
+        """Make a device the current one."""
+        if device not in self._devices:
+            self._devices[device] = self._cupy.cuda.Device(device)
+        context: AbstractContextManager[Any] = self._devices[device]
+        return context
+
+    def multiprocessors(self, device: int) -> int:
+        """Tell how many multiprocessors a device has."""
+        attribute = self._runtime.cudaDevAttrMultiProcessorCount
+        return int(self._runtime.deviceGetAttribute(attribute, device))
+
+    def current_stream(self, owner: str, device: int) -> Stream:
+        """Return the stream on which ``"torch"`` or ``"cupy"`` works on a device now."""
+        if owner == "torch":
+            import torch  # noqa: PLC0415 - loaded already: it owns the arrays
+
+            stream = torch.cuda.current_stream(device)
+            return Stream(stream.cuda_stream, stream)
+        stream = self._cupy.cuda.get_current_stream(device)
+        return Stream(stream.ptr, stream)
+
+    def new_stream(self) -> Stream:
+        """Return a stream that waits for no other."""
+        stream = self._cupy.cuda.Stream(non_blocking=True)
+        return Stream(stream.ptr, stream)
+
+    def record(self, stream: Stream) -> Any:
+        """Return an event: all that was asked of a stream so far is done."""
+        event = self._cupy.cuda.Event(disable_timing=True)
+        self._runtime.eventRecord(event.ptr, stream.handle)
+        return event
+
+    def wait(self, stream: Stream, event: Any) -> None:
+        """Have a stream wait for an event, on the device."""
+        self._runtime.streamWaitEvent(stream.handle, event.ptr)
+
+    def finish(self, event: Any) -> None:
+        """Wait for an event, on the host and without the interpreter's lock."""
+        self._runtime.eventSynchronize(event.ptr)
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def upload(self, contents: np.ndarray, stream: Stream) -> Memory:
+        """Copy to new device memory."""
+        address = self._runtime.mallocAsync(max(contents.nbytes, 1), stream.handle)
+        memory = Memory(address, self._free, stream)
+        self.write(address, contents, stream)
+        return memory
+
+    def write(self, address: int, contents: np.ndarray, stream: Stream) -> None:
+        """Copy to device memory; `contents` may be changed afterwards."""
+        if contents.nbytes:
+            to_device = self._runtime.memcpyHostToDevice
+            # of pageable memory, which is staged before the call returns
+            self._runtime.memcpyAsync(
+                address, contents.ctypes.data, contents.nbytes, to_device, stream.handle
+            )
+
+    def read(self, target: np.ndarray, address: int, stream: Stream) -> None:
+        """Copy from device memory, in the order of a stream; at once where `target` is `pinned`."""
+        to_host = self._runtime.memcpyDeviceToHost
+        self._runtime.memcpyAsync(target.ctypes.data, address, target.nbytes, to_host, stream.handle)
+
+    def pinned(self, size: int) -> np.ndarray:
+        """Return host memory that the device copies to while the host goes on."""
+        memory = self._cupy.cuda.alloc_pinned_memory(size)
+        return np.frombuffer(memory, np.uint8, size)
+
+    def _free(self, address: int, stream: Stream) -> None:
+        self._runtime.freeAsync(address, stream.handle)
+
+    # --- kernels ----------------------------------------------------------------------------------
+
+    def kernel(self, expression: str, arguments: np.ndarray, device: int) -> Launch:
+        """Return a call that launches a kernel with what its arguments hold then.
+
+        Args:
+            expression: The kernel as C++ names it, template arguments included.
+            arguments: A structured scalar, in an array; a field for each parameter.
+            device: The current one.
+        """
+        fields = (arguments.dtype.fields or {}).values()
+        begins = [arguments.ctypes.data + int(offset) for _, offset, *_ in fields]
+        parameters = (ctypes.c_void_p * len(begins))(*begins)
+        function, address = self._function(expression, device), ctypes.addressof(parameters)
+        launch_kernel = self._cupy.cuda.driver.launchKernel
+
+        # the default argument keeps them alive
+        def launch(blocks: int, stream: Stream, _kept: Any = (arguments, parameters)) -> None:
+            launch_kernel(function.ptr, blocks, 1, 1, THREADS, 1, 1, 0, stream.handle, address, 0)
+
+        return launch
+
+    def _function(self, expression: str, device: int) -> Any:
+        key = expression, device
+        if key not in self._functions:
+            module = self._cupy.RawModule(code=SOURCE, options=OPTIONS, name_expressions=(expression,))
+            self._functions[key] = module.get_function(expression).kernel
+        return self._functions[key]
+
+
+@cache
+def load() -> Driver:
+    """Return the driver.
+
+    Raises:
+        ImportError: CuPy is not installed.
+    """
+    try:
+        import cupy  # noqa: PLC0415 - only where arrays lie on a device
+    except ImportError as missing:
+        raise ImportError(
+            "averaging arrays in CUDA memory needs CuPy: pip install 'fastema[cuda13]', or 'fastema[cuda12]' "
+            f"for a driver of CUDA 12 ({missing})"
+        ) from None
+    return Driver(cupy)

@@ -1,0 +1,222 @@
+"""Averages in host memory of values on a device: copied in chunks and averaged beside the training."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+from .._arrays import as_list, as_view, is_movable
+from . import _driver
+from ._arrays import Group
+
+SLOTS = 4  # chunks on their way at once: one being averaged, the others being copied
+SLOT = 64 << 20  # bytes of one
+_LINE = 64  # bytes: where an array begins in a slot
+
+
+@dataclass
+class _Part:
+    """A part of one pair."""
+
+    average: np.ndarray
+    target: np.ndarray  # where the value is copied to
+    pair: int
+    begin: int  # bytes from the start of the value
+
+
+@dataclass
+class _Chunk:
+    parts: list[_Part] = field(default_factory=list)
+    pairs: Any = None
+
+
+class Offload:
+    """Averages in host memory of values on a CUDA device.
+
+    An update returns at once. A stream of its own waits for what the device was asked to do so far, and
+    copies the values to pinned memory in chunks (four of 64 MB at most); a thread averages each chunk as
+    it arrives, without Python's lock, with the bits of `fastema.update`. Where the values are to change,
+    `fence` must have been called: the device then waits for the last copy, not the host for the device.
+
+    Args:
+        averages: As for `fastema.update`, in CPU memory. Not to be read or changed before `wait`.
+        values: As for `fastema.update`, on one CUDA device.
+
+    Raises:
+        ImportError: CuPy is not installed.
+        TypeError: As for `fastema.update`, or an array is not where it must be.
+        ValueError: As for `fastema.update`.
+
+    Example:
+        A training step, where ``averages`` are `fastema.copies` of the weights' values on the host::
+
+            offload = fastema.cuda.Offload(averages, list(model.parameters()))
+            for batch in batches:
+                loss(model, batch).backward()
+                offload.fence()  # before the weights change
+                optimizer.step()
+                offload.update(0.999)
+            offload.wait()
+    """
+
+    def __init__(self, averages: Any, values: Any) -> None:
+        a, single = as_list(averages, "averages")
+        b, _ = as_list(values, "values")
+        self._single, self._values = single, b
+        self._driver = _driver.load()
+        self._averages = [
+            x if isinstance(x, np.ndarray) else as_view(x, "averages" if single else f"averages[{i}]")
+            for i, x in enumerate(a)
+        ]
+        self._group = self._seen()
+        # The core checks numbers too: an update of no arrays does nothing else.
+        self._numbers = _core.Pairs([], [], [], "averages", "values", single, 1, False)
+        self._movable = [x for x in b if is_movable(x)]
+        self._moved_to = [x.data_ptr() for x in self._movable]
+        with self._driver.on(self._group.device):
+            self._chunks = self._cut()
+            self._stream = self._driver.new_stream()
+        self._worker = ThreadPoolExecutor(1, "fastema-offload")
+        self._job: Future[None] | None = None
+        self._read: Future[Any] | None = None  # the event after the last copy, once that is asked for
+
+    def __len__(self) -> int:
+        return len(self._averages)
+
+    def _seen(self) -> Group:
+        group = Group({"values": self._values}, self._single)
+        _core.Pairs(self._averages, group.faces[0], [], "averages", "values", self._single, 1, False)
+        return group
+
+    def _cut(self) -> list[_Chunk]:
+        """Cut all values into chunks that fill a slot each, and pair their averages with the slots."""
+        faces = self._group.faces[0]
+        total = sum(-(-face.nbytes // _LINE) * _LINE for face in faces)
+        size = min(SLOT, max(total, _LINE))
+        count = min(SLOTS, max(1, -(-total // size)))
+        slots = [self._driver.pinned(size) for _ in range(count)]
+        chunks: list[_Chunk] = []
+        room = 0
+        for pair, (average, face) in enumerate(zip(self._averages, faces, strict=True)):
+            flat, begin = _flat(average), 0
+            while begin < face.nbytes:
+                if room == 0:
+                    chunks.append(_Chunk())
+                    room = size
+                nbytes = min(room, face.nbytes - begin)
+                slot = slots[(len(chunks) - 1) % count]
+                target = slot[size - room : size - room + nbytes].view(face.dtype)
+                first = begin // face.itemsize
+                chunks[-1].parts.append(_Part(flat[first : first + target.size], target, pair, begin))
+                begin += nbytes
+                room -= min(room, -(-nbytes // _LINE) * _LINE)
+        for chunk in chunks:
+            parts, targets = [x.average for x in chunk.parts], [x.target for x in chunk.parts]
+            chunk.pairs = _core.Pairs(parts, targets, [], "averages", "values", False, 1, False)
+        self._slots = count
+        return chunks
+
+    # --- the verbs --------------------------------------------------------------------------------
+
+    def update(self, decay: float, threads: int = 0) -> None:
+        """Average the values that the device has when it has done what it was asked for so far.
+
+        Waits for the update before, if that is not done yet.
+
+        Args:
+            decay: As for `fastema.update`.
+            threads: As for `fastema.update`.
+
+        Raises:
+            RuntimeError: The update before failed.
+            TypeError: As for `fastema.update`.
+            ValueError: As for `fastema.update`.
+        """
+        self.wait()
+        self._numbers.update_plainly(decay, threads)
+        self._follow()
+        driver, group = self._driver, self._group
+        with driver.on(group.device):
+            ready = [driver.record(stream) for stream in (*group.streams(), *group.producers())]
+        self._read = Future()
+        self._job = self._worker.submit(self._work, ready, float(decay), threads, self._read)
+
+    def fence(self) -> None:
+        """Have the device wait, in the values' current stream, until the values have been read.
+
+        To be called before the values change, so before the optimizer's next step.
+
+        Raises:
+            RuntimeError: The update failed.
+        """
+        if self._read is None:
+            return
+        event = self._result(self._read)
+        with self._driver.on(self._group.device):
+            for stream in self._group.streams():
+                self._driver.wait(stream, event)
+
+    def wait(self) -> None:
+        """Wait until the averages are those of the last update.
+
+        Raises:
+            RuntimeError: That update failed; some averages may have moved.
+        """
+        if self._job is not None:
+            self._result(self._job)
+            self._job = None
+
+    def _result(self, future: "Future[Any]") -> Any:
+        try:
+            return future.result()
+        except Exception as reason:
+            self._job = self._read = None
+            raise RuntimeError(f"an update of averages in host memory failed: {reason}") from reason
+
+    def _follow(self) -> None:
+        now = [x.data_ptr() for x in self._movable]
+        if now == self._moved_to:
+            return
+        group = self._seen()
+        group.check_unchanged(self._group)
+        self._group = group
+        self._moved_to = now
+
+    # --- the worker -------------------------------------------------------------------------------
+
+    def _work(self, ready: Sequence[Any], decay: float, threads: int, read: "Future[Any]") -> None:
+        driver, chunks, events = self._driver, self._chunks, []
+        try:
+            with driver.on(self._group.device):
+                for event in ready:
+                    driver.wait(self._stream, event)
+                for chunk in chunks[: self._slots]:
+                    events.append(self._copy(chunk))
+                for i, chunk in enumerate(chunks):
+                    if len(events) == len(chunks) and not read.done():
+                        read.set_result(events[-1])
+                    driver.finish(events[i])
+                    chunk.pairs.update_plainly(decay, threads)
+                    if len(events) < len(chunks):
+                        events.append(self._copy(chunks[i + self._slots]))
+                if not chunks:
+                    read.set_result(driver.record(self._stream))
+        except BaseException as reason:
+            if not read.done():
+                read.set_exception(reason)
+            raise
+
+    def _copy(self, chunk: _Chunk) -> Any:
+        for part in chunk.parts:
+            address = self._group.faces[0][part.pair].ctypes.data
+            self._driver.read(part.target, address + part.begin, self._stream)
+        return self._driver.record(self._stream)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """Return a dense array's elements in their order in memory."""
+    axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+    return array.transpose(axes).reshape(-1)

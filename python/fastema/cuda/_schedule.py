@@ -1,0 +1,137 @@
+"""Decays computed on the device, so that a captured graph replays with another decay each time."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+from . import _driver
+from ._driver import Stream
+from ._source import ADVANCE, LISTS, SCHEDULE, SCHEDULES, STATE
+
+_ADVANCE = np.dtype([("state", "<u8"), ("schedules", SCHEDULE, LISTS), ("lists", "<u4")], align=True)
+
+
+class Schedule:
+    """A decay, or several, that a CUDA device computes from a step it counts itself.
+
+    Given as the decay of `Pairs.update`, each update counts one step and averages with that step's decay,
+    without a word from the host. So an update can be captured in a CUDA graph together with a training
+    step: run it once before the capture, which compiles the kernels, and pass ``check=False`` in it. The
+    pairs and the schedule must live as long as the graph.
+
+    Args:
+        schedules: One of `fastema.schedules` (constant, dynamic, warmup, power) or a number; for
+            `Pairs.several` a sequence of them, one for each list of averages.
+        step: How many updates were seen before, as in a checkpoint.
+        every: Average at every so many updates, with the decay to that power.
+
+    Raises:
+        TypeError: The device does not know a schedule.
+        ValueError: `step` or `every` is out of range, or there are more than 8 schedules.
+
+    Example:
+        >>> from fastema import cuda, schedules
+        >>> cuda.Schedule(schedules.dynamic(0.999), step=1000).step
+        1000
+    """
+
+    def __init__(self, schedules: Any, *, step: int = 0, every: int = 1) -> None:
+        self._single = not isinstance(schedules, Sequence)
+        given = [schedules] if self._single else list(schedules)
+        if not 0 < len(given) <= LISTS:
+            raise ValueError(f"schedules must be from 1 to {LISTS}, got {len(given)}")
+        if not 0 < every < 2**32:
+            raise ValueError(f"every must be 1 or more, below 2**32, got {every!r}")
+        _NOTHING.update(0.0, 0, False, 0, step)
+        self._arguments = np.zeros(1, _ADVANCE)
+        self._arguments["lists"] = len(given)
+        for i, schedule in enumerate(given):
+            name = "schedules" if self._single else f"schedules[{i}]"
+            self._arguments["schedules"][0, i] = _parameters(schedule, name, every)
+        self._start = step
+        self._memory: _driver.Memory | None = None
+        self._device = 0
+        self._launch: Callable[[int, Stream], None] | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._arguments["lists"][0])
+
+    @property
+    def step(self) -> int:
+        """How many updates were seen. Waits for the device."""
+        return int(self._state()["step"][0])
+
+    @property
+    def decay(self) -> Any:
+        """The decay of the last update, or a list of them. Waits for the device.
+
+        It is negative where that update averaged nothing.
+        """
+        decays = [float(decay) for decay in self._state()["decay"][0, : len(self)]]
+        return decays[0] if self._single else decays
+
+    def _state(self) -> np.ndarray:
+        state = np.zeros(1, STATE)
+        if self._memory is None:
+            state["step"] = self._start
+        else:
+            driver = _driver.load()
+            with driver.on(self._device):
+                driver.read(state.view(np.uint8), self._memory.address, self._memory.stream)
+                driver.finish(driver.record(self._memory.stream))
+        return state
+
+    # --- what Pairs asks for ----------------------------------------------------------------------
+
+    def settle(self, device: int, lists: int, stream: Stream) -> int:
+        """Return the address of the state on a device.
+
+        Raises:
+            ValueError: It counts on another device already, or not for so many lists.
+        """
+        if lists != len(self):
+            raise ValueError(f"averages and decay must have one length, got {lists} and {len(self)}")
+        if self._memory is None:
+            with self._lock:
+                state = np.zeros(1, STATE)
+                state["step"] = self._start
+                driver = _driver.load()
+                self._memory, self._device = driver.upload(state, stream), device
+                self._arguments["state"] = self._memory.address
+                self._launch = driver.kernel(ADVANCE, self._arguments, device)
+        elif device != self._device:
+            raise ValueError(
+                f"decay must count on cuda:{device}, not cuda:{self._device}, as the averages lie there"
+            )
+        return self._memory.address
+
+    def advance(self, stream: Stream) -> None:
+        """Count a step and compute its decay, in the order of a stream."""
+        if self._launch is not None and self._memory is not None:
+            self._launch(1, stream)
+            self._memory.stream = stream
+
+
+# The core checks numbers: an update of no arrays does nothing else.
+_NOTHING = _core.Pairs([], [], [], "averages", "values", True, 1, False)
+
+
+def _parameters(schedule: Any, name: str, every: int) -> tuple[Any, ...]:
+    kind = type(schedule).__name__
+    if isinstance(schedule, int | float):
+        _NOTHING.update_plainly(schedule, 0)
+        return SCHEDULES["constant"], every, 0, float(schedule), 1.0, 1.0
+    known = type(schedule).__module__ == "fastema.schedules" and kind in SCHEDULES
+    if not known or getattr(schedule, "min_decay", 0.0) != 0.0:
+        raise TypeError(
+            f"{name} must be a number or a schedule that a device computes ({', '.join(SCHEDULES)}; "
+            f"no min_decay), got {schedule!r}"
+        )
+    if kind == "power":
+        return SCHEDULES[kind], every, 0, 1.0, 1.0, schedule.gamma + 1.0
+    scale, power = getattr(schedule, "gamma", 1.0), getattr(schedule, "power", 1.0)
+    return SCHEDULES[kind], every, schedule.start_step, schedule.decay, scale, power

@@ -41,8 +41,8 @@ def same_bits(x, y):
     return bool(np.all(equal | both_nan))
 
 
-def random_bits(size, seed, step, pair):
-    """Return the 16 random bits of each element of the pair-th array, as the core defines them."""
+def random_bits(size, seed, step, pair, first=0):
+    """Return the 16 random bits of elements of the pair-th array, from the first on, as the core defines them."""
     golden, mask = 0x9E3779B97F4A7C15, 2**64 - 1
 
     def mixed(x):  # splitmix64
@@ -51,8 +51,12 @@ def random_bits(size, seed, step, pair):
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         return x ^ (x >> 31)
 
-    key = mixed(mixed(mixed(mixed(seed) ^ step) ^ pair) ^ 0)  # 0: the upper half of the element's place
-    place = np.arange(size, dtype=np.uint32)
+    if first % 2**32 + size > 2**32:  # the keys change there
+        below = 2**32 - first % 2**32
+        parts = (below, first), (size - below, first + below)
+        return np.concatenate([random_bits(n, seed, step, pair, place) for n, place in parts])
+    key = mixed(mixed(mixed(mixed(seed) ^ step) ^ pair) ^ (first >> 32))
+    place = np.arange(first % 2**32, first % 2**32 + size).astype(np.uint32)
     x = ((place >> 1) ^ np.uint32(key & 0xFFFFFFFF)) * np.uint32(0x7FEB352D)
     x ^= np.uint32(key >> 32)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)

@@ -51,18 +51,20 @@ def update_name(mixes: Iterable[int], rounding: int) -> str:
     return f"fastema::update<{present}u, {rounding}>"
 
 
-def _formula() -> Path:
-    """Return where the core's formula is: beside this file, or in the sources it is built from."""
-    here = Path(__file__).parent
-    installed = here / "formula.hpp"
-    return installed if installed.exists() else here.parents[2] / "cpp" / "src" / "formula.hpp"
+_HERE = Path(__file__).parent
+# The core's, beside this file or in the sources it is built from.
+FORMULA = next(
+    file
+    for file in (_HERE / "formula.hpp", _HERE.parents[2] / "cpp" / "src" / "formula.hpp")
+    if file.exists()
+)
 
 
 def _resolved() -> str:
     """Return the kernels as one text that includes nothing, as NVRTC takes it."""
-    formula = _formula().read_text(encoding="utf-8")
+    formula = FORMULA.read_text(encoding="utf-8")
     formula = formula.replace("#pragma once\n", "").replace("#include <stdint.h>\n", "")
-    kernels = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
+    kernels = (_HERE / "kernels.cu").read_text(encoding="utf-8")
     return kernels.replace('#include "formula.hpp"\n', formula)
 
 

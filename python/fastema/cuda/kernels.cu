@@ -1,9 +1,9 @@
-// The kernels of a CUDA device: what a block does with a part of a list. What one element becomes is
-// decided by formula.hpp, the core's own, so the bits are the core's.
+// The kernels of a CUDA device: what a block does with a part of a list. What one element becomes
+// is decided by formula.hpp, the core's own, so the bits are the core's.
 //
 // NVRTC compiles it (through CuPy), and a C++ compiler through tests/cuda_shim.h. CuPy appends
-// -ftz=true to any options, so no arithmetic of floats is left to the compiler on a device: it is in
-// PTX, each operation rounded and none fused or flushed.
+// -ftz=true to any options, so no arithmetic of floats is left to the compiler on a device: it is
+// in PTX, each operation rounded and none fused or flushed.
 //
 // All tables lie in device memory, little endian.
 #if defined(__CUDACC_RTC__)  // NVRTC has no headers
@@ -74,11 +74,11 @@ enum Rounding { kNearest, kStochastic, kCompensated };
 // --- numbers: each operation rounded, none fused, nothing flushed to zero ------------------------
 
 #if defined(__CUDA_ARCH__)
-#define FASTEMA_ROUNDED(name, op, type, ptx, reg)                           \
-  inline type name(type a, type b) {                                        \
-    type result;                                                            \
+#define FASTEMA_ROUNDED(name, op, type, ptx, reg)                            \
+  inline type name(type a, type b) {                                         \
+    type result;                                                             \
     asm(#name ".rn." ptx " %0, %1, %2;" : "=" reg(result) : reg(a), reg(b)); \
-    return result;                                                          \
+    return result;                                                           \
   }
 #else
 #define FASTEMA_ROUNDED(name, op, type, ptx, reg) \
@@ -449,8 +449,8 @@ struct Row {
     write<true>(at, some);
   }
 
-  // `count` accesses to the average from element `first` on; two of each thread are under way before
-  // the first is used.
+  // `count` accesses to the average from element `first` on; two of each thread are under way
+  // before the first is used.
   template <bool kBoth>
   void update_wide(uint32_t first, uint32_t count) const {
     constexpr uint32_t kWide = 16 / sizeof(A);
@@ -582,7 +582,7 @@ constexpr uint32_t kMixes = 7;
 constexpr Rounding rounding_of(uint32_t mix, int rounding) {
   const bool half = mix == 2 || mix == 3;
   const bool carried = mix == 0 || mix == 2 || mix == 4 || mix == 5;
-  return rounding == kStochastic && half         ? kStochastic
+  return rounding == kStochastic && half       ? kStochastic
          : rounding == kCompensated && carried ? kCompensated
                                                : kNearest;
 }
@@ -697,8 +697,8 @@ inline double decay_at(const Schedule& schedule, uint64_t step) {
 }  // namespace
 
 // Updates the rows of a list: a block for each chunk. Bit i of kPresent: mix i is in the list.
-// kRounding: 0 to nearest; 1 at random where averages have 16 bits; 2 with carries, one for each row
-// (float32 averages of all but float64: float32; bfloat16 ones: int16), where the mix has one.
+// kRounding: 0 to nearest; 1 at random where averages have 16 bits; 2 with carries, one for each
+// row (float32 averages of all but float64: float32; bfloat16 ones: int16), where the mix has one.
 template <uint32_t kPresent, int kRounding>
 __global__ void __launch_bounds__(kThreads)
     update(const Tensor* tensors, void* const* carries, const Chunk* chunks, uint32_t chunk,

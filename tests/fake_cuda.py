@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastema.cuda import _driver
+from fastema.cuda import _driver, _source
 from fastema.cuda._driver import Stream
 
 
@@ -29,12 +29,12 @@ def kernels():
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler for the kernels of the fake device")
-    root = Path(__file__).parent.parent
-    folders = root / "tests", root / "python" / "fastema" / "cuda", root / "cpp" / "src"
+    tests = Path(__file__).parent
+    folders = tests, Path(_source.__file__).parent, _source.FORMULA.parent
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", *(f"-I{x}" for x in folders)]
     with tempfile.TemporaryDirectory(prefix="fastema-fake-") as folder:
         target = Path(folder) / "kernels.so"
-        subprocess.run([compiler, *flags, root / "tests" / "cuda_kernels.cpp", "-o", target], check=True)
+        subprocess.run([compiler, *flags, tests / "cuda_kernels.cpp", "-o", target], check=True)
         library = ctypes.CDLL(str(target))
     library.run.restype = ctypes.c_bool
     return library
@@ -148,6 +148,12 @@ class Driver(_driver.Driver):
             queue.append(action)
             if stream.handle not in self.lazy:
                 self._drain(stream.handle, lambda: not queue)
+
+    @contextmanager
+    def held(self):
+        """Keep other threads from asking for anything."""
+        with self._lock:
+            yield
 
     def _drain(self, handle, enough):
         queue = self._queues.setdefault(handle, deque())

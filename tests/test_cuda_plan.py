@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -46,6 +47,39 @@ def test_the_fake_device_has_the_face_of_the_real_one():
         if not name.startswith("_"):
             other = vars(fake_cuda.Driver)[name]
             assert list(inspect.signature(other).parameters) == list(inspect.signature(method).parameters)
+
+
+def test_cupy_has_what_the_driver_asks_of_it():
+    """As far as that can be told without a device: names, and numbers of arguments."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    from_cupy = mock.MagicMock(spec=cupy)
+    from_cupy.cuda = mock.MagicMock(spec=cupy.cuda)
+    from_cupy.cuda.runtime = mock.MagicMock(spec=cupy.cuda.runtime)
+    from_cupy.cuda.driver = mock.MagicMock(spec=cupy.cuda.driver)
+    from_cupy.cuda.alloc_pinned_memory.return_value = bytearray(64)
+    module = from_cupy.RawModule.return_value = mock.MagicMock(spec=cupy.RawModule)
+    module.get_function.return_value = mock.MagicMock(spec=cupy.RawKernel)
+    module.get_function.return_value.kernel = mock.MagicMock(spec=cupy.cuda.function.Function)
+    driver, stream = _driver.Driver(from_cupy), _driver.Stream(7)
+    with driver.on(1):
+        driver.device_of(4096)
+        driver.multiprocessors(1)
+        driver.current_stream("cupy", 1)
+        driver.new_stream()
+        driver.wait(stream, driver.record(stream))
+        driver.finish(driver.record(stream))
+        memory = driver.upload(np.zeros(4), stream)
+        driver.read(driver.pinned(64), 4096, stream)
+        driver.imported(None)
+        driver.kernel("fastema::swap", np.zeros(2, [("a", "<u8"), ("b", "<u4")]), 1)(12, stream)
+    runtime = from_cupy.cuda.runtime
+    arguments = from_cupy.cuda.driver.launchKernel.call_args.args
+    assert arguments[1:10] == (12, 1, 1, 256, 1, 1, 0, 7, arguments[9])
+    address, size = runtime.mallocAsync.return_value, 32
+    assert runtime.mallocAsync.call_args.args == (size, 7)
+    del memory
+    assert runtime.freeAsync.call_args.args == (address, 7)
+    assert runtime.memcpyAsync.call_count == 2
 
 
 # --- the plan -----------------------------------------------------------------------------------------

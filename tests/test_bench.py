@@ -8,6 +8,8 @@ from fastema.bench import (
     bench_accuracy,
     bench_cold,
     bench_ema,
+
+    bench_cuda,
     bench_keras,
     bench_memory,
     bench_posthoc,
@@ -15,6 +17,7 @@ from fastema.bench import (
     bench_update,
 )
 
+import fake_cuda
 from fastema import __main__ as command
 from processes import skip_without
 
@@ -71,6 +74,29 @@ def test_averages_made_of_snapshots_can_be_measured(tmp_path, capsys):
     bench_posthoc.main(["--quick", "--picture", str(tmp_path / "posthoc.png")])
     assert "snapshots at 64 steps" in capsys.readouterr().out
     assert (tmp_path / "posthoc.png").read_bytes().startswith(b"\x89PNG")
+
+def test_the_benchmark_of_gpus_runs_without_one(tmp_path, capsys):
+    pytest.importorskip("torch", reason="torch is not installed")
+    fake_cuda.kernels()
+    file = tmp_path / "cuda.json"
+    bench_cuda.main(["--fake", "--quick", "--samples", "1", "--json", str(file)])
+    printed = capsys.readouterr().out
+    for text in ("of the copy rate C", "times faster than torch", "us of the host", "offload", "swap GPT-2"):
+        assert text in printed
+    content = json.loads(file.read_text())
+    assert content["kernels"] == bench_cuda.kernels_hash()
+    assert {result["title"] for result in content["results"]} >= {"GPT-2, f32", "GPT-2, f32 <- bf16"}
+
+
+def test_the_kept_results_of_a_gpu_are_of_these_kernels():
+    kept = sorted(bench_cuda.FOLDER.glob("cuda-*.json"))
+    if not kept:
+        pytest.skip("not run on a GPU yet: python -m fastema.bench.bench_cuda --keep")
+    content = json.loads(kept[-1].read_text())
+    if content["kernels"] != bench_cuda.kernels_hash():
+        pytest.skip(f"not run on a GPU since {content['date']}: the kernels were changed")
+    assert content["device"]
+    assert content["goals"]
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ class Group:
         where: tuple[str, int] | None = None
         self.faces: list[list[np.ndarray]] = []
         self._owners: dict[str, None] = {}  # in order, each once
-        self._producers: dict[int, None] = {}
+        self.producers: list[Stream] = []  # on which arrays of no such owner are made
         self._held = []
         for argument, arrays in arguments.items():
             faces = []
@@ -129,8 +129,8 @@ class Group:
                     )
                 faces.append(one.face)
                 self._owners[one.owner] = None
-                if one.stream is not None:
-                    self._producers[one.stream] = None
+                if one.stream is not None and Stream(one.stream) not in self.producers:
+                    self.producers.append(Stream(one.stream))
                 self._held.append(one.held)
             self.faces.append(faces)
         self.device = 0 if where is None else where[1]
@@ -155,7 +155,3 @@ class Group:
         """Return the current streams of all owners, that of the first array first."""
         driver = _driver.load()
         return [driver.current_stream(owner, self.device) for owner in self._owners]
-
-    def producers(self) -> list[Stream]:
-        """Return the streams on which arrays of no owner were made."""
-        return [Stream(handle) for handle in self._producers]

@@ -140,7 +140,7 @@ class Offload:
         self._follow()
         driver, group = self._driver, self._group
         with driver.on(group.device):
-            ready = [driver.record(stream) for stream in (*group.streams(), *group.producers())]
+            ready = [driver.record(stream) for stream in (*group.streams(), *group.producers)]
         self._read = Future()
         self._job = self._worker.submit(self._work, ready, float(decay), threads, self._read)
 

@@ -64,32 +64,31 @@ class Pairs:
         return group
 
     def _build(self) -> None:
-        driver, device = self._driver, self._group.device
+        driver, device, lists = self._driver, self._group.device, self._named[3]
         self._tables = _tables(self._group)
         sizes = np.array([value.size for value in self._group.faces[1]], np.int64)
         chunk = _plan.chunk_size(int(sizes.sum()), driver.multiprocessors(device))
         chunks = _plan.chunk_table(sizes, chunk)
-        stream = self._group.streams()[0] if chunks.size else None
         self._blocks = len(chunks)
-        self._memory = [driver.upload(table, stream) for table in (*self._tables, chunks)] if stream else []
         mixes = self._tables[0]["mix"].tolist()
         self._entries = {name: update_name(mixes, number) for name, number in ROUNDINGS.items()}
-        self._update_arguments = np.zeros(1, _UPDATE)
-        self._swap_arguments = np.zeros(1, _SWAP)
-        self._decays = self._update_arguments["decays"]["value"][0]
-        self._state = self._update_arguments["decays"]["device"]
         self._launches: dict[str, _driver.Launch] = {}
-        if not self._memory:
+        self._update_arguments, self._swap_arguments = np.zeros(1, _UPDATE), np.zeros(1, _SWAP)
+        decays = self._update_arguments["decays"]
+        self._decays, self._state = decays["value"][0], decays["device"]
+        self._seed, self._step = self._update_arguments["seed"], self._update_arguments["step"]
+        if self._blocks == 0:
             return
-        tensors, carries, places = (memory.address for memory in self._memory)
+        tables = [*self._tables, chunks]
+        bytes_of_tables = [table.view(np.uint8) for table in tables]
+        self._memory = driver.upload(np.concatenate(bytes_of_tables), self._group.streams()[0])
+        begins = [self._memory.address]
+        for table in tables[:-1]:
+            begins.append(begins[-1] + table.nbytes)
+        tensors, carries, places = begins
         compensated = carries if self._group.faces[2] else 0
-        for name, value in (
-            ("tensors", tensors),
-            ("carries", compensated),
-            ("chunks", places),
-            ("chunk", chunk),
-            ("lists", self._named[3]),
-        ):
+        fixed = {"tensors": tensors, "carries": compensated, "chunks": places, "chunk": chunk, "lists": lists}
+        for name, value in fixed.items():
             self._update_arguments[name] = value
         self._swap_arguments[0] = tensors, places, chunk
 
@@ -103,15 +102,15 @@ class Pairs:
         group = self._seen(False)
         group.check_unchanged(self._group)
         self._group, self._exchangeable = group, False
-        if not self._memory:
+        if self._blocks == 0:
             return
         tables = _tables(group)
         with self._driver.on(group.device):
-            stream = group.streams()[0]
-            for memory, old, new in zip(self._memory[:2], self._tables, tables, strict=True):
+            stream, address = group.streams()[0], self._memory.address
+            for old, new in zip(self._tables, tables, strict=True):
                 for row in np.flatnonzero(old != new):
-                    address = memory.address + int(row) * old.itemsize
-                    self._driver.write(address, new[row : row + 1], stream)
+                    self._driver.write(address + int(row) * old.itemsize, new[row : row + 1], stream)
+                address += old.nbytes
         self._tables = tables
 
     # --- the verbs --------------------------------------------------------------------------------
@@ -126,11 +125,14 @@ class Pairs:
         schedule = decay if isinstance(decay, Schedule) else None
         if schedule is None:
             self._numbers.update(decay, threads, stochastic, seed, step)
-            self._decays[:lists] = [float(x) for x in decay] if lists > 1 else float(decay)
+            if lists == 1:
+                self._decays[0] = float(decay)
+            else:
+                self._decays[:lists] = [float(x) for x in decay]
             self._state[0] = 0
         else:
             self._numbers.update([0.0] * lists if lists > 1 else 0.0, threads, stochastic, seed, step)
-        self._update_arguments["seed"], self._update_arguments["step"] = seed, step
+        self._seed[0], self._step[0] = seed, step
         rounding = "compensated" if self._group.faces[2] else "stochastic" if stochastic else "nearest"
         self._launch(self._entries[rounding], self._update_arguments, schedule)
 
@@ -153,7 +155,7 @@ class Pairs:
         driver, group = self._driver, self._group
         with driver.on(group.device):
             stream, *others = group.streams()
-            for other in (*others, *group.producers()):
+            for other in (*others, *group.producers):
                 driver.wait(stream, driver.record(other))
             if schedule is not None:
                 self._state[0] = schedule.settle(group.device, self._named[3], stream)
@@ -162,8 +164,7 @@ class Pairs:
             if schedule is not None:
                 schedule.advance(stream)
             self._launches[expression](self._blocks, stream)
-            for memory in self._memory:
-                memory.stream = stream
+            self._memory.stream = stream
             for other in others:
                 driver.wait(other, driver.record(stream))
 

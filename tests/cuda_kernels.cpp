@@ -49,7 +49,7 @@ int main() {
   constexpr size_t kAverage[] = {4, 8, 2, 2, 4, 4, 8}, kValue[] = {4, 8, 2, 2, 2, 2, 4};
   for (uint32_t mix = 0; mix < fastema::kMixes; ++mix) {
     for (size_t size : {1u, 9u, 2049u}) {
-      for (size_t place = 0; place < 64; place += 3) {  // of the average, and of both others
+      for (size_t place = 0; place < 64; ++place) {  // of the average, and of both others
         const size_t a = place % 8 * kAverage[mix], v = place / 8 * kValue[mix];
         const size_t c = place / 8 * kAverage[mix];
         std::vector<char> average(a + size * kAverage[mix]), value(v + size * kValue[mix]);

@@ -11,6 +11,8 @@ import pytest
 
 from fastema.cuda import _source
 
+ADDED_BY_CUPY = ["-ftz=true", "--device-as-default-execution-space"]
+
 
 @cache
 def _library():
@@ -35,8 +37,7 @@ def compiled(architecture, *expressions, source=_source.SOURCE):
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
     for expression in expressions:
         nvrtc.nvrtcAddNameExpression(program, expression.encode())
-    # CuPy appends -ftz=true
-    options = [*_source.OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true"]
+    options = [*_source.OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v", *ADDED_BY_CUPY]
     as_bytes = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), as_bytes)
 

@@ -42,7 +42,7 @@ def same_bits(x, y):
 
 
 def random_bits(size, seed, step, pair, first=0):
-    """Return the 16 random bits of elements of the pair-th array, from the first on, as the core defines them."""
+    """Return the 16 random bits of elements of the pair-th array, from `first` on, as the core has them."""
     golden, mask = 0x9E3779B97F4A7C15, 2**64 - 1
 
     def mixed(x):  # splitmix64

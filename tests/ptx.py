@@ -1,8 +1,8 @@
-"""An interpreter of PTX: which bits the instructions that NVRTC emitted for our kernels give, without a device.
+"""An interpreter of PTX: which bits the instructions give that NVRTC emitted for our kernels, without a GPU.
 
 It knows the instructions found there, and takes any other for an error. A register is an array of 64-bit
-words, one for each thread of the launch; of threads that went different ways, those that are furthest behind
-go on first. Memory is the arrays that were handed over: what reaches outside of them is an error, and so is an
+words, one for each thread of the launch; of threads that went different ways, those furthest behind go on
+first. Memory is the arrays that were handed over: what reaches outside of them is an error, and so is an
 access that is not aligned.
 """
 
@@ -194,7 +194,7 @@ class Kernel:
             case _:
                 raise ValueError(f"unknown instruction: {'.'.join(opcode)} {operands}")
 
-    def _converted(self, marks, source, read):
+    def _converted(self, marks, source, read):  # noqa: PLR0911 - as above
         match [mark for mark in marks if mark != "ftz"]:
             case [to] if to[0] in "us" and source[0] in "us":
                 return read(1).astype(f"{_LETTER[to[0]]}{int(to[1:]) // 8}")

@@ -13,6 +13,15 @@ using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 using uintptr_t = unsigned long long;
+#if __CUDACC_VER_MAJOR__ < 13  // nor has every NVRTC of CUDA 12 what formula.hpp takes bits with
+template <class To, class From>
+inline To bits_as(const From& from) {
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+#define __builtin_bit_cast(To, from) bits_as<To>(from)
+#endif
 #endif
 
 #include "formula.hpp"

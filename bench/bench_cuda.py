@@ -232,7 +232,7 @@ def rivals(gpu: Gpu, averages: list[Any], values: list[Any]) -> dict[str, Call]:
 
 def fits(gpu: Gpu, arrays: list[Any]) -> bool:
     """Tell whether as much memory again is free."""
-    return gpu.room() > 1.2 * sum(x.numel() * x.element_size() for x in arrays)
+    return bool(gpu.room() > 1.2 * sum(x.numel() * x.element_size() for x in arrays))
 
 
 def cupy_elementwise(gpu: Gpu, averages: list[Any], values: list[Any]) -> Call | None:

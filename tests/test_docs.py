@@ -25,7 +25,7 @@ def imported(name):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        if missing.name not in ("jax", "tf_keras", "torch"):
+        if missing.name not in ("jax", "tf_keras", "torch", "triton"):
             raise
         pytest.skip(f"{name} is for {missing.name}, which is not installed")
 

@@ -299,12 +299,16 @@ def measure(gpu: Gpu, calls: dict[str, Call], samples: int) -> dict[str, harness
     """Time each call in turns."""
     repeats = {}
     for name, call in calls.items():
-        gpu.seconds(call, 2)  # first calls compile and allocate
+        try:
+            gpu.seconds(call, 2)  # first calls compile and allocate
+        except gpu.torch.OutOfMemoryError:
+            print(f"    no memory for {name}", file=sys.stderr)
+            continue
         repeats[name] = max(1, min(200, round(BUDGET / max(gpu.seconds(call, 2), 1e-9))))
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[str, list[float]] = {name: [] for name in repeats}
     for _ in range(samples):
-        for name, call in calls.items():
-            taken[name].append(gpu.seconds(call, 1 if gpu.fake else repeats[name]))
+        for name, repeat in repeats.items():
+            taken[name].append(gpu.seconds(calls[name], 1 if gpu.fake else repeat))
     return {
         name: harness.Timing(*(float(q) for q in np.quantile(times, (0.5, 0.25, 0.75))))
         for name, times in taken.items()

@@ -216,6 +216,15 @@ def test_values_are_read_where_a_tensor_lies_now(torch):
     assert (average == 1.5).all()
 
 
+def test_an_average_given_other_memory_is_noticed(torch):
+    average = torch.zeros(4)
+    offload = cuda.Offload(average, fake_cuda.tensor(torch.ones(4)))
+    average.data = torch.zeros(4)
+    with pytest.raises(ValueError, match="an average was given other memory after it was paired"):
+        offload.update(0.5)
+    assert not average.any()
+
+
 def test_half_precision_values_take_their_own_bytes_over_the_bus(fake):
     value = np.ones(1000, ml_dtypes.bfloat16)
     offload = cuda.Offload(np.zeros(1000, np.float32), Array(value))

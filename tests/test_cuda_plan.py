@@ -369,6 +369,14 @@ def test_libraries_wait_for_each_other(fake, torch):
     ]
 
 
+def test_libraries_on_one_stream_do_not_wait(fake, torch):
+    pairs = fastema.Pairs([fake_cuda.tensor(torch.zeros(3))], [Array(np.ones(3, np.float32))])
+    fake.current = dict.fromkeys(fake.current, _driver.Stream(0))
+    fake.log.clear()
+    pairs.update(0.5)
+    assert len(fake.log) == 1
+
+
 def test_a_launch_has_the_decay_of_its_call_however_late_it_runs(fake):
     average = f32(3)
     fake.lazy.add(2)

@@ -46,7 +46,8 @@ class CuPy:
 
     def device(self, array):
         memory = self.module.empty(array.nbytes, self.module.uint8)
-        memory.set(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        if array.nbytes:
+            memory.set(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         return Typed(memory, array.dtype, array.shape)
 
     def host(self, array):
@@ -356,6 +357,18 @@ def test_torch_and_cupy_in_one_pair(torch):
     fastema.swap(average, value)
     assert (average == 1).all()
     assert bool((value == 1.5).all())
+
+
+def test_kerass_torch_backend_averages_and_swaps_on_the_device(torch):
+    pytest.importorskip("keras", reason="keras is not installed")
+    from fastema.keras.backends.torch import Torch as Backend
+
+    average, value = torch.zeros(3, device="cuda"), torch.nn.Parameter(torch.ones(3, device="cuda"))
+    engine = Backend()
+    assert engine.update([average], [value], lambda: 0.5, None, "auto") == "cuda"
+    engine.swap([average], [value])
+    assert (value == 0.5).all()
+    assert (average == 1).all()
 
 
 def test_values_of_jax():

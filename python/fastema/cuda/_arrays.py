@@ -152,6 +152,7 @@ class Group:
             )
 
     def streams(self) -> list[Stream]:
-        """Return the current streams of all owners, that of the first array first."""
+        """Return the current streams of all owners, each once, that of the first array first."""
         driver = _driver.load()
-        return [driver.current_stream(owner, self.device) for owner in self._owners]
+        found = [driver.current_stream(owner, self.device) for owner in self._owners]
+        return found if len(found) == 1 else list({stream.handle: stream for stream in found}.values())

@@ -92,7 +92,7 @@ class Driver:
 
     def record(self, stream: Stream) -> Any:
         """Return an event: all that was asked of a stream so far is done."""
-        event = self._cupy.cuda.Event(disable_timing=True)
+        event = self._cupy.cuda.Event(block=True, disable_timing=True)  # a waiting host thread sleeps
         self._runtime.eventRecord(event.ptr, stream.handle)
         return event
 
@@ -109,7 +109,13 @@ class Driver:
     def upload(self, contents: np.ndarray, stream: Stream) -> Memory:
         """Copy to new device memory."""
         address = self._runtime.mallocAsync(max(contents.nbytes, 1), stream.handle)
-        memory = Memory(address, self._free, stream)
+        device = self._runtime.getDevice()
+
+        def free(address: int, stream: Stream) -> None:
+            with self.on(device):  # the default stream is the current device's
+                self._runtime.freeAsync(address, stream.handle)
+
+        memory = Memory(address, free, stream)
         self.write(address, contents, stream)
         return memory
 
@@ -131,9 +137,6 @@ class Driver:
         """Return host memory that the device copies to while the host goes on."""
         memory = self._cupy.cuda.alloc_pinned_memory(size)
         return np.frombuffer(memory, np.uint8, size)
-
-    def _free(self, address: int, stream: Stream) -> None:
-        self._runtime.freeAsync(address, stream.handle)
 
     # --- kernels ----------------------------------------------------------------------------------
 

@@ -74,8 +74,8 @@ class Offload:
         self._group = self._seen()
         # The core checks numbers too: an update of no arrays does nothing else.
         self._numbers = _core.Pairs([], [], [], "averages", "values", single, 1, False)
-        self._movable = [x for x in b if is_movable(x)]
-        self._moved_to = [x.data_ptr() for x in self._movable]
+        self._movable = [[x for x in side if is_movable(x)] for side in (a, b)]
+        self._moved_to = self._lie()
         with self._driver.on(self._group.device):
             self._chunks = self._cut()
             self._stream = self._driver.new_stream()
@@ -176,14 +176,19 @@ class Offload:
             self._job = self._read = None
             raise RuntimeError(f"an update of averages in host memory failed: {reason}") from reason
 
+    def _lie(self) -> list[list[int]]:
+        return [[x.data_ptr() for x in side] for side in self._movable]
+
     def _follow(self) -> None:
-        now = [x.data_ptr() for x in self._movable]
+        """Read values where they lie now."""
+        now = self._lie()
         if now == self._moved_to:
             return
+        if now[0] != self._moved_to[0]:
+            raise ValueError("an average was given other memory after it was paired; make the offload anew")
         group = self._seen()
         group.check_unchanged(self._group)
-        self._group = group
-        self._moved_to = now
+        self._group, self._moved_to = group, now
 
     # --- the worker -------------------------------------------------------------------------------
 

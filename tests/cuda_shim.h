@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #define __global__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 
 struct Index {

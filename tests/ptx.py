@@ -173,8 +173,10 @@ class Kernel:
                 give(~read(1) & 1 if kind == "pred" else ~read(1))
             case ["neg"] if kind[0] == "s":
                 give(-read(1))
-            case ["shl" | "shr"] if kind[0] in "bu":
-                shift, width = read(2, "u32").astype(f"u{int(kind[1:]) // 8}"), int(kind[1:])
+            case ["shl" | "shr"]:
+                width = int(kind[1:])
+                most = width - (kind[0] == "s")  # all bits become zeros, or the sign
+                shift = np.minimum(read(2, "u32"), most).astype(f"{_LETTER[kind[0]]}{width // 8}")
                 shifted = read(1) << shift if name == "shl" else read(1) >> shift
                 give(np.where(shift < width, shifted, 0).astype(shifted.dtype))
             case ["setp", comparison] if comparison in _COMPARE:

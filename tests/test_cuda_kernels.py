@@ -407,15 +407,15 @@ def test_what_is_emitted_rounds_every_operation_and_keeps_subnormals(architectur
     for name, body in entries:
         opcodes = set(re.findall(r"^\s*(?:@\S+\s+)?([a-z]\w*(?:\.\w+)+)", body, re.MULTILINE))
         inexact = {x for x in opcodes if re.match(r"(add|sub|mul)\.f|fma|mad\.f", x) or ".ftz" in x}
-        assert not inexact - ({"fma.rn.f64"} if name == "advance" else set())
+        assert not inexact, name
         assert not [x for x in opcodes if ".local" in x or ".shared" in x or x.startswith(("atom", "bar"))]
         if name == "update":
             assert {"ld.global.cs.v4.u32", "st.global.cs.v4.u32"} <= opcodes
             assert {"ld.global.nc.v4.u32", "ld.global.nc.v2.u32"} <= opcodes
     assert cubin[:4] == b"\x7fELF"
     assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) == {"0"}
-    # of 65,536: 1,024 threads at least run at once
-    assert max(int(count) for count in re.findall(r"Used (\d+) registers", log)) <= 64
+    # three blocks share the 65,536 of a multiprocessor
+    assert max(int(count) for count in re.findall(r"Used (\d+) registers", log)) <= 80
 
 
 @pytest.mark.parametrize("architecture", [75, 90])
@@ -427,6 +427,8 @@ def test_both_accesses_of_a_stream_are_under_way_before_the_first_is_used(archit
     wide = [order for order in orders if "ld.global.nc.v4" in order]
     assert wide
     assert all("sub.rn" not in order[:4] and "st.global" not in order[:4] for order in wide)
+    # whatever the value's alignment: only at its ends is an average accessed one by one
+    assert len(re.findall(r"ld\.global\.cs\.u32", body)) == len(re.findall(r"st\.global\.cs\.u32", body)) == 1
 
 
 # --- the interpreter ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from fastema.cuda import _driver, _plan
 from processes import output_of
 from test_errors import BAD_NUMBERS, BAD_PAIRS
 from test_update import MIXES, of_many_magnitudes
+from tolerances import POWERS, assert_close
 
 bfloat16 = ml_dtypes.bfloat16
 
@@ -493,6 +494,17 @@ def test_a_schedule_on_the_device_is_that_schedule(rng, schedule, every):
             assert counted.decay < 0
         assert counted.step == step
         assert oracle.same_bits(average, expected)
+
+
+@pytest.mark.parametrize(("kind", "argument"), [("warmup", 0.999), ("power", 0.1)])
+def test_a_schedule_with_a_power_is_that_schedule_but_for_the_math_library(kind, argument):
+    if not hasattr(schedules, kind):
+        pytest.skip(f"there is no schedules.{kind}")
+    schedule = getattr(schedules, kind)(argument)
+    counted, pairs = cuda.Schedule(schedule), fastema.Pairs(Array(f32(3)), Array(f32(3)))
+    for step in range(1, 100):
+        pairs.update(counted)
+        assert_close(counted.decay, schedule(step), POWERS)
 
 
 def test_several_averages_have_a_schedule_each_and_one_count(fake, rng):

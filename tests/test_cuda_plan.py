@@ -69,6 +69,7 @@ def test_cupy_has_what_the_driver_asks_of_it():
         driver.new_stream()
         driver.wait(stream, driver.record(stream))
         driver.finish(driver.record(stream))
+        driver.synchronize()
         memory = driver.upload(np.zeros(4), stream)
         driver.read(driver.pinned(64), 4096, stream)
         driver.imported(None)
@@ -521,6 +522,14 @@ def test_several_averages_have_a_schedule_each_and_one_count(fake, rng):
     assert counted.step == 3
     assert counted.decay == [schedules.dynamic(0.99)(3), 0.5]
     assert all(oracle.same_bits(a, e) for a, e in zip(lists, expected, strict=True))
+
+
+def test_a_step_that_a_graph_counts_on_another_stream_is_seen(fake):
+    pairs, counted = fastema.Pairs(Array(f32(3)), Array(f32(3))), cuda.Schedule(0.5)
+    pairs.update(counted)
+    fake.lazy = {77}
+    counted._launch(1, _driver.Stream(77))  # as a graph does when it is replayed there
+    assert counted.step == 2
 
 
 def test_schedules_that_a_device_cannot_follow_are_refused():

@@ -1,7 +1,7 @@
 """What fastema asks of CUDA devices: the only file that knows CuPy.
 
 Everything else in this package goes through the object that `load` returns. Tests put another in its place,
-which does the same on host memory (bench/fake_cuda.py).
+which does the same on host memory (tests/fake_cuda.py).
 """
 
 import ctypes
@@ -103,6 +103,10 @@ class Driver:
     def finish(self, event: Any) -> None:
         """Wait for an event, on the host and without the interpreter's lock."""
         self._runtime.eventSynchronize(event.ptr)
+
+    def synchronize(self) -> None:
+        """Wait until the current device has done all that it was asked for."""
+        self._runtime.deviceSynchronize()
 
     # --- memory -----------------------------------------------------------------------------------
 

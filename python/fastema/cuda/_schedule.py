@@ -1,6 +1,5 @@
 """Decays computed on the device, so that a captured graph replays with another decay each time."""
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +54,6 @@ class Schedule:
         self._memory: _driver.Memory | None = None
         self._device = 0
         self._launch: Callable[[int, Stream], None] | None = None
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._arguments["lists"][0])
@@ -81,6 +79,7 @@ class Schedule:
         else:
             driver = _driver.load()
             with driver.on(self._device):
+                driver.synchronize()  # a graph counts on whatever stream it is replayed
                 driver.read(state.view(np.uint8), self._memory.address, self._memory.stream)
                 driver.finish(driver.record(self._memory.stream))
         return state
@@ -96,13 +95,11 @@ class Schedule:
         if lists != len(self):
             raise ValueError(f"averages and decay must have one length, got {lists} and {len(self)}")
         if self._memory is None:
-            with self._lock:
-                state = np.zeros(1, STATE)
-                state["step"] = self._start
-                driver = _driver.load()
-                self._memory, self._device = driver.upload(state, stream), device
-                self._arguments["state"] = self._memory.address
-                self._launch = driver.kernel(ADVANCE, self._arguments, device)
+            driver, state = _driver.load(), np.zeros(1, STATE)
+            self._launch = driver.kernel(ADVANCE, self._arguments, device)
+            state["step"] = self._start
+            self._memory, self._device = driver.upload(state, stream), device
+            self._arguments["state"] = self._memory.address
         elif device != self._device:
             raise ValueError(
                 f"decay must count on cuda:{device}, not cuda:{self._device}, as the averages lie there"

@@ -49,7 +49,6 @@ class Driver:
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
         self._functions: dict[tuple[str, int], Any] = {}
-        self._devices: dict[int, Any] = {}
 
     # --- arrays -----------------------------------------------------------------------------------
 
@@ -65,9 +64,8 @@ class Driver:
 
     def on(self, device: int) -> AbstractContextManager[Any]:
         """Make a device the current one."""
-        if device not in self._devices:
-            self._devices[device] = self._cupy.cuda.Device(device)
-        context: AbstractContextManager[Any] = self._devices[device]
+        # a new one each time: it holds what to go back to, and threads would share that
+        context: AbstractContextManager[Any] = self._cupy.cuda.Device(device)
         return context
 
     def multiprocessors(self, device: int) -> int:

@@ -7,9 +7,8 @@ import pytest
 from fastema.bench import (
     bench_accuracy,
     bench_cold,
-    bench_ema,
-
     bench_cuda,
+    bench_ema,
     bench_keras,
     bench_memory,
     bench_posthoc,
@@ -74,6 +73,7 @@ def test_averages_made_of_snapshots_can_be_measured(tmp_path, capsys):
     bench_posthoc.main(["--quick", "--picture", str(tmp_path / "posthoc.png")])
     assert "snapshots at 64 steps" in capsys.readouterr().out
     assert (tmp_path / "posthoc.png").read_bytes().startswith(b"\x89PNG")
+
 
 def test_the_benchmark_of_gpus_runs_without_one(tmp_path, capsys):
     pytest.importorskip("torch", reason="torch is not installed")

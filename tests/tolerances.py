@@ -42,9 +42,6 @@ LEAST_SQUARES = {"rtol": 0, "atol": 1e-8}
 # A float64 rounded once to float32.
 IN_FLOAT32 = {"rtol": 2.0**-24, "atol": 0}
 
-# Math libraries differ in the last place of a power of numbers around 1, of which a decay is 1 less.
-POWERS = {"rtol": 0, "atol": 2.0**-51}
-
 
 def assert_close(actual, expected, tolerance):
     """Assert within one of the tolerances above."""

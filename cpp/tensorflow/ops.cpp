@@ -13,8 +13,8 @@
 #include <new>
 #include <vector>
 
-#include "arena.hpp"
 #include "fastema/core.hpp"
+#include "memory.hpp"
 #include "tf_c_api.hpp"
 
 namespace fastema {
@@ -26,12 +26,10 @@ struct Delete {
   void operator()(tf::VariableInputLockHolder* locks) const noexcept {
     tf::ReleaseVariableInputLockHolder(locks);
   }
-  void operator()(Arena* arena) const noexcept { arena->drop(); }
 };
 using TensorPtr = std::unique_ptr<tf::Tensor, Delete>;
 using StatusPtr = std::unique_ptr<tf::Status, Delete>;
 using LocksPtr = std::unique_ptr<tf::VariableInputLockHolder, Delete>;
-using ArenaPtr = std::unique_ptr<Arena, Delete>;
 
 bool to_dtype(tf::DataType type, DType& dtype) noexcept {
   switch (type) {
@@ -51,7 +49,11 @@ bool to_dtype(tf::DataType type, DType& dtype) noexcept {
   return false;
 }
 
-constexpr std::size_t kLarge = std::size_t{1} << 20;  // bytes; allocators keep smaller ones
+// Bytes of averages: smaller ones lie together in packs, which bounds what one that somebody holds
+// keeps alive; of larger ones it is noticed where their memory comes from.
+constexpr std::size_t kSmall = std::size_t{16} << 10;
+constexpr std::size_t kPack = std::size_t{64} << 10;
+constexpr std::size_t kLarge = std::size_t{1} << 20;
 
 struct Shape {
   explicit Shape(const tf::Tensor* tensor) : count(tf::NumDims(tensor)) {
@@ -66,17 +68,11 @@ bool same_shape(const tf::Tensor* x, const tf::Tensor* y) {
   return std::equal(a.dims, a.dims + a.count, b.dims, b.dims + b.count);
 }
 
-// What a tensor takes in an arena: whole lines.
-std::size_t extent_of(const tf::Tensor* tensor) {
-  constexpr std::size_t kLine = 64;
-  return (tf::TensorByteSize(tensor) + kLine - 1) / kLine * kLine;
-}
-
-// Where one kernel's new averages come from: TensorFlow, until that was fresh memory several times
-// in a row.
+// Whether one kernel's large new averages get memory of our own: so after TensorFlow's was fresh
+// several times in a row.
 class Outputs {
  public:
-  bool need_arena() const noexcept { return fresh_calls_ >= 3; }
+  bool own() const noexcept { return fresh_calls_ >= 3; }
   void note(std::size_t bytes, std::size_t fresh) noexcept {
     if (bytes >= kLarge) fresh_calls_ = 2 * fresh > bytes ? fresh_calls_ + 1 : 0;
   }
@@ -100,26 +96,28 @@ class Call {
  private:
   bool beside(Outputs& outputs) {
     std::vector<const tf::Tensor*> averages;
-    std::size_t bytes = 0, fresh = 0;
     for (int i = 0; i < count_; ++i) {
       averages.push_back(input(1 + i));
       if (averages.back() == nullptr || !add(averages.back(), value(i))) return false;
-      bytes += extent_of(averages.back());
     }
-    const ArenaPtr arena(outputs.need_arena() ? Arena::take(bytes) : nullptr);
-    std::byte* place = arena == nullptr ? nullptr : arena->data();
+    const bool own = outputs.own();
+    std::size_t large = 0, fresh = 0;  // bytes that TensorFlow gave
     for (int i = 0; i < count_; ++i) {
       const tf::Tensor* average = averages[static_cast<std::size_t>(i)];
-      const TensorPtr made(arena == nullptr ? allocate(i, average)
-                                            : set_output(i, average, *arena, place));
+      const std::size_t bytes = tf::TensorByteSize(average);
+      const TensorPtr made(bytes < kSmall ? packed(i, average)
+                           : own ? set_output(i, average, BlockPtr(Block::take(bytes)).get(), 0)
+                                 : allocate(i, average));
       if (!fine()) return false;
       void* into = tf::TensorData(made.get());
       pairs_[static_cast<std::size_t>(i)].into = into;
-      const std::size_t extent = extent_of(average);
-      if (arena != nullptr) place += extent;
-      if (extent >= kLarge && is_fresh(into, extent)) fresh += extent;
+      if (own || bytes < kLarge) continue;
+      large += bytes;
+      if (!is_fresh(into, bytes)) continue;
+      fresh += bytes;
+      advise_huge(into, bytes);
     }
-    if (arena == nullptr) outputs.note(bytes, fresh);
+    if (!own) outputs.note(large, fresh);
     return true;
   }
 
@@ -185,12 +183,26 @@ class Call {
                               tf::TensorByteSize(average), status_.get());
   }
 
-  tf::Tensor* set_output(int i, const tf::Tensor* average, Arena& arena, std::byte* place) {
+  tf::Tensor* packed(int i, const tf::Tensor* average) {
+    constexpr std::size_t kLine = 64;
+    if (pack_ == nullptr || pack_used_ + kSmall > kPack) {
+      pack_.reset(Block::take(kPack));
+      pack_used_ = 0;
+    }
+    tf::Tensor* made = set_output(i, average, pack_.get(), pack_used_);
+    pack_used_ += (tf::TensorByteSize(average) + kLine - 1) / kLine * kLine;
+    return made;
+  }
+
+  // Null blocks are no memory of our own: TensorFlow may have some.
+  tf::Tensor* set_output(int i, const tf::Tensor* average, Block* block, std::size_t begin) {
+    if (block == nullptr) return allocate(i, average);
     const Shape shape(average);
-    arena.hold();
+    block->hold();
     tf::Tensor* made = tf::NewTensor(
-        tf::TensorType(average), shape.dims, shape.count, place, tf::TensorByteSize(average),
-        [](void*, std::size_t, void* held) { static_cast<Arena*>(held)->drop(); }, &arena);
+        tf::TensorType(average), shape.dims, shape.count, block->data() + begin,
+        tf::TensorByteSize(average),
+        [](void*, std::size_t, void* held) { static_cast<Block*>(held)->drop(); }, block);
     tf::SetOutput(context_, i, made, status_.get());
     return made;
   }
@@ -214,6 +226,8 @@ class Call {
   LocksPtr locks_;  // released last: the next writer would copy a buffer that is still held here
   std::vector<TensorPtr> held_;
   std::vector<Pair> pairs_;
+  BlockPtr pack_;  // of small averages, the one that is being filled
+  std::size_t pack_used_ = 0;
 };
 
 // No exception may leave through C.

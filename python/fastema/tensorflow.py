@@ -53,7 +53,8 @@ def update(
         when: A boolean tensor: where it is false, nothing changes. None: always.
         engine: ``"native"``: the C++ core, with NumPy's bits; ``"graph"``: TensorFlow's operations,
             which XLA may fuse, then one unit in the last place may differ; ``"auto"``: native where
-            it can run.
+            it can run. A ``tf.function`` keeps what it was traced with: traced outside of XLA first and
+            called within a jit-compiled function then, it needs ``"graph"``.
         bucket_bytes: Where new averages are made beside the old, so many bytes of them at a time, or the
             largest average where that is more: this bounds the further memory. Buckets of some tens
             of megabytes cost a few percent.

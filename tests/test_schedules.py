@@ -1,11 +1,8 @@
 """The decay of each step, and the averages of other libraries that our schedules give."""
 
-import ast
-import importlib.util
 import math
 import pickle
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
+import installed
 import oracle
 import tolerances
 from fastema import schedules
@@ -226,32 +224,21 @@ def test_torch_ema_is_dynamic(trained):
     assert oracle.same_bits(history, averaged(trained, schedules.dynamic(0.8)))
 
 
-def installed(package, *parts):
-    """Return the path of a module without importing its package, which needs others."""
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        pytest.skip(f"{package} is not installed")
-    return Path(spec.origin).parent.joinpath(*parts)
+def decay_of(module, name):
+    """Return `get_decay` of a class, which is called on instances without a model."""
+    if module is None:
+        pytest.skip(f"what defines {name} is not installed")
+    return getattr(module, name).get_decay
 
 
 def decay_of_timm(ours):
-    """`ModelEmaV3.get_decay`, of an instance without a model."""
-    pytest.importorskip("torch")
-    path = installed("timm", "utils", "model_ema.py")
-    spec = importlib.util.spec_from_file_location("timm_model_ema", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     theirs = {"use_warmup": True, "warmup_gamma": ours.gamma, "warmup_power": ours.power}
-    return module.ModelEmaV3.get_decay, theirs
+    return decay_of(installed.timm_utils(), "ModelEmaV3"), theirs
 
 
 def decay_of_diffusers(ours):
-    """`EMAModel.get_decay`, of an instance without a model."""
-    tree = ast.parse(installed("diffusers", "training_utils.py").read_text(encoding="utf-8"))
-    functions = (x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x.name == "get_decay")
-    namespace = {}
-    exec(compile(ast.Module([next(functions)], []), "training_utils.py", "exec"), namespace)
-    return namespace["get_decay"], {"use_ema_warmup": True, "inv_gamma": ours.gamma, "power": ours.power}
+    theirs = {"use_ema_warmup": True, "inv_gamma": ours.gamma, "power": ours.power}
+    return decay_of(installed.diffusers_training_utils(), "EMAModel"), theirs
 
 
 def decay_in_writing(ours):

@@ -78,3 +78,9 @@ def test_what_was_read_of_a_variable_of_tensorflow_before_never_changes():
     ema.update()
     assert read.numpy()[0] == 1
     assert shown.numpy()[0] == 0.5
+
+
+def test_a_module_is_refused_with_what_to_give_instead():
+    tf = pytest.importorskip("tensorflow")
+    with pytest.raises(TypeError, match=r"values must be an array, .* got Module: give its variables"):
+        fastema.EMA(tf.Module())

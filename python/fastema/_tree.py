@@ -44,9 +44,11 @@ class Tree:
         if isinstance(values, Mapping):
             return {key: self._walk(child, _joined(name, key)) for key, child in values.items()}
         if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+            # as models of Keras and modules of TensorFlow have
+            hint = ": give its variables" if hasattr(type(values), "variables") else ""
             raise TypeError(
                 f"{_place(name)} must be an array, a sequence or mapping of them, or have "
-                f"named_parameters(), got {type(values).__name__}"
+                f"named_parameters(), got {type(values).__name__}{hint}"
             )
         return _maker(values), [self._walk(x, _joined(name, i)) for i, x in enumerate(values)]
 

@@ -1,4 +1,28 @@
-"""Exponential moving averages of model weights: in place, at memory bandwidth, exact to the bit."""
+"""Exponential moving averages of model weights: in place, at memory bandwidth, exact to the bit.
+
+    >>> import fastema, numpy as np
+    >>> weights = [np.zeros(3)]  # or arrays of torch, JAX, TensorFlow; or a torch module
+    >>> ema = fastema.EMA(weights, decay=0.9)
+    >>> weights[0] += 1.0  # a step of training
+    >>> ema.update()
+    >>> with ema.swapped():  # evaluate with the averages
+    ...     print(weights[0])
+    [0.1 0.1 0.1]
+
+Where is what?
+
+* `EMA`: averages for training loops of your own, in any library; begin here.
+* `fastema.keras`: a wrapper for the optimizers of Keras, and callbacks for `fit`.
+* `schedules`: decays that depend on the step: warm-ups, equal weights, half-lives, power functions.
+* `checkpoint`: safetensors files, and the mean of several; `posthoc`: choosing the decay after the training.
+* `update`, `swap`, `Pairs`, `copies`: lists of arrays, also on CUDA devices, without any state.
+* `fastema.tensorflow`: the same for tf.Variables, also in graphs.
+* `fastema.cuda`: decays computed on the device, and averages in host memory of weights on a GPU.
+* `build_config`, `instruction_sets`, `use_instruction_set`: what this build is, and what it runs on.
+
+On the command line, ``python -m fastema`` has demo, info, bench and average. In the sources, python/docs has
+whole training loops, other libraries' calls beside ours, and how averages are computed.
+"""
 
 from . import _core, checkpoint, posthoc, schedules
 from ._build import build_config, instruction_sets, use_instruction_set

@@ -1,6 +1,7 @@
 """Foreign arrays as NumPy views of the same memory: never a copy, or an error that says why."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +91,29 @@ def _view_of_torch(tensor: Any) -> np.ndarray:
 _LINE = 64  # bytes: of a cache line, and of the widest vector
 
 
-def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[Any], file: Any = None) -> list[np.ndarray]:
-    """Copy arrays end to end into one piece of memory, each from a cache line on.
+def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[Any]) -> list[np.ndarray]:
+    """Copy arrays, cast to other types, into memory as of `packed`."""
+    copies = packed(arrays, dtypes)
+    for copy, array in zip(copies, arrays, strict=True):
+        with np.errstate(all="ignore"):  # NumPy calls a signalling NaN invalid when it is widened
+            np.copyto(copy, array, casting="same_kind")
+    return copies
+
+
+def packed(
+    faces: Sequence[np.ndarray], dtypes: Sequence[Any], file: str | PathLike[str] | None = None
+) -> list[np.ndarray]:
+    """Return new arrays end to end in one piece of memory, each from a cache line on.
 
     Small arrays that follow each other are read faster than scattered ones, and NumPy asks the system
     for huge pages where a piece of memory is large.
 
     Args:
-        arrays: Of any shapes; each copy has its array's order in memory.
-        dtypes: Of the copies.
+        faces: Arrays of the same shapes and order in memory; they are not read.
+        dtypes: Of the new arrays.
         file: The path of a file to make and to map, instead of memory.
     """
-    sizes = [array.size * np.dtype(dtype).itemsize for array, dtype in zip(arrays, dtypes, strict=True)]
+    sizes = [face.size * np.dtype(dtype).itemsize for face, dtype in zip(faces, dtypes, strict=True)]
     begins = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)])
     length = int(begins[-1]) + _LINE
     if file is None:
@@ -110,15 +122,17 @@ def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[Any], file: Any
         Path(file).unlink(missing_ok=True)  # whoever has it mapped keeps the old one
         memory = np.asarray(np.memmap(file, np.uint8, "w+", shape=length))
     memory = memory[-memory.ctypes.data % _LINE :]
-    copies = []
-    for array, dtype, begin, size in zip(arrays, dtypes, begins[:-1], sizes, strict=True):
-        axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
-        dense = memory[begin : begin + size].view(dtype).reshape([array.shape[axis] for axis in axes])
-        copy = dense.transpose(np.argsort(axes)) if axes else dense
-        with np.errstate(all="ignore"):  # NumPy calls a signalling NaN invalid when it is widened
-            np.copyto(copy, array, casting="same_kind")
-        copies.append(copy)
-    return copies
+    return [
+        laid_out(memory[begin : begin + size].view(dtype), face)
+        for face, dtype, begin, size in zip(faces, dtypes, begins[:-1], sizes, strict=True)
+    ]
+
+
+def laid_out(flat: np.ndarray, face: np.ndarray) -> np.ndarray:
+    """Return a view of a flat array with the shape of another array, and its order in memory."""
+    axes = sorted(range(face.ndim), key=lambda axis: -abs(face.strides[axis]))
+    dense = flat.reshape([face.shape[axis] for axis in axes])
+    return dense.transpose(np.argsort(axes)) if axes else dense
 
 
 def is_movable(array: Any) -> bool:

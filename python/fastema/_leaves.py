@@ -12,19 +12,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from . import _memory
 from ._arrays import as_view, is_array
 
 
-def _write(array: np.ndarray, target: np.ndarray) -> None:
-    """Write an average, rounded to nearest where the target is narrower."""
-    with np.errstate(all="ignore"):  # one may well be too large for 16 bits
-        np.copyto(target, array, casting="same_kind")
-
-
-def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """Return a copy in another type."""
-    copy = np.empty_like(array, dtype)
-    _write(array, copy)
+def _cast(array: Any, dtype: Any) -> np.ndarray:
+    """Return a copy in host memory, of another type."""
+    copy = np.empty_like(_memory.face(array), dtype)
+    _memory.write(array, copy)
     return copy
 
 
@@ -56,15 +51,15 @@ class Leaf(ABC):
         return None
 
     @abstractmethod
-    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
-        """Write NumPy arrays, one for each part, cast to the value's type; they are not kept.
+    def assign(self, arrays: Sequence[Any]) -> Any:
+        """Write arrays, one for each part, cast to the value's type; they are not kept.
 
         Returns:
             What holds them now: the value, or a new one of an immutable kind.
         """
 
     @abstractmethod
-    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+    def shown(self, arrays: Sequence[Any]) -> Any:
         """Return an average as the library has it; live where the library's arrays can change."""
 
     def written(self) -> None:  # noqa: B027 - most libraries need not know
@@ -86,11 +81,11 @@ class _NumPy(Leaf):
     def in_place(self) -> bool:
         return True
 
-    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
-        _write(arrays[0], self._array)
+    def assign(self, arrays: Sequence[Any]) -> Any:
+        _memory.write(arrays[0], self._array)
         return self._given
 
-    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+    def shown(self, arrays: Sequence[Any]) -> Any:
         return arrays[0]
 
 
@@ -106,12 +101,12 @@ class _Torch(Leaf):
     def in_place(self) -> bool:
         return True
 
-    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
-        _write(arrays[0], as_view(self._tensor, "values"))
+    def assign(self, arrays: Sequence[Any]) -> Any:
+        _memory.write(arrays[0], _memory.view(self._tensor, "values"))
         self.written()
         return self._tensor
 
-    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+    def shown(self, arrays: Sequence[Any]) -> Any:
         import torch  # noqa: PLC0415 - loaded already: the value is one of its tensors
 
         if arrays[0].dtype == ml_dtypes.bfloat16:
@@ -149,10 +144,10 @@ class _Jax(Leaf):
     def obstacle(self) -> str | None:
         return "is a JAX array, which never changes"
 
-    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+    def assign(self, arrays: Sequence[Any]) -> Any:
         return self.shown([_cast(arrays[0], self._dtype)])
 
-    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+    def shown(self, arrays: Sequence[Any]) -> Any:
         import jax  # noqa: PLC0415 - loaded already: the value is one of its arrays
 
         return jax.device_put(arrays[0].copy(), self._sharding)  # which may keep the memory it is given
@@ -174,12 +169,12 @@ class _TensorFlow(Leaf):
             return [np.from_dlpack(tf.bitcast(tensor, tf.uint16)).view(ml_dtypes.bfloat16)]
         return [np.from_dlpack(tensor)]
 
-    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+    def assign(self, arrays: Sequence[Any]) -> Any:
         # a copy: TensorFlow may keep the memory it is given
         self._variable.assign(_cast(arrays[0], self._variable.dtype.as_numpy_dtype))
         return self._variable
 
-    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+    def shown(self, arrays: Sequence[Any]) -> Any:
         import tensorflow as tf  # noqa: PLC0415
 
         return tf.convert_to_tensor(arrays[0].copy())
@@ -197,7 +192,7 @@ class _KerasOnJax(_Jax):
     def parts(self, value: Any = None) -> list[Any]:
         return super().parts(_behind(self._variable if value is None else value))
 
-    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+    def assign(self, arrays: Sequence[Any]) -> Any:
         self._variable.assign(super().assign(arrays))
         return self._variable
 

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from . import _leaves, checkpoint, schedules
-from ._arrays import as_view, is_movable, packed_copies
+from . import _leaves, _memory, checkpoint, schedules
+from ._arrays import is_movable
 from ._tree import Buffers, Tree
 from .functional import Pairs
 
-_Arrays = list[np.ndarray]
+_Arrays = list[Any]  # as they lie somewhere, see _memory.py
 _AWAY = "needs the weights, and averages are in their place: call swap() first"
 _FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 
@@ -112,7 +112,7 @@ class EMA:
         self._tree = Tree(values, _leaves.is_leaf, buffers)
         self._module = values if hasattr(values, "named_parameters") else None
         parts = self._take(self._tree.arrays(values), background)
-        self._allocate(parts, dtype, memory)
+        self._allocate(parts, memory)
         self._step = 0
         self._used: list[float] | None = None
         # of all decays used: the share that its start has in an average, where the start is nothing
@@ -152,16 +152,15 @@ class EMA:
         self._firsts = [self._places.index(i) for i in range(len(self._leaves))]
         return all_parts
 
-    def _allocate(self, all_parts: list[list[Any]], dtype: Any, file: Any) -> None:
-        """Make averages that start at the values, and carries, in one piece of memory."""
+    def _allocate(self, all_parts: list[list[Any]], file: Any) -> None:
+        """Make averages that start at the values, and carries."""
         views = [
             _views(parts, f"values[{name!r}]") for parts, name in zip(all_parts, self._names, strict=True)
         ]
-        chosen = None if dtype is None else _float_type(dtype)
         self._averaged: list[int] = []
         self._copied: list[int] = []
         for i, (parts, name) in enumerate(zip(views, self._names, strict=True)):
-            kind = parts[0].dtype
+            kind = _memory.face(parts[0]).dtype
             if kind not in _FLOATS and kind.kind not in "iub":
                 raise TypeError(
                     f"values[{name!r}] must be of float16, bfloat16, float32, float64, integers or booleans, "
@@ -169,25 +168,31 @@ class EMA:
                 )
             averaged = kind in _FLOATS and name not in self._tree.copied
             (self._averaged if averaged else self._copied).append(i)
-        lists = len(self._decays) * (2 if self._rounding == "compensated" else 1)
-        arrays = [view for i in self._copied for view in views[i]]
-        dtypes = [array.dtype for array in arrays]
-        for view in [view for i in self._averaged for view in views[i]] * lists:
-            arrays.append(view)
-            dtypes.append(chosen or (np.dtype(np.float32) if view.dtype.itemsize == 2 else view.dtype))
-        made = iter(packed_copies(arrays, dtypes, file))
+        copied = [view for i in self._copied for view in views[i]]
+        moving = [view for i in self._averaged for view in views[i]]
+        same = [_memory.face(view).dtype for view in copied]
+        wide = [self._dtype or _wide(_memory.face(view).dtype) for view in moving]
+        carried = [np.dtype(np.int16) if kind == ml_dtypes.bfloat16 else kind for kind in wide]
+        lists = len(self._decays)
+        carries = lists if self._rounding == "compensated" else 0
+        made = iter(
+            _memory.beside(
+                [*copied, *moving * (lists + carries)], [*same, *wide * lists, *carried * carries], file
+            )
+        )
 
         def taken(leaves: list[int]) -> dict[int, _Arrays]:
             return {i: [next(made) for _ in views[i]] for i in leaves}
 
-        copies = taken(self._copied)  # all decays share them
-        self._stores = [{**copies, **taken(self._averaged)} for _ in self._decays]
-        self._carries = [taken(self._averaged) for _ in self._decays[: lists - len(self._decays)]]
-        for carries in self._carries:
-            for i, parts in carries.items():
-                carries[i] = [x.view(np.int16) if x.dtype == ml_dtypes.bfloat16 else x for x in parts]
-                for carry in carries[i]:
-                    carry.fill(0)
+        shared = taken(self._copied)  # by all decays
+        self._stores = [{**shared, **taken(self._averaged)} for _ in range(lists)]
+        self._carries = [taken(self._averaged) for _ in range(carries)]
+        for store in self._stores:
+            for i, averages in store.items():
+                for view, average in zip(views[i], averages, strict=True):
+                    _memory.write(view, average)
+        for carry in [x for carries in self._carries for parts in carries.values() for x in parts]:
+            _memory.clear(carry)
 
     # --- updates ----------------------------------------------------------------------------------
 
@@ -266,7 +271,7 @@ class EMA:
             for k, (product, decay) in enumerate(zip(products, decays, strict=True)):
                 for i in self._averaged if product == 1.0 and decay < 1.0 else ():
                     for average in self._stores[k][i]:
-                        average.fill(0)
+                        _memory.clear(average)
         try:
             if self._rounding == "stochastic":
                 over.update(decays, self._threads, rounding="stochastic", seed=self._seed, step=step)
@@ -287,13 +292,13 @@ class EMA:
             raise self._named(error, self._averaged) from None
         if not self._copied:
             return _Pass(pairs)
-        wide = [i for i in self._copied if self._stores[0][i][0].itemsize > 1]
+        wide = [i for i in self._copied if _memory.face(self._stores[0][i][0]).itemsize > 1]
         small = [i for i in self._copied if i not in wide]
         views = {i: _views(parts[i], f"values[{self._names[i]!r}]") for i in self._copied}
         try:
             copies = Pairs(
-                [_bits(x) for i in wide for x in self._stores[0][i]],
-                [_bits(x) for i in wide for x in views[i]],
+                [_memory.bits(x) for i in wide for x in self._stores[0][i]],
+                [_memory.bits(x) for i in wide for x in views[i]],
             )
         except (TypeError, ValueError) as error:
             raise self._named(error, wide) from None
@@ -365,7 +370,7 @@ class EMA:
         kept, divisor = self._kept(k, i), self._divisor(k)
         if i in self._copied or divisor == 1.0:
             return kept
-        return [_quotient(average, divisor) for average in kept]
+        return [_memory.of(average).quotient(average, divisor) for average in kept]
 
     def _kept(self, k: int, i: int) -> _Arrays:
         """Return a leaf's average as it is kept, wherever that is."""
@@ -412,7 +417,7 @@ class EMA:
         self._check_module()
         k = self._checked_index(k)
         apart = [i for i in range(len(self._leaves)) if not self._exchangeable(k, i)]
-        aside = {i: [x.copy(order="K") for x in self._read(i)] for i in apart}
+        aside = {i: [_memory.copy(x) for x in self._read(i)] for i in apart}
         averages = {i: self._average_of(k, i) for i in apart}
         try:
             for i in apart:
@@ -431,8 +436,10 @@ class EMA:
             self._leaves[i].in_place()
             and shown_as_kept
             and all(
-                x.dtype == y.dtype and x.dtype.itemsize > 1
-                for x, y in zip(self._read(i), self._stores[k][i], strict=True)
+                x.dtype == y.dtype and x.itemsize > 1
+                for x, y in zip(
+                    map(_memory.face, self._read(i)), map(_memory.face, self._stores[k][i]), strict=True
+                )
             )
         )
 
@@ -440,8 +447,8 @@ class EMA:
         return _views(self._leaves[i].parts(), f"values[{self._names[i]!r}]")
 
     def _exchange(self, leaves: list[int], k: int) -> None:
-        averages = [_bits(x) for i in leaves for x in self._stores[k][i]]
-        values = [_bits(x) for i in leaves for x in self._read(i)]
+        averages = [_memory.bits(x) for i in leaves for x in self._stores[k][i]]
+        values = [_memory.bits(x) for i in leaves for x in self._read(i)]
         try:
             Pairs(averages, values).swap(self._threads)
         except (TypeError, ValueError) as error:
@@ -544,9 +551,9 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return self._state(lambda array: array.copy(order="K"))
+        return self._state(_memory.host_copy)
 
-    def _state(self, taken: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    def _state(self, taken: Callable[[Any], np.ndarray]) -> dict[str, Any]:
         """Return the state with what `taken` makes of each array; the arrays themselves are live."""
         self.wait()
         self._check_module()
@@ -618,15 +625,15 @@ class EMA:
             for k, (own, other) in enumerate(zip(ours, theirs, strict=True)):
                 place = f"state[{key!r}]" if key == "copied" else f"state[{key!r}][{k}]"
                 found += self._fitting(place, {i: own[i] for i in all_leaves}, other)
-        raw: list[tuple[np.ndarray, np.ndarray]] = []
+        raw: list[tuple[Any, np.ndarray]] = []
         if swapped is not None:
             swapped = self._checked_index(swapped)
             for leaf, name in zip(self._leaves, self._names, strict=True):
                 _check_writable(leaf, name, "load_state_dict() of a state saved while swapped")
-            own = {i: [np.empty_like(x) for x in self._read(i)] for i in range(len(self._leaves))}
+            own = {i: [_memory.empty_like(x) for x in self._read(i)] for i in range(len(self._leaves))}
             raw = self._fitting("state['values']", own, state["values"])
         for target, source in (*found, *raw):
-            np.copyto(target, source)
+            _memory.write(source, target)
         self._step, self._used, self._products = step, used, products
         if swapped is not None:
             for i, leaf in enumerate(self._leaves):
@@ -657,10 +664,10 @@ class EMA:
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        state = self._state(lambda array: array)
+        state = self._state(_memory.host)
         shown = [
             {
-                name: x
+                name: _memory.host(x)
                 for i in (self._averaged if self._divisor(k) != 1.0 else ())
                 for name, x in zip(self._part_names(i), self._average_of(k, i), strict=True)
             }
@@ -703,7 +710,7 @@ class EMA:
 
     def _fitting(
         self, place: str, own: dict[int, _Arrays], other: Mapping[str, Any]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    ) -> list[tuple[Any, np.ndarray]]:
         """Return our arrays with those of a state, where these fit."""
         ours = {
             name: x for i, parts in own.items() for name, x in zip(self._part_names(i), parts, strict=True)
@@ -713,10 +720,11 @@ class EMA:
             raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
         pairs = [(array, np.asarray(other[name])) for name, array in ours.items()]
         for name, (array, source) in zip(ours, pairs, strict=True):
-            if array.dtype != source.dtype:
-                raise TypeError(f"{place}[{name!r}] must be {array.dtype}, got {source.dtype}")
-            if array.shape != source.shape:
-                raise ValueError(f"{place}[{name!r}] must have shape {array.shape}, got {source.shape}")
+            face = _memory.face(array)
+            if face.dtype != source.dtype:
+                raise TypeError(f"{place}[{name!r}] must be {face.dtype}, got {source.dtype}")
+            if face.shape != source.shape:
+                raise ValueError(f"{place}[{name!r}] must have shape {face.shape}, got {source.shape}")
         return pairs
 
 
@@ -729,7 +737,7 @@ class _Pass:
         self,
         pairs: Pairs,
         copies: Pairs | None = None,
-        bytewise: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+        bytewise: Sequence[tuple[Any, Any]] = (),
         sources: Sequence[Any] = (),
     ) -> None:
         self._pairs, self._copies, self._bytewise = pairs, copies, bytewise
@@ -744,30 +752,22 @@ class _Pass:
         if self._copies is not None:
             self._copies.update(0.0, threads)  # which copies bits, whatever they mean
         for target, source in self._bytewise:
-            np.copyto(target, source)
+            _memory.write(source, target)
 
 
 def _views(parts: Sequence[Any], name: str) -> _Arrays:
-    return [part if isinstance(part, np.ndarray) else as_view(part, name) for part in parts]
+    return [_memory.view(part, name) for part in parts]
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    """Return a view of an array of 2, 4 or 8 bytes an element that can be copied and exchanged."""
-    bits: np.ndarray = array.view(f"f{array.dtype.itemsize}")
-    return bits
+def _wide(dtype: Any) -> Any:
+    """Return the type of averages of values of a type."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def _memory_of(array: Any) -> Any:
     """Return what tells an array's memory from others'; nothing for arrays without elements."""
-    (view,) = _views([array], "values")
-    return (view.ctypes.data, view.shape, view.strides, view.dtype) if view.size else None
-
-
-def _quotient(average: np.ndarray, divisor: float) -> np.ndarray:
-    compute = np.float64 if average.dtype == np.float64 else np.float32
-    with np.errstate(all="ignore"):  # whatever the weights are
-        quotient: np.ndarray = np.divide(average.astype(compute), compute(divisor)).astype(average.dtype)
-    return quotient
+    face = _memory.face(_memory.view(array, "values"))
+    return (face.ctypes.data, face.shape, face.strides, face.dtype) if face.size else None
 
 
 def _check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
@@ -779,7 +779,7 @@ def _check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
 
 
 def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
-    for target, average in zip(targets, averages, strict=True):
+    for target, average in zip(map(_memory.face, targets), map(_memory.face, averages), strict=True):
         if target.shape != average.shape:
             raise ValueError(f"values[{name!r}] must have shape {average.shape}, got {target.shape}")
         if not np.can_cast(average.dtype, target.dtype, "same_kind"):

@@ -80,14 +80,21 @@ class Exporter:
 
 
 def tensor(values, device=0):
-    """Return a torch tensor that says it lies on a CUDA device."""
+    """Return a torch tensor that says it lies on a CUDA device, as do those that are made from it."""
+    import torch
+
+    return torch.as_tensor(values).as_subclass(_tensors(device))
+
+
+@cache
+def _tensors(device):
     import torch
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     OnCuda.device = torch.device("cuda", device)
-    return torch.as_tensor(values).as_subclass(OnCuda)
+    return OnCuda
 
 
 class Event:
@@ -115,6 +122,12 @@ class Driver(_driver.Driver):
         self.entered, self.freed, self.launches = [], [], []
         self._queues, self._lock, self._memory = {}, threading.RLock(), {}
         self._handles = itertools.count(100)
+
+    def empty(self, shape, strides, dtype):
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = np.full(size, 0xFF, np.uint8)
+        host = np.ndarray(shape, dtype, memory, 0, strides if size else None)
+        return Array(host, self.entered[-1])
 
     # --- arrays, devices, streams -----------------------------------------------------------------
 
@@ -194,7 +207,7 @@ class Driver(_driver.Driver):
         self.enqueue(stream, "free", lambda: memory.fill(0xFF))
 
     def write(self, address, contents, stream):
-        staged = np.ascontiguousarray(contents).tobytes()
+        staged = ctypes.string_at(contents.ctypes.data, contents.nbytes)
         self.enqueue(stream, "write", lambda: ctypes.memmove(address, staged, len(staged)), len(staged))
 
     def read(self, target, address, stream):
@@ -204,6 +217,12 @@ class Driver(_driver.Driver):
             lambda: ctypes.memmove(target.ctypes.data, address, target.nbytes),
             target.nbytes,
         )
+
+    def copy(self, target, source, size, stream):
+        self.enqueue(stream, "copy", lambda: ctypes.memmove(target, source, size), size)
+
+    def clear(self, address, size, stream):
+        self.enqueue(stream, "clear", lambda: ctypes.memset(address, 0, size), size)
 
     def pinned(self, size):
         self.log.append(("pinned", None, size))

@@ -73,6 +73,9 @@ def test_cupy_has_what_the_driver_asks_of_it():
         memory = driver.upload(np.zeros(4), stream)
         driver.read(driver.pinned(64), 4096, stream)
         driver.imported(None)
+        driver.empty((2, 3), (4, 8), np.dtype(np.float32))
+        driver.copy(4096, 8192, 24, stream)
+        driver.clear(4096, 24, stream)
         driver.kernel("fastema::swap", np.zeros(2, [("a", "<u8"), ("b", "<u4")]), 1)(12, stream)
     runtime = from_cupy.cuda.runtime
     arguments = from_cupy.cuda.driver.launchKernel.call_args.args
@@ -81,7 +84,7 @@ def test_cupy_has_what_the_driver_asks_of_it():
     assert runtime.mallocAsync.call_args.args == (size, 7)
     del memory
     assert runtime.freeAsync.call_args.args == (address, 7)
-    assert runtime.memcpyAsync.call_count == 2
+    assert runtime.memcpyAsync.call_count == 3
 
 
 # --- the plan -----------------------------------------------------------------------------------------

@@ -40,6 +40,17 @@ def as_list(arrays: Any, argument: str) -> tuple[list[Any], bool]:
     raise TypeError(f"{argument} must be {KINDS}, or a sequence of them, got {type(arrays).__name__}")
 
 
+def interleaved(lists: Sequence[Any], argument: str, length: int) -> list[Any]:
+    """Put several lists into one, in which those that share a value follow each other."""
+    if len(lists) == 1:
+        return as_list(lists[0], argument)[0]
+    arrays = [as_list(x, f"{argument}[{k}]")[0] for k, x in enumerate(lists)]
+    for k, x in enumerate(arrays):
+        if len(x) != length:
+            raise ValueError(f"{argument}[{k}] and values must have one length, got {len(x)} and {length}")
+    return [x[i] for i in range(length) for x in arrays]
+
+
 def as_view(array: Any, name: str) -> np.ndarray:
     """Return a NumPy view of a foreign array's memory.
 
@@ -69,6 +80,14 @@ def as_view(array: Any, name: str) -> np.ndarray:
         raise TypeError(
             f"{name} must be an array whose CPU memory can be viewed, got {type(array).__name__}: {reason}"
         ) from None
+
+
+def views(arrays: list[Any], argument: str, single: bool) -> list[Any]:
+    """Return arrays as NumPy views; see `as_view`."""
+    return [
+        x if isinstance(x, np.ndarray) else as_view(x, argument if single else f"{argument}[{i}]")
+        for i, x in enumerate(arrays)
+    ]
 
 
 _CPU = 1  # DLPack's kDLCPU

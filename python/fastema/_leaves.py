@@ -89,8 +89,31 @@ class _NumPy(Leaf):
         return arrays[0]
 
 
+class _OnCuda(Leaf):
+    """Arrays on a CUDA device that are not torch's: CuPy's, and others with `__cuda_array_interface__`."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def parts(self, value: Any = None) -> list[Any]:
+        return [self._array if value is None else value]
+
+    def obstacle(self) -> str | None:
+        return None if _memory.face(self._array).flags.writeable else "is read-only"
+
+    def in_place(self) -> bool:
+        return True
+
+    def assign(self, arrays: Sequence[Any]) -> Any:
+        _memory.write(arrays[0], self._array)
+        return self._array
+
+    def shown(self, arrays: Sequence[Any]) -> Any:
+        return arrays[0]
+
+
 class _Torch(Leaf):
-    """Tensors and parameters in CPU memory, with a gradient or without."""
+    """Tensors and parameters in CPU memory or on a CUDA device, with a gradient or without."""
 
     def __init__(self, tensor: Any) -> None:
         self._tensor = tensor
@@ -109,6 +132,8 @@ class _Torch(Leaf):
     def shown(self, arrays: Sequence[Any]) -> Any:
         import torch  # noqa: PLC0415 - loaded already: the value is one of its tensors
 
+        if not isinstance(arrays[0], np.ndarray):
+            return arrays[0].detach()
         if arrays[0].dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(arrays[0].view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(arrays[0])
@@ -240,11 +265,12 @@ def leaf(value: Any, name: str) -> Leaf:
         return _NumPy(value, value)
     native = _behind(value)
     if _loaded(native, "torch", "Tensor"):
-        as_view(native, name)
+        _memory.view(native, name)
         return _Torch(native)
     if _is_tensorflow(native):
         return _TensorFlow(native)
     if _loaded(native, "jax", "Array"):
         as_view(native, name)
         return _KerasOnJax(value) if native is not value else _Jax(value)
-    return _NumPy(value, as_view(value, name))
+    view = _memory.view(value, name)
+    return _NumPy(value, view) if isinstance(view, np.ndarray) else _OnCuda(view)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import as_view, packed
+from ._arrays import as_view, is_movable, is_on_cuda, packed
 
 
 class Memory(ABC):
@@ -20,6 +20,10 @@ class Memory(ABC):
     @abstractmethod
     def face(self, array: Any) -> np.ndarray:
         """Return a NumPy array of the same type, shape, strides and address, which must not be read."""
+
+    def device(self, array: Any) -> int | None:  # noqa: ARG002 - host memory is one place
+        """Return the CUDA device that an array lies on; None: it lies in host memory."""
+        return None
 
     @abstractmethod
     def empty_like(self, array: Any, dtype: Any) -> Any:
@@ -72,15 +76,20 @@ class _Host(Memory):
     def quotient(self, average: Any, divisor: float) -> Any:
         compute = np.float64 if average.dtype == np.float64 else np.float32
         with np.errstate(all="ignore"):  # whatever the weights are
-            return np.divide(average.astype(compute), compute(divisor)).astype(average.dtype)
+            quotient = np.asarray(np.divide(average.astype(compute), compute(divisor)))
+            return quotient.astype(average.dtype)
 
 
 _HOST = _Host()
 
 
-def of(array: Any) -> Memory:  # noqa: ARG001 - there is one place
+def of(array: Any) -> Memory:
     """Return what an array lies in, of those that `view` returns."""
-    return _HOST
+    if isinstance(array, np.ndarray):
+        return _HOST
+    from .cuda import _memory as on_cuda  # noqa: PLC0415 - no CPU needs it
+
+    return on_cuda.OfTorch() if is_movable(array) else on_cuda.OfCuPy()
 
 
 def view(array: Any, name: str) -> Any:
@@ -89,12 +98,24 @@ def view(array: Any, name: str) -> Any:
     Raises:
         TypeError: It is no array, or its memory cannot be viewed.
     """
-    return array if isinstance(array, np.ndarray) else as_view(array, name)
+    if isinstance(array, np.ndarray):
+        return array
+    if not is_on_cuda(array):
+        return as_view(array, name)
+    from .cuda._arrays import shown  # noqa: PLC0415 - no CPU needs it
+
+    shown(array, name)
+    return array
 
 
 def face(array: Any) -> np.ndarray:
     """See `Memory.face`."""
     return of(array).face(array)
+
+
+def device(array: Any) -> int | None:
+    """See `Memory.device`."""
+    return of(array).device(array)
 
 
 def bits(array: Any) -> Any:
@@ -122,15 +143,27 @@ def empty_like(array: Any) -> Any:
     return of(array).empty_like(array, face(array).dtype)
 
 
-def beside(arrays: Sequence[Any], dtypes: Sequence[Any], file: str | PathLike[str] | None) -> list[Any]:
-    """Return new memory for each array, in its place, shape and order.
+def beside(
+    arrays: Sequence[Any],
+    dtypes: Sequence[Any],
+    on_host: Sequence[bool],
+    file: str | PathLike[str] | None,
+) -> list[Any]:
+    """Return new memory for each array, in its shape and order.
 
     Args:
         arrays: Where it is to lie.
         dtypes: Of what is returned.
+        on_host: For each, whether it is to lie in host memory instead.
         file: The path of a file to make and to map, instead of host memory.
     """
-    return list(packed([face(array) for array in arrays], dtypes, file))
+    hosted = [away or device(array) is None for array, away in zip(arrays, on_host, strict=True)]
+    there = [(face(x), dtype) for x, dtype, host in zip(arrays, dtypes, hosted, strict=True) if host]
+    made = iter(packed([x for x, _ in there], [dtype for _, dtype in there], file))
+    return [
+        next(made) if host else of(array).empty_like(array, dtype)
+        for array, dtype, host in zip(arrays, dtypes, hosted, strict=True)
+    ]
 
 
 def copy(array: Any) -> Any:

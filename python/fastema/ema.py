@@ -26,8 +26,9 @@ class EMA:
     """Exponential moving averages of weights, updated in place after every step of training.
 
     ``average += (1 - decay) * (value - average)``, with NumPy's bits, by native code and in one call for
-    all arrays. Takes what a model of any library is made of: NumPy arrays, torch tensors and modules in CPU
-    memory, JAX arrays, tf.Variables and keras.Variables. Averages start at the values.
+    all arrays. Takes what a model of any library is made of: NumPy arrays, torch tensors and modules, JAX
+    arrays, tf.Variables and keras.Variables, all in CPU memory; and torch tensors and CuPy arrays on CUDA
+    devices, whose averages lie there too. Averages start at the values.
 
     Arrays of integers and booleans (counters, masks) are copied at each update. An array that is given
     twice (tied weights) is averaged once. Values are known by the object, never by a name.
@@ -50,14 +51,16 @@ class EMA:
         buffers: What to do with a module's buffers (those that its checkpoints hold). ``"copy"``: as torch's
             own `AveragedModel`, since the statistics of batch normalisation are averages already;
             ``"average"``: as parameters; ``"ignore"``.
-        device: Where averages are kept: None or ``"cpu"``.
+        device: Where averages are kept. None: where their values are. ``"cpu"``: in host memory, also those
+            of values on a CUDA device: see `fastema.cuda.Offload`. Buffers that are copied stay there.
         background: Average in another thread, while the next step runs. Only for arrays that cannot change
             meanwhile: JAX's, which must not be donated to that step.
         threads: How many threads to use at most; 0: as many as OpenMP would.
         memory: The path of a file to keep the averages in, mapped, for more averages than memory. It is made
-            anew, and holds no checkpoint.
+            anew, and holds no checkpoint. Averages on a CUDA device need ``device="cpu"`` for it.
 
     Raises:
+        ImportError: A value lies on a CUDA device, and CuPy is not installed.
         TypeError: A value is no array, or of a type that is not offered.
         ValueError: An argument is outside of its range, or an array has holes.
 
@@ -98,6 +101,7 @@ class EMA:
         _check_choice("rounding", rounding, ("nearest", "stochastic", "compensated"))
         _check_choice("buffers", buffers, ("copy", "average", "ignore"))
         _check_choice("device", device, (None, "cpu"))
+        self._pass: _Pass | None = None
         self._several = isinstance(decay, Sequence) and not isinstance(decay, str)
         self._decays: list[Any] = [_checked_decay(d) for d in (decay if self._several else [decay])]
         if not self._decays:
@@ -106,6 +110,7 @@ class EMA:
         self._rounding, self._seed, self._threads = rounding, _count("seed", seed, 0), threads
         self._buffers: Buffers = buffers
         self._dtype = None if dtype is None else _float_type(dtype)
+        self._offloading = device == "cpu"
 
         if isinstance(values, Iterator):
             values = list(values)
@@ -168,6 +173,7 @@ class EMA:
                 )
             averaged = kind in _FLOATS and name not in self._tree.copied
             (self._averaged if averaged else self._copied).append(i)
+        self._check_places([x for parts in views for x in parts], file)
         copied = [view for i in self._copied for view in views[i]]
         moving = [view for i in self._averaged for view in views[i]]
         same = [_memory.face(view).dtype for view in copied]
@@ -175,11 +181,10 @@ class EMA:
         carried = [np.dtype(np.int16) if kind == ml_dtypes.bfloat16 else kind for kind in wide]
         lists = len(self._decays)
         carries = lists if self._rounding == "compensated" else 0
-        made = iter(
-            _memory.beside(
-                [*copied, *moving * (lists + carries)], [*same, *wide * lists, *carried * carries], file
-            )
-        )
+        arrays = [*copied, *moving * (lists + carries)]
+        dtypes = [*same, *wide * lists, *carried * carries]
+        on_host = [False] * len(copied) + [self._offloading] * (len(arrays) - len(copied))
+        made = iter(_memory.beside(arrays, dtypes, on_host, file))
 
         def taken(leaves: list[int]) -> dict[int, _Arrays]:
             return {i: [next(made) for _ in views[i]] for i in leaves}
@@ -194,17 +199,33 @@ class EMA:
         for carry in [x for carries in self._carries for parts in carries.values() for x in parts]:
             _memory.clear(carry)
 
+    def _check_places(self, views: _Arrays, file: Any) -> None:
+        if all(_memory.device(view) is None for view in views):
+            return
+        if file is not None and not self._offloading:
+            raise ValueError("memory must be None where values lie on a CUDA device, unless device is 'cpu'")
+        if self._offloading and self._rounding == "stochastic":
+            raise ValueError(
+                "rounding must be 'nearest' or 'compensated' where device is 'cpu' and values lie on a CUDA "
+                "device, got 'stochastic'"
+            )
+
     # --- updates ----------------------------------------------------------------------------------
 
-    def update(self, values: Any = None) -> None:
+    def update(self, values: Any = None, *, fence: bool = True) -> None:
         """Count a step of training, and move the averages towards the values.
 
         Args:
             values: The new values, shaped as those given at first: JAX arrays do not change, so that each
                 step leaves others. None: the arrays given at first.
+            fence: Of averages in host memory of values on a CUDA device: whether the device is to change no
+                value before it was copied, whatever it is asked for next. Values of more than 256 MB are
+                copied in turns, and the host waits until the last turn has begun. False: call `fence`
+                before the values change, as late as can be.
 
         Raises:
-            RuntimeError: Weights and averages are swapped.
+            RuntimeError: Weights and averages are swapped; or the update before failed, in host memory beside
+                the device, and some averages may have moved.
             ValueError: The values do not fit those given at first, or an array was given other memory since.
                 Nothing has changed then.
         """
@@ -231,6 +252,31 @@ class EMA:
         self._step, self._used = step, decays
         if any(products):
             self._products = [product * decay for product, decay in zip(products, decays, strict=True)]
+        if fence:
+            self.fence()
+
+    def fence(self) -> None:
+        """Have CUDA devices change no value before the last update has copied it to host memory.
+
+        Only where averages are kept there (``device="cpu"``), and after ``update(fence=False)``, which starts
+        the copies and returns. The device waits, in the current stream; the host waits for the beginning of
+        the last copy alone.
+
+        Raises:
+            RuntimeError: The update failed; some averages may have moved.
+
+        Example:
+            The copies run beside the forward and the backward pass::
+
+                ema = fastema.EMA(model, 0.999, device="cpu")
+                optimizer.register_step_pre_hook(lambda *_: ema.fence())
+                for batch in batches:
+                    loss(model, batch).backward()
+                    optimizer.step()
+                    ema.update(fence=False)
+        """
+        if self._pass is not None:
+            self._pass.fence()
 
     def _decay_at(self, decay: Any, step: int) -> float:
         if step < self._start_step:
@@ -264,46 +310,62 @@ class EMA:
 
     def _average(self, held: list[Any], decays: list[float], products: list[float], step: int) -> None:
         parts = [leaf.parts(value) for leaf, value in zip(self._leaves, held, strict=True)]
-        self._move(self._pass_over(parts), decays, products, step)
+        if self._pass is not None:
+            self._pass.wait()
+        over = self._pass_over(parts)
+        self._move(over, decays, products, step)
+        over.wait()
 
     def _move(self, over: "_Pass", decays: list[float], products: list[float], step: int) -> None:
         if 1.0 in products:  # some start at nothing; until now they were the first values
+            over.wait()
             for k, (product, decay) in enumerate(zip(products, decays, strict=True)):
                 for i in self._averaged if product == 1.0 and decay < 1.0 else ():
                     for average in self._stores[k][i]:
                         _memory.clear(average)
-        try:
-            if self._rounding == "stochastic":
-                over.update(decays, self._threads, rounding="stochastic", seed=self._seed, step=step)
-            else:
-                over.update(decays, self._threads)
-        except ValueError as error:
-            raise self._named(error, self._averaged) from None
+        options: dict[str, Any] = {}
+        if self._rounding == "stochastic":
+            options = {"rounding": "stochastic", "seed": self._seed, "step": step}
+        over.update(decays, self._threads, **options)
 
     def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
-        """Pair the averages with local arrays of each leaf."""
-        averages = [[x for i in self._averaged for x in store[i]] for store in self._stores]
-        carries = [[x for i in self._averaged for x in carry[i]] for carry in self._carries]
-        try:
-            pairs = Pairs.several(
-                averages, [x for i in self._averaged for x in parts[i]], carries=carries or None
-            )
-        except (TypeError, ValueError) as error:
-            raise self._named(error, self._averaged) from None
-        if not self._copied:
-            return _Pass(pairs)
+        """Pair the averages with local arrays of each leaf; those of each device apart."""
+        over = _Pass(self._named)
+        views = [_views(x, f"values[{name!r}]") for x, name in zip(parts, self._names, strict=True)]
+        for leaves in self._by_device(self._averaged, views):
+            averages = [[x for i in leaves for x in store[i]] for store in self._stores]
+            carries = [[x for i in leaves for x in carry[i]] for carry in self._carries]
+            values = [x for i in leaves for x in parts[i]]
+            away = self._offloading and _memory.device(views[leaves[0]][0]) is not None
+            several = _offloads() if away else Pairs.several
+            try:
+                over.add(several(averages, values, carries=carries or None), leaves)
+            except (TypeError, ValueError) as error:
+                raise self._named(error, leaves) from None
         wide = [i for i in self._copied if _memory.face(self._stores[0][i][0]).itemsize > 1]
-        small = [i for i in self._copied if i not in wide]
-        views = {i: _views(parts[i], f"values[{self._names[i]!r}]") for i in self._copied}
-        try:
-            copies = Pairs(
-                [_memory.bits(x) for i in wide for x in self._stores[0][i]],
-                [_memory.bits(x) for i in wide for x in views[i]],
-            )
-        except (TypeError, ValueError) as error:
-            raise self._named(error, wide) from None
-        bytewise = [pair for i in small for pair in zip(self._stores[0][i], views[i], strict=True)]
-        return _Pass(pairs, copies, bytewise, [x for i in self._copied for x in parts[i]])
+        for leaves in self._by_device(wide, views):
+            try:
+                over.copy(
+                    Pairs(
+                        [_memory.bits(x) for i in leaves for x in self._stores[0][i]],
+                        [_memory.bits(x) for i in leaves for x in views[i]],
+                    )
+                )
+            except (TypeError, ValueError) as error:
+                raise self._named(error, leaves) from None
+        for i in self._copied:
+            over.watch(parts[i])
+            if i not in wide:
+                over.copy_bytewise(zip(self._stores[0][i], views[i], strict=True))
+        return over
+
+    def _by_device(self, leaves: list[int], views: list[_Arrays]) -> list[list[int]]:
+        """Return leaves whose values lie in one memory together; those in host memory come first."""
+        groups: dict[int, list[int]] = {}
+        for i in leaves:
+            device = _memory.device(views[i][0])
+            groups.setdefault(-1 if device is None else device, []).append(i)
+        return [groups[device] for device in sorted(groups)]
 
     def _named(self, error: Exception, leaves: list[int]) -> Exception:
         """Return an error of the core, which knows numbers in a list, with the names of values."""
@@ -320,7 +382,10 @@ class EMA:
 
         Raises:
             Exception: What stopped an update in the background; that update was not counted then.
+            RuntimeError: An update of averages in host memory failed beside the device; some may have moved.
         """
+        if self._pass is not None:
+            self._pass.wait()
         if self._pending is None:
             return
         work, before = self._pending
@@ -357,7 +422,10 @@ class EMA:
         """Return the averages of the k-th decay, as `averages`."""
         k = self._checked_index(k)
         self.wait()
-        shown = [leaf.shown(self._average_of(k, i)) for i, leaf in enumerate(self._leaves)]
+        averages = [self._average_of(k, i) for i in range(len(self._leaves))]
+        if self._offloading:
+            averages = [[_memory.host(x) for x in parts] for parts in averages]
+        shown = [leaf.shown(parts) for leaf, parts in zip(self._leaves, averages, strict=True)]
         return self._tree.build(shown[place] for place in self._places)
 
     def _checked_index(self, k: int) -> int:
@@ -417,7 +485,8 @@ class EMA:
         self._check_module()
         k = self._checked_index(k)
         apart = [i for i in range(len(self._leaves)) if not self._exchangeable(k, i)]
-        aside = {i: [_memory.copy(x) for x in self._read(i)] for i in apart}
+        copy = _memory.host_copy if self._offloading else _memory.copy
+        aside = {i: [copy(x) for x in self._read(i)] for i in apart}
         averages = {i: self._average_of(k, i) for i in apart}
         try:
             for i in apart:
@@ -432,27 +501,32 @@ class EMA:
     def _exchangeable(self, k: int, i: int) -> bool:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
         shown_as_kept = i in self._copied or self._divisor(k) == 1.0
-        return (
-            self._leaves[i].in_place()
-            and shown_as_kept
-            and all(
-                x.dtype == y.dtype and x.itemsize > 1
-                for x, y in zip(
-                    map(_memory.face, self._read(i)), map(_memory.face, self._stores[k][i]), strict=True
-                )
-            )
-        )
+        if not (self._leaves[i].in_place() and shown_as_kept):
+            return False
+        for value, average in zip(self._read(i), self._stores[k][i], strict=True):
+            face = _memory.face(value)
+            same = face.dtype == _memory.face(average).dtype and face.itemsize > 1
+            if not same or _memory.device(value) != _memory.device(average):
+                return False
+        return True
 
     def _read(self, i: int) -> _Arrays:
         return _views(self._leaves[i].parts(), f"values[{self._names[i]!r}]")
 
     def _exchange(self, leaves: list[int], k: int) -> None:
-        averages = [_memory.bits(x) for i in leaves for x in self._stores[k][i]]
-        values = [_memory.bits(x) for i in leaves for x in self._read(i)]
-        try:
-            Pairs(averages, values).swap(self._threads)
-        except (TypeError, ValueError) as error:
-            raise self._named(error, leaves) from None
+        views = [self._read(i) for i in range(len(self._leaves))]
+        done: list[Pairs] = []
+        for together in self._by_device(leaves, views):
+            averages = [_memory.bits(x) for i in together for x in self._stores[k][i]]
+            values = [_memory.bits(x) for i in together for x in views[i]]
+            try:
+                pairs = Pairs(averages, values)
+                pairs.swap(self._threads)
+            except (TypeError, ValueError) as error:
+                for exchanged in done:
+                    exchanged.swap(self._threads)
+                raise self._named(error, together) from None
+            done.append(pairs)
         for i in leaves:
             self._leaves[i].written()
 
@@ -729,30 +803,83 @@ class EMA:
 
 
 class _Pass:
-    """One pass over the values, checked once: averages move, and what is not averaged is copied."""
+    """One pass over the values, checked once: averages move, and what is not averaged is copied.
 
-    __slots__ = ("_addresses", "_bytewise", "_copies", "_movable", "_pairs")
+    Args:
+        named: What makes an error of the core one that names the values, of a list of leaves.
+    """
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        copies: Pairs | None = None,
-        bytewise: Sequence[tuple[Any, Any]] = (),
-        sources: Sequence[Any] = (),
-    ) -> None:
-        self._pairs, self._copies, self._bytewise = pairs, copies, bytewise
-        self._movable = [source for source in sources if is_movable(source)]
-        self._addresses = [source.data_ptr() for source in self._movable]
+    def __init__(self, named: Callable[[Exception, list[int]], Exception]) -> None:
+        self._named = named
+        self._pairs: list[tuple[Pairs, list[int]]] = []
+        self._offloads: list[Any] = []
+        self._copies: list[Pairs] = []
+        self._bytewise: list[tuple[Any, Any]] = []
+        self._movable: list[Any] = []
+        self._addresses: list[int] = []
+
+    def add(self, pairs: Any, leaves: list[int]) -> None:
+        """Have averages move, those of these leaves; pairs in host memory come before others."""
+        if isinstance(pairs, Pairs):
+            self._pairs.append((pairs, leaves))
+        else:
+            self._offloads.append(pairs)
+
+    def copy(self, pairs: Pairs) -> None:
+        """Have values copied."""
+        self._copies.append(pairs)
+
+    def copy_bytewise(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Have values of one byte an element copied to the first of each pair."""
+        self._bytewise += pairs
+
+    def watch(self, arrays: Iterable[Any]) -> None:
+        """Refuse to go on where arrays that are copied were given other memory."""
+        movable = [array for array in arrays if is_movable(array)]
+        self._movable += movable
+        self._addresses += [array.data_ptr() for array in movable]
 
     def update(self, decays: list[float], threads: int, **options: Any) -> None:
         """Move the averages; a call that raises has changed nothing."""
         if self._movable and [x.data_ptr() for x in self._movable] != self._addresses:
             raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
-        self._pairs.update(decays if len(decays) > 1 else decays[0], threads, **options)
-        if self._copies is not None:
-            self._copies.update(0.0, threads)  # which copies bits, whatever they mean
+        self.wait()
+        decay = decays if len(decays) > 1 else decays[0]
+        for pairs, leaves in self._pairs:
+            with self._naming(leaves):
+                pairs._check_unmoved()
+        for pairs, leaves in self._pairs:
+            with self._naming(leaves):
+                pairs.update(decay, threads, **options, check=False)
+        for offload in self._offloads:
+            offload.update(decay, threads)
+        for copies in self._copies:
+            copies.update(0.0, threads)  # which copies bits, whatever they mean
         for target, source in self._bytewise:
             _memory.write(source, target)
+
+    @contextmanager
+    def _naming(self, leaves: list[int]) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise self._named(error, leaves) from None
+
+    def fence(self) -> None:
+        """See `EMA.fence`."""
+        for offload in self._offloads:
+            offload.fence()
+
+    def wait(self) -> None:
+        """Return when averages in host memory of values on devices have moved."""
+        for offload in self._offloads:
+            offload.wait()
+
+
+def _offloads() -> Any:
+    from .cuda import Offload  # noqa: PLC0415 - no CPU needs it
+
+    return Offload.several
 
 
 def _views(parts: Sequence[Any], name: str) -> _Arrays:

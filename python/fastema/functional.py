@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from . import _core
-from ._arrays import as_list, as_view, is_movable, is_on_cuda, packed_copies
+from ._arrays import as_list, interleaved, is_movable, is_on_cuda, packed_copies, views
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -126,9 +126,9 @@ def copies(values: Any, dtype: Any = None) -> Any:
         >>> fastema.update(averages, weights, 0.99)
     """
     arrays, single = as_list(values, "values")
-    views = _views(arrays, "values", single)
-    wide = [np.float32 if view.dtype in (np.float16, ml_dtypes.bfloat16) else view.dtype for view in views]
-    made = packed_copies(views, wide if dtype is None else [dtype] * len(views))
+    found = views(arrays, "values", single)
+    wide = [np.float32 if view.dtype in (np.float16, ml_dtypes.bfloat16) else view.dtype for view in found]
+    made = packed_copies(found, wide if dtype is None else [dtype] * len(found))
     return made[0] if single else made
 
 
@@ -149,15 +149,8 @@ def _paired(
 
         return CudaPairs(a, b, carries, names, exchanged=exchanged)
     a_name, b_name, single, lists = names
-    views = _views(a, a_name, single), _views(b, b_name, single), _views(carries, "carries", single)
-    return _core.Pairs(*views, a_name, b_name, single, lists, exchanged)
-
-
-def _views(arrays: list[Any], argument: str, single: bool) -> list[Any]:
-    return [
-        x if isinstance(x, np.ndarray) else as_view(x, argument if single else f"{argument}[{i}]")
-        for i, x in enumerate(arrays)
-    ]
+    sides = views(a, a_name, single), views(b, b_name, single), views(carries, "carries", single)
+    return _core.Pairs(*sides, a_name, b_name, single, lists, exchanged)
 
 
 class Pairs:
@@ -225,8 +218,8 @@ class Pairs:
 
     def _set_up(self, averages: list[Any], values: Any, carries: list[Any] | None) -> None:
         b, single = as_list(values, "values")
-        a = _interleaved(averages, "averages", len(b))
-        c = [] if carries is None else _interleaved(carries, "carries", len(b))
+        a = interleaved(averages, "averages", len(b))
+        c = [] if carries is None else interleaved(carries, "carries", len(b))
         lists = len(averages)
         if lists == 0:
             raise ValueError("averages must hold one list or more, got none")
@@ -289,14 +282,3 @@ class Pairs:
         if self._movable:
             self._check_unmoved()
         self._native.swap(threads)
-
-
-def _interleaved(lists: Sequence[Any], argument: str, length: int) -> list[Any]:
-    """Put several lists into one, in which those that share a value follow each other."""
-    if len(lists) == 1:
-        return as_list(lists[0], argument)[0]
-    arrays = [as_list(x, f"{argument}[{k}]")[0] for k, x in enumerate(lists)]
-    for k, x in enumerate(arrays):
-        if len(x) != length:
-            raise ValueError(f"{argument}[{k}] and values must have one length, got {len(x)} and {length}")
-    return [x[i] for i in range(length) for x in arrays]

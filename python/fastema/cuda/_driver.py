@@ -5,9 +5,10 @@ which does the same on host memory (tests/fake_cuda.py).
 """
 
 import ctypes
+import math
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,7 +28,12 @@ class Memory:
     """A piece of device memory, given back in the order of the stream that used it last.
 
     CuPy's pool would hand it out again at once, while a kernel on torch's stream still reads it.
+
+    Attributes:
+        contents: What it was made from, as long as a device that reads host memory by itself may need it.
     """
+
+    contents: np.ndarray | None = None
 
     def __init__(self, address: int, free: Callable[[int, Stream], None], stream: Stream) -> None:
         self.address = address
@@ -60,13 +66,25 @@ class Driver:
         """Tell on which device an address lies."""
         return int(self._runtime.pointerGetAttributes(address).device)
 
+    def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+        """Return an array without holes in new memory of the current device."""
+        size = math.prod(shape)
+        memory = self._cupy.cuda.alloc(max(size * dtype.itemsize, 1))
+        return self._cupy.ndarray(shape, dtype, memory, strides if size else None)
+
     # --- devices and streams ----------------------------------------------------------------------
 
-    def on(self, device: int) -> AbstractContextManager[Any]:
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
         """Make a device the current one."""
-        # a new one each time: it holds what to go back to, and threads would share that
-        context: AbstractContextManager[Any] = self._cupy.cuda.Device(device)
-        return context
+        before = self._runtime.getDevice()
+        # also where it is so already: a new thread has no context yet, and a launch needs one
+        self._runtime.setDevice(device)
+        try:
+            yield
+        finally:
+            if before != device:
+                self._runtime.setDevice(before)
 
     def multiprocessors(self, device: int) -> int:
         """Tell how many multiprocessors a device has."""
@@ -118,6 +136,7 @@ class Driver:
                 self._runtime.freeAsync(address, stream.handle)
 
         memory = Memory(address, free, stream)
+        memory.contents = contents
         self.write(address, contents, stream)
         return memory
 
@@ -134,6 +153,14 @@ class Driver:
         """Copy from device memory, in the order of a stream; at once where `target` is `pinned`."""
         to_host = self._runtime.memcpyDeviceToHost
         self._runtime.memcpyAsync(target.ctypes.data, address, target.nbytes, to_host, stream.handle)
+
+    def copy(self, target: int, source: int, size: int, stream: Stream) -> None:
+        """Copy so many bytes within the memory of devices."""
+        self._runtime.memcpyAsync(target, source, size, self._runtime.memcpyDeviceToDevice, stream.handle)
+
+    def clear(self, address: int, size: int, stream: Stream) -> None:
+        """Set so many bytes to zero."""
+        self._runtime.memsetAsync(address, 0, size, stream.handle)
 
     def pinned(self, size: int) -> np.ndarray:
         """Return host memory that the device copies to while the host goes on."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from .._arrays import as_list, as_view, is_movable
+from .._arrays import as_list, interleaved, is_movable, views
 from . import _driver
 from ._arrays import Group
 
@@ -21,7 +21,8 @@ _LINE = 64  # bytes: where an array begins in a slot
 class _Part:
     """A part of one pair."""
 
-    average: np.ndarray
+    averages: list[np.ndarray]  # one of each list
+    carries: list[np.ndarray]
     target: np.ndarray  # where the value is copied to
     pair: int
     begin: int  # bytes from the start of the value
@@ -44,6 +45,7 @@ class Offload:
     Args:
         averages: As for `fastema.update`, in CPU memory. Not to be read or changed before `wait`.
         values: As for `fastema.update`, on one CUDA device.
+        carries: As for `fastema.update`, in CPU memory.
 
     Raises:
         ImportError: CuPy is not installed.
@@ -62,19 +64,40 @@ class Offload:
             offload.wait()
     """
 
-    def __init__(self, averages: Any, values: Any) -> None:
-        a, single = as_list(averages, "averages")
-        b, _ = as_list(values, "values")
-        self._single, self._values = single, b
+    def __init__(self, averages: Any, values: Any, *, carries: Any = None) -> None:
+        self._set_up([averages], values, None if carries is None else [carries])
+
+    @classmethod
+    def several(
+        cls, averages: Sequence[Any], values: Any, *, carries: Sequence[Any] | None = None
+    ) -> "Offload":
+        """Pair several lists of averages with the same values, which an update copies only once.
+
+        Args:
+            averages: Of each list, what `Offload` takes.
+            values: As for `Offload`.
+            carries: Of each list, what `Offload` takes.
+
+        Returns:
+            An offload whose `update` takes a sequence of decays, one for each list.
+        """
+        offload = cls.__new__(cls)
+        offload._set_up(list(averages), values, None if carries is None else list(carries))
+        return offload
+
+    def _set_up(self, averages: list[Any], values: Any, carries: list[Any] | None) -> None:
+        b, single = as_list(values, "values")
+        a = interleaved(averages, "averages", len(b))
+        c = [] if carries is None else interleaved(carries, "carries", len(b))
+        lists = len(averages)
+        single = single and lists == 1 and len(a) == 1
+        self._values, self._named = b, ("averages", "values", single, lists)
         self._driver = _driver.load()
-        self._averages = [
-            x if isinstance(x, np.ndarray) else as_view(x, "averages" if single else f"averages[{i}]")
-            for i, x in enumerate(a)
-        ]
+        self._averages, self._carries = views(a, "averages", single), views(c, "carries", single)
         self._group = self._seen()
         # The core checks numbers too: an update of no arrays does nothing else.
-        self._numbers = _core.Pairs([], [], [], "averages", "values", single, 1, False)
-        self._movable = [[x for x in side if is_movable(x)] for side in (a, b)]
+        self._numbers = _core.Pairs([], [], [], *self._named, False)
+        self._movable = [[x for x in side if is_movable(x)] for side in ([*a, *c], b)]
         self._moved_to = self._lie()
         with self._driver.on(self._group.device):
             self._chunks = self._cut()
@@ -84,24 +107,26 @@ class Offload:
         self._read: Future[Any] | None = None  # the event after the last copy, once that is asked for
 
     def __len__(self) -> int:
-        return len(self._averages)
+        return len(self._values)
 
     def _seen(self) -> Group:
-        group = Group({"values": self._values}, self._single)
-        _core.Pairs(self._averages, group.faces[0], [], "averages", "values", self._single, 1, False)
+        group = Group({"values": self._values}, self._named[2])
+        _core.Pairs(self._averages, group.faces[0], self._carries, *self._named, False)
         return group
 
     def _cut(self) -> list[_Chunk]:
         """Cut all values into chunks that fill a slot each, and pair their averages with the slots."""
-        faces = self._group.faces[0]
+        faces, lists = self._group.faces[0], self._named[3]
         total = sum(-(-face.nbytes // _LINE) * _LINE for face in faces)
         size = min(SLOT, max(total, _LINE))
         count = min(SLOTS, max(1, -(-total // size)))
         slots = [self._driver.pinned(size) for _ in range(count)]
         chunks: list[_Chunk] = []
         room = 0
-        for pair, (average, face) in enumerate(zip(self._averages, faces, strict=True)):
-            flat, begin = _flat(average), 0
+        for pair, face in enumerate(faces):
+            rows = slice(pair * lists, (pair + 1) * lists)
+            averages, carries = ([_flat(x) for x in side[rows]] for side in (self._averages, self._carries))
+            begin = 0
             while begin < face.nbytes:
                 if room == 0:
                     chunks.append(_Chunk())
@@ -110,24 +135,29 @@ class Offload:
                 slot = slots[(len(chunks) - 1) % count]
                 target = slot[size - room : size - room + nbytes].view(face.dtype)
                 first = begin // face.itemsize
-                chunks[-1].parts.append(_Part(flat[first : first + target.size], target, pair, begin))
+                part = slice(first, first + target.size)
+                chunks[-1].parts.append(
+                    _Part([x[part] for x in averages], [x[part] for x in carries], target, pair, begin)
+                )
                 begin += nbytes
                 room -= min(room, -(-nbytes // _LINE) * _LINE)
         for chunk in chunks:
-            parts, targets = [x.average for x in chunk.parts], [x.target for x in chunk.parts]
-            chunk.pairs = _core.Pairs(parts, targets, [], "averages", "values", False, 1, False)
+            averages = [x for part in chunk.parts for x in part.averages]
+            carries = [x for part in chunk.parts for x in part.carries]
+            targets = [part.target for part in chunk.parts]
+            chunk.pairs = _core.Pairs(averages, targets, carries, "averages", "values", False, lists, False)
         self._slots = count
         return chunks
 
     # --- the verbs --------------------------------------------------------------------------------
 
-    def update(self, decay: float, threads: int = 0) -> None:
+    def update(self, decay: Any, threads: int = 0) -> None:
         """Average the values that the device has when it has done what it was asked for so far.
 
         Waits for the update before, if that is not done yet.
 
         Args:
-            decay: As for `fastema.update`.
+            decay: As for `fastema.update`; for `several` a sequence of them.
             threads: As for `fastema.update`.
 
         Raises:
@@ -142,7 +172,8 @@ class Offload:
         with driver.on(group.device):
             ready = [driver.record(stream) for stream in (*group.streams(), *group.producers)]
         self._read = Future()
-        self._job = self._worker.submit(self._work, ready, float(decay), threads, self._read)
+        asked = float(decay) if self._named[3] == 1 else [float(x) for x in decay]
+        self._job = self._worker.submit(self._work, ready, asked, threads, self._read)
 
     def fence(self) -> None:
         """Have the device wait, in the values' current stream, until the values have been read.
@@ -192,7 +223,7 @@ class Offload:
 
     # --- the worker -------------------------------------------------------------------------------
 
-    def _work(self, ready: Sequence[Any], decay: float, threads: int, read: "Future[Any]") -> None:
+    def _work(self, ready: Sequence[Any], decay: Any, threads: int, read: "Future[Any]") -> None:
         driver, chunks, events = self._driver, self._chunks, []
         try:
             with driver.on(self._group.device):

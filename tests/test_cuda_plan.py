@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import threading
 from unittest import mock
 
 import ml_dtypes
@@ -584,3 +585,29 @@ def test_kerass_torch_backend_averages_and_swaps_on_the_device(fake, torch, monk
         RuntimeError, match=r"engine='native' cannot run here: .* needs CuPy: pip install 'fast"
     ):
         engine.update([average], [value], lambda: 0.5, None, "native")
+
+
+# --- threads ------------------------------------------------------------------------------------------
+
+
+def test_each_thread_launches_with_its_own_decay(fake):
+    """All calls of one `Pairs` fill in the same arguments: another thread must not before the launch."""
+    averages, values = np.zeros(1000), np.ones(1000)
+    pairs = fastema.Pairs(Array(averages), Array(values))
+    pairs.update(1.0)  # compiles
+    current, first, second = fake.current_stream, threading.Event(), threading.Event()
+
+    def slowly(owner, device):
+        if threading.current_thread() is not threading.main_thread():
+            first.set()
+            second.wait(0.2)  # long enough for the other, unless it is kept out
+        return current(owner, device)
+
+    fake.current_stream = slowly
+    copying = threading.Thread(target=pairs.update, args=(0.0,))
+    copying.start()
+    first.wait()
+    pairs.update(1.0)  # which changes nothing
+    second.set()
+    copying.join()
+    assert (averages == 1).all()

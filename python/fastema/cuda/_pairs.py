@@ -1,5 +1,6 @@
 """Pairs of arrays on one CUDA device: the same checks and verbs as the core's, by one launch a call."""
 
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class Pairs:
         self._driver = _driver.load()
         self._arguments = {a_name: a, b_name: b, "carries": carries}
         self._named = names
+        self._lock = Lock()  # of the arguments of a launch, which all calls share
         self._group = self._seen(exchanged)
         self._exchangeable = exchanged
         # The core checks numbers too: an update of no arrays does nothing else.
@@ -99,6 +101,10 @@ class Pairs:
             TypeError: As when they were paired.
             ValueError: As when they were paired, or a type or size is another now. Nothing has changed then.
         """
+        with self._lock:
+            self._follow()
+
+    def _follow(self) -> None:
         group = self._seen(False)
         group.check_unchanged(self._group)
         self._group, self._exchangeable = group, False
@@ -121,6 +127,10 @@ class Pairs:
 
     def update(self, decay: Any, threads: int, stochastic: bool, seed: int, step: int) -> None:
         """As `_core.Pairs.update`; `decay` may be a `Schedule`."""
+        with self._lock:
+            self._update(decay, threads, stochastic, seed, step)
+
+    def _update(self, decay: Any, threads: int, stochastic: bool, seed: int, step: int) -> None:
         lists = self._named[3]
         schedule = decay if isinstance(decay, Schedule) else None
         if schedule is None:
@@ -138,10 +148,11 @@ class Pairs:
 
     def swap(self, threads: int) -> None:
         """As `_core.Pairs.swap`."""
-        if not self._exchangeable:
-            self._check_exchangeable()
-        self._numbers.swap(threads)
-        self._launch(SWAP, self._swap_arguments, None)
+        with self._lock:
+            if not self._exchangeable:
+                self._check_exchangeable()
+            self._numbers.swap(threads)
+            self._launch(SWAP, self._swap_arguments, None)
 
     def _check_exchangeable(self) -> None:
         a, b, carries = self._group.faces

@@ -70,6 +70,32 @@ def test_bfloat16_values_and_float32_averages_of_torch(torch):
     assert (averages == 1.5).all()
 
 
+@pytest.mark.parametrize("slot", [64, 4096, 64 << 20])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_several_averages_and_carries_have_the_bits_of_pairs(fake, rng, monkeypatch, slot, compensated):
+    monkeypatch.setattr(_offload, "SLOT", slot)
+    kinds = ("f4", "f4", "f4"), ("f4", ml_dtypes.bfloat16, "f4"), (*[ml_dtypes.bfloat16] * 2, "i2")
+    arrays = [(n, *kinds[i % 3]) for i, n in enumerate([5, 3000, 0, 64, 1023])]
+    values = [rng.standard_normal(n).astype(v) for n, _, v, _ in arrays]
+    ours = [[rng.standard_normal(n).astype(a) for n, a, _, _ in arrays] for _ in range(2)]
+    theirs = [[x.copy() for x in side] for side in ours]
+    our_carries, their_carries = None, None
+    if compensated:
+        our_carries, their_carries = ([[np.zeros(n, c) for n, *_, c in arrays] for _ in "ab"] for _ in "xy")
+    offload = cuda.Offload.several(ours, on_device(values), carries=our_carries)
+    pairs = fastema.Pairs.several(theirs, values, carries=their_carries)
+    assert len(offload) == len(pairs) == len(arrays)
+    for decays in ([0.9, 0.99], [0.0, 0.999]):
+        fake.log.clear()
+        offload.update(decays)
+        offload.wait()
+        pairs.update(decays)
+        assert sum(entry[2] for entry in fake.log if entry[0] == "read") == sum(v.nbytes for v in values)
+        for left, right in ((ours, theirs), (our_carries or [], their_carries or [])):
+            for one, other in zip(left, right, strict=True):
+                assert [x.tobytes() for x in one] == [x.tobytes() for x in other]
+
+
 # --- order ----------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ The laws of lists, errors and streams are tested everywhere, on a fake device (t
 """
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -380,6 +381,155 @@ def test_values_of_jax():
         average = cupy.zeros(1000, cupy.float32)
         fastema.update(average, jax.numpy.full(1000, 3, dtype), 0.5)
         assert bool((average == 1.5).all())
+
+
+# --- fastema.EMA ----------------------------------------------------------------------------------------
+
+
+def twins_of(library, rng, **arguments):
+    """Return the same weights on both sides, each with its averages."""
+    here = {
+        "kernel": rng.standard_normal((400, 301)).astype(np.float32),
+        "half": rng.standard_normal(70_001).astype(np.float16),
+        "brain": rng.standard_normal((7, 1100)).astype(bfloat16),
+        "double": rng.standard_normal(1000),
+        "count": np.arange(3),
+        "mask": rng.integers(0, 2, 5).astype(bool),
+    }
+    there = {name: library.device(x) for name, x in here.items()}
+    device = arguments.pop("device", None)
+    return here, there, fastema.EMA(here, **arguments), fastema.EMA(there, **arguments, device=device)
+
+
+WAYS = [
+    {"decay": 0.9},
+    {"decay": [0.9, 0.99], "initial": "zeros", "every": 2},
+    {"decay": 0.999, "device": "cpu"},
+    {"decay": [0.9, 0.99], "initial": "zeros", "device": "cpu"},
+]
+
+
+@pytest.mark.parametrize("arguments", WAYS, ids=["plain", "zeros", "host", "host from zeros"])
+def test_averages_and_swaps_of_an_ema_have_the_bits_of_the_cpu(library, rng, arguments):
+    here, there, cpu, gpu = twins_of(library, rng, **arguments)
+    raw = {name: library.host(x).copy() for name, x in there.items()}
+    for _ in range(4):
+        cpu.update()
+        gpu.update()
+        for name, x in here.items():
+            with cpu.swapped():
+                expected = x.copy()
+            with gpu.swapped():
+                assert library.host(there[name]).tobytes() == expected.tobytes(), name
+            assert library.host(there[name]).tobytes() == raw[name].tobytes(), name
+        ours, theirs = gpu.state_dict(), cpu.state_dict()
+        for key in ("averages", "copied"):
+            one, other = ((x if isinstance(x, list) else [x]) for x in (ours[key], theirs[key]))
+            for left, right in zip(one, other, strict=True):
+                assert {name: x.tobytes() for name, x in left.items()} == {
+                    name: x.tobytes() for name, x in right.items()
+                }
+        fresh = [x * 2 if x.dtype.kind == "f" else x for x in here.values()]
+        for (name, x), new in zip(here.items(), fresh, strict=True):
+            x[...] = new
+            raw[name] = x.copy()
+            overwrite(library, there[name], x)
+
+
+def overwrite(library, target, host):
+    """Change an array where it lies."""
+    if isinstance(target, Typed):
+        target.memory.set(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+    else:
+        target.copy_(library.device(host))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_16_bit_ema_rounds_stochastically_with_the_bits_of_the_cpu(torch, rng, dtype):
+    here = [torch.from_numpy(rng.standard_normal(n)).to(getattr(torch, dtype)) for n in (5, 100_003)]
+    there = [x.cuda() for x in here]
+    arguments = {"dtype": dtype, "rounding": "stochastic", "seed": 5}
+    cpu, gpu = fastema.EMA(here, 0.99, **arguments), fastema.EMA(there, 0.99, **arguments)
+    for _ in range(5):
+        for weights in (here, there):
+            for weight in weights:
+                weight.add_(1)
+        cpu.update()
+        gpu.update()
+    for ours, theirs in zip(gpu.averages, cpu.averages, strict=True):
+        assert torch.equal(ours.cpu().view(torch.int16), theirs.view(torch.int16))
+
+
+def test_a_modules_ema_beside_training_by_a_graph(torch):
+    """An update between two replays sees the step before it, and changes nothing of the graph."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    batch, wanted = torch.randn(32, 64, device="cuda"), torch.randn(32, 8, device="cuda")
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        ((model(batch) - wanted) ** 2).mean().backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    ema = fastema.EMA(model, 0.9)
+    expected = {name: x.detach().cpu().numpy().copy() for name, x in model.named_parameters()}
+    for _ in range(5):
+        graph.replay()
+        ema.update()
+        raw = {name: x.detach().cpu().numpy() for name, x in model.named_parameters()}
+        with ema.swapped():
+            model(batch)
+        for name, x in model.named_parameters():
+            assert oracle.same_bits(x.detach().cpu().numpy(), raw[name])
+            expected[name] = oracle.update(expected[name], raw[name], 0.9)
+            assert oracle.same_bits(ema.averages[name].cpu().numpy(), expected[name])
+
+
+@pytest.mark.parametrize("fence", [True, False])
+def test_no_weight_of_an_ema_in_host_memory_changes_before_it_was_copied(torch, monkeypatch, fence):
+    monkeypatch.setattr(_offload, "SLOT", 1 << 20)
+    weight = torch.zeros(8_000_000, device="cuda")
+    ema = fastema.EMA(weight, 0.0, device="cpu")
+    for step in range(1, 5):
+        weight.fill_(step)
+        ema.update(fence=fence)
+        if not fence:
+            ema.fence()
+        weight.fill_(-1)
+        assert (ema.averages == step).all()
+
+
+def test_a_thread_that_never_asked_for_anything_updates(torch):
+    """It has no context of CUDA's yet, and a launch needs one."""
+    average, value = torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda")
+    pairs = fastema.Pairs(average, value)
+    pairs.update(0.5)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pairs.update, 0.5).result()
+    torch.cuda.synchronize()
+    assert (average == 0.75).all()
+
+
+def test_threads_that_share_pairs_keep_their_decays(torch):
+    average, value = torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda")
+    pairs = fastema.Pairs(average, value)
+    pairs.update(1.0)
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(pairs.update, 1.0 if i else 0.0) for i in range(200)]:
+            done.result()
+    torch.cuda.synchronize()
+    assert (average == 1).all()
 
 
 # --- averages in host memory --------------------------------------------------------------------------

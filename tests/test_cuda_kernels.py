@@ -363,13 +363,14 @@ def test_schedules_on_the_device_are_those_of_the_host(processor):
     """CUDA's pow may differ from this one by two units in the last place of a float64."""
     kinds = _source.SCHEDULES
     asked = [
-        (kinds["constant"], 1, 0, 0.99, 1, 1),
-        (kinds["dynamic"], 1, 0, 0.9, 1, 1),
-        (kinds["dynamic"], 1, 7, 0.99, 1, 1),
-        (kinds["constant"], 3, 5, 0.9, 1, 1),
-        (kinds["dynamic"], 6, 2, 0.99, 1, 1),
-        (kinds["warmup"], 1, 2, 0.9, 1.5, 2 / 3),
-        (kinds["power"], 1, 0, 1, 1, 7.94),
+        (kinds["constant"], 1, 0, 0.99, 1, 1, 0),
+        (kinds["dynamic"], 1, 0, 0.9, 1, 1, 0),
+        (kinds["dynamic"], 1, 7, 0.99, 1, 1, 0),
+        (kinds["constant"], 3, 5, 0.9, 1, 1, 0),
+        (kinds["dynamic"], 6, 2, 0.99, 1, 1, 0),
+        (kinds["warmup"], 1, 2, 0.9, 1.5, 2 / 3, 0.4),
+        (kinds["power"], 1, 0, 1, 1, 7.94, 0),
+        (kinds["equal_weights"], 2, 3, 1, 1, 1, 0),
     ]
     on_host = [
         schedules.constant(0.99),
@@ -377,8 +378,9 @@ def test_schedules_on_the_device_are_those_of_the_host(processor):
         schedules.dynamic(0.99, start_step=7),
         schedules.constant(0.9, start_step=5),
         schedules.dynamic(0.99, start_step=2),
-        lambda t: min(0.9, 1 - (1 + (t - 3) / 1.5) ** -(2 / 3)) if t > 3 else 0.0,
+        lambda t: max(0.4, min(0.9, 1 - (1 + (t - 3) / 1.5) ** -(2 / 3))) if t > 3 else 0.0,
         lambda t: (1 - 1 / t) ** 7.94,
+        schedules.equal_weights(3),
     ]
     for step, decays in enumerate(advanced(processor, asked, 130), 1):
         for row, schedule, decay in zip(asked, on_host, decays, strict=True):

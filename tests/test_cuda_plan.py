@@ -484,6 +484,8 @@ SCHEDULES = [
     schedules.constant(0.9, start_step=3),
     schedules.dynamic(0.9),
     schedules.dynamic(0.9, start_step=5),
+    schedules.equal_weights(),
+    schedules.equal_weights(6),
 ]
 
 
@@ -507,11 +509,12 @@ def test_a_schedule_on_the_device_is_that_schedule(rng, schedule, every):
         assert oracle.same_bits(average, expected)
 
 
-@pytest.mark.parametrize(("kind", "argument"), [("warmup", 0.999), ("power", 0.1)])
-def test_a_schedule_with_a_power_is_that_schedule_but_for_the_math_library(kind, argument):
-    if not hasattr(schedules, kind):
-        pytest.skip(f"there is no schedules.{kind}")
-    schedule = getattr(schedules, kind)(argument)
+@pytest.mark.parametrize(
+    "schedule",
+    [schedules.warmup(0.999), schedules.warmup(0.9, start_step=4, min_decay=0.7), schedules.power(0.1)],
+    ids=repr,
+)
+def test_a_schedule_with_a_power_is_that_schedule_but_for_the_math_library(schedule):
     counted, pairs = cuda.Schedule(schedule), fastema.Pairs(Array(f32(3)), Array(f32(3)))
     for step in range(1, 100):
         pairs.update(counted)

@@ -22,7 +22,7 @@ class Schedule:
     pairs and the schedule must live as long as the graph.
 
     Args:
-        schedules: One of `fastema.schedules` (constant, dynamic, warmup, power) or a number; for
+        schedules: One of `fastema.schedules` (none of your own) or a number; for
             `Pairs.several` a sequence of them, one for each list of averages.
         step: How many updates were seen before, as in a checkpoint.
         every: Average at every so many updates, with the decay to that power.
@@ -121,14 +121,14 @@ def _parameters(schedule: Any, name: str, every: int) -> tuple[Any, ...]:
     kind = type(schedule).__name__
     if isinstance(schedule, int | float):
         _NOTHING.update_plainly(schedule, 0)
-        return SCHEDULES["constant"], every, 0, float(schedule), 1.0, 1.0
-    known = type(schedule).__module__ == "fastema.schedules" and kind in SCHEDULES
-    if not known or getattr(schedule, "min_decay", 0.0) != 0.0:
+        return SCHEDULES["constant"], every, 0, float(schedule), 1.0, 1.0, 0.0
+    if type(schedule).__module__ != "fastema.schedules" or kind not in SCHEDULES:
         raise TypeError(
-            f"{name} must be a number or a schedule that a device computes ({', '.join(SCHEDULES)}; "
-            f"no min_decay), got {schedule!r}"
+            f"{name} must be a number or a schedule that a device computes ({', '.join(SCHEDULES)}), "
+            f"got {schedule!r}"
         )
     if kind == "power":
-        return SCHEDULES[kind], every, 0, 1.0, 1.0, schedule.gamma + 1.0
+        return SCHEDULES[kind], every, 0, 1.0, 1.0, schedule.gamma + 1.0, 0.0
+    limit, least = getattr(schedule, "decay", 1.0), getattr(schedule, "min_decay", 0.0)
     scale, power = getattr(schedule, "gamma", 1.0), getattr(schedule, "power", 1.0)
-    return SCHEDULES[kind], every, schedule.start_step, schedule.decay, scale, power
+    return SCHEDULES[kind], every, schedule.start_step, limit, scale, power, least

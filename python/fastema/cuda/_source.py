@@ -36,9 +36,10 @@ SCHEDULE = np.dtype(
         ("decay", "<f8"),
         ("scale", "<f8"),
         ("power", "<f8"),
+        ("least", "<f8"),
     ]
 )
-SCHEDULES = {"constant": 0, "dynamic": 1, "warmup": 2, "power": 3}  # the kinds
+SCHEDULES = {"constant": 0, "dynamic": 1, "warmup": 2, "power": 3, "equal_weights": 4}  # the kinds
 
 
 # Entry points, as C++ names them.

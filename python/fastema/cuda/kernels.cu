@@ -61,13 +61,14 @@ struct Decays {
 // A decay for each step. k = step - start_step.
 struct Schedule {
   uint32_t kind;       // 0 constant: decay; 1 dynamic: min(decay, (1 + k) / (10 + k));
-                       // 2 warmup: min(decay, 1 - (1 + (k - 1) / scale)^-power), 0 while k <= 1;
-                       // 3 power: (1 - 1 / step)^power
+                       // 2 warmup: 1 - (1 + (k - 1) / scale)^-power between least and decay, but
+                       // 0 while k <= 1; 3 power: (1 - 1 / step)^power; 4 equal weights: k / (k + 1)
   uint32_t every;      // averages after every so many steps, with decay^every; 1 or more
   int64_t start_step;  // before it, the decay is 0: a copy
   double decay;
   double scale;
   double power;
+  double least;
 };
 
 struct Schedules {
@@ -694,12 +695,13 @@ inline double decay_at(const Schedule& schedule, uint64_t step) {
   if (schedule.kind == 2) {
     if (k <= 1) return 0;
     const double falling = pow(1 + (after - 1) / schedule.scale, -schedule.power);
-    const double rising = 1 - falling;
-    return rising < limit ? rising : limit;
+    const double rising = 1 - falling, limited = rising < limit ? rising : limit;
+    return limited > schedule.least ? limited : schedule.least;
   }
   if (schedule.kind == 3) {
     return pow(1 - 1 / static_cast<double>(step), schedule.power);
   }
+  if (schedule.kind == 4) return after / (after + 1);
   return limit;
 }
 

@@ -536,17 +536,6 @@ def test_kerass_wrapper_on_torch_has_the_bits_of_the_cpu_on_a_device(fake, keras
     assert any(name == "fastema::swap" for name, *_ in fake.log)
 
 
-def test_kerass_wrapper_on_torch_says_what_its_native_engine_needs(keras_engine, monkeypatch):
-    from fastema.keras.backends import torch as backend
-
-    torch = OfTorch().torch
-    monkeypatch.setattr(backend, "_has_cupy", lambda: False)
-    tensors = [fake_cuda.tensor(torch.ones(3))], [fake_cuda.tensor(torch.ones(3))]
-    with pytest.raises(RuntimeError, match="weights lie on cuda:0, which needs CuPy: pip install"):
-        keras_engine.update(*tensors, lambda: 0.5, None, "native")
-    assert keras_engine.update(*tensors, lambda: 0.5, None, "auto") == "graph"
-
-
 def test_kerass_wrapper_on_torch_pairs_once_until_a_tensor_moves(keras_engine):
     torch = OfTorch().torch
     average, value = fake_cuda.tensor(torch.zeros(3)), fake_cuda.tensor(torch.ones(3))

@@ -329,6 +329,20 @@ def test_arrays_with_holes_are_refused_by_name(library, rng, beside):
             fastema.EMA(values, **(beside or {}))
 
 
+def test_the_stride_of_an_axis_of_one_is_nobodys(library, beside):
+    """Rows of larger arrays have any, and are dense."""
+    memory = np.ones(5)
+    weight = library.device(np.lib.stride_tricks.as_strided(memory, (1, 5), (4000, 8)))
+    ema = fastema.EMA([weight], 0.5, initial="zeros", **(beside or {}))
+    memory += 2
+    ema.update()
+    with ema.swapped():
+        assert (memory == 3).all()
+    memory += 1
+    ema.copy_to()
+    assert (memory == 3).all()
+
+
 def test_read_only_arrays_are_averaged_and_not_swapped(rng):
     weight = rng.standard_normal(5)
     weight.flags.writeable = False

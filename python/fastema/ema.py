@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -52,7 +52,8 @@ class EMA:
             own `AveragedModel`, since the statistics of batch normalisation are averages already;
             ``"average"``: as parameters; ``"ignore"``.
         device: Where averages are kept. None: where their values are. ``"cpu"``: in host memory, also those
-            of values on a CUDA device: see `fastema.cuda.Offload`. Buffers that are copied stay there.
+            of values on a CUDA device, as by `fastema.cuda.Offload`; what is copied, not averaged, stays on
+            the device.
         background: Average in another thread, while the next step runs. Only for arrays that cannot change
             meanwhile: JAX's, which must not be donated to that step.
         threads: How many threads to use at most; 0: as many as OpenMP would.
@@ -224,8 +225,8 @@ class EMA:
                 before the values change, as late as can be.
 
         Raises:
-            RuntimeError: Weights and averages are swapped; or the update before failed, in host memory beside
-                the device, and some averages may have moved.
+            RuntimeError: Weights and averages are swapped; or this update or the one before failed in host
+                memory beside the device, and some averages may have moved.
             ValueError: The values do not fit those given at first, or an array was given other memory since.
                 Nothing has changed then.
         """
@@ -331,7 +332,7 @@ class EMA:
     def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
         """Pair the averages with local arrays of each leaf; those of each device apart."""
         over = _Pass(self._named)
-        views = [_views(x, f"values[{name!r}]") for x, name in zip(parts, self._names, strict=True)]
+        views = {i: _views(x, f"values[{self._names[i]!r}]") for i, x in enumerate(parts)}
         for leaves in self._by_device(self._averaged, views):
             averages = [[x for i in leaves for x in store[i]] for store in self._stores]
             carries = [[x for i in leaves for x in carry[i]] for carry in self._carries]
@@ -359,7 +360,7 @@ class EMA:
                 over.copy_bytewise(zip(self._stores[0][i], views[i], strict=True))
         return over
 
-    def _by_device(self, leaves: list[int], views: list[_Arrays]) -> list[list[int]]:
+    def _by_device(self, leaves: list[int], views: Mapping[int, _Arrays]) -> list[list[int]]:
         """Return leaves whose values lie in one memory together; those in host memory come first."""
         groups: dict[int, list[int]] = {}
         for i in leaves:
@@ -413,8 +414,9 @@ class EMA:
     def averages(self) -> Any:
         """The averages, shaped as the values, in arrays of their library; of several, the first ones.
 
-        NumPy's and torch's are the averages themselves, until the next `swap`, unless they started at zeros;
-        others are copies.
+        NumPy's, torch's and CuPy's are the averages themselves, until the next `swap`, unless they started at
+        zeros; others are copies. Those in host memory beside a device go on moving until `wait` after each
+        update.
         """
         return self.averages_of(0)
 
@@ -462,8 +464,8 @@ class EMA:
         """Put averages in the place of the weights; called again, put the weights back, bit for bit.
 
         Contents are exchanged in place, without further memory. Where that cannot be (an average of another
-        type than its weight or one that started at zeros, variables of TensorFlow and Keras), the weight is
-        kept aside meanwhile, and the average is left as it is.
+        type than its weight, one that started at zeros or lies elsewhere, variables of TensorFlow and Keras),
+        the weight is kept aside meanwhile, beside the average, and the average is left as it is.
 
         Args:
             k: Which averages, of several. Means nothing on the way back.
@@ -514,7 +516,7 @@ class EMA:
         return _views(self._leaves[i].parts(), f"values[{self._names[i]!r}]")
 
     def _exchange(self, leaves: list[int], k: int) -> None:
-        views = [self._read(i) for i in range(len(self._leaves))]
+        views = {i: self._read(i) for i in leaves}
         done: list[Pairs] = []
         for together in self._by_device(leaves, views):
             averages = [_memory.bits(x) for i in together for x in self._stores[k][i]]
@@ -802,6 +804,13 @@ class EMA:
         return pairs
 
 
+class _Group(NamedTuple):
+    """Averages that lie in one memory together."""
+
+    pairs: Pairs
+    leaves: list[int]
+
+
 class _Pass:
     """One pass over the values, checked once: averages move, and what is not averaged is copied.
 
@@ -811,7 +820,7 @@ class _Pass:
 
     def __init__(self, named: Callable[[Exception, list[int]], Exception]) -> None:
         self._named = named
-        self._pairs: list[tuple[Pairs, list[int]]] = []
+        self._groups: list[_Group] = []
         self._offloads: list[Any] = []
         self._copies: list[Pairs] = []
         self._bytewise: list[tuple[Any, Any]] = []
@@ -821,7 +830,7 @@ class _Pass:
     def add(self, pairs: Any, leaves: list[int]) -> None:
         """Have averages move, those of these leaves; pairs in host memory come before others."""
         if isinstance(pairs, Pairs):
-            self._pairs.append((pairs, leaves))
+            self._groups.append(_Group(pairs, leaves))
         else:
             self._offloads.append(pairs)
 
@@ -845,25 +854,19 @@ class _Pass:
             raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
         self.wait()
         decay = decays if len(decays) > 1 else decays[0]
-        for pairs, leaves in self._pairs:
-            with self._naming(leaves):
-                pairs._check_unmoved()
-        for pairs, leaves in self._pairs:
-            with self._naming(leaves):
-                pairs.update(decay, threads, **options, check=False)
+        try:
+            for group in self._groups:
+                group.pairs._check_unmoved()
+            for group in self._groups:
+                group.pairs.update(decay, threads, **options, check=False)
+        except (TypeError, ValueError) as error:
+            raise self._named(error, group.leaves) from None
         for offload in self._offloads:
             offload.update(decay, threads)
         for copies in self._copies:
             copies.update(0.0, threads)  # which copies bits, whatever they mean
         for target, source in self._bytewise:
             _memory.write(source, target)
-
-    @contextmanager
-    def _naming(self, leaves: list[int]) -> Iterator[None]:
-        try:
-            yield
-        except (TypeError, ValueError) as error:
-            raise self._named(error, leaves) from None
 
     def fence(self) -> None:
         """See `EMA.fence`."""

@@ -166,6 +166,7 @@ def _dense(face: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: It has holes.
     """
-    if np.empty_like(face).strides != face.strides and face.size:
+    dense = np.empty_like(face).strides
+    if face.size and any(n > 1 and x != y for n, x, y in zip(face.shape, face.strides, dense, strict=True)):
         raise ValueError(f"values on a CUDA device must be dense, got strides {face.strides}")
     return face

@@ -253,7 +253,7 @@ class EMA:
         self._step, self._used = step, decays
         if any(products):
             self._products = [product * decay for product, decay in zip(products, decays, strict=True)]
-        if fence:
+        if fence and self._offloading:
             self.fence()
 
     def fence(self) -> None:
@@ -852,13 +852,14 @@ class _Pass:
         """Move the averages; a call that raises has changed nothing."""
         if self._movable and [x.data_ptr() for x in self._movable] != self._addresses:
             raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
-        self.wait()
+        if self._offloads:
+            self.wait()
         decay = decays if len(decays) > 1 else decays[0]
         try:
-            for group in self._groups:
+            for group in self._groups[1:]:  # before the first moves
                 group.pairs._check_unmoved()
             for group in self._groups:
-                group.pairs.update(decay, threads, **options, check=False)
+                group.pairs.update(decay, threads, **options)
         except (TypeError, ValueError) as error:
             raise self._named(error, group.leaves) from None
         for offload in self._offloads:

@@ -58,6 +58,12 @@ RAISED_TO_A_POWER = [
 ]
 
 
+@given(st.integers(0, 2**50))
+def test_a_number_gives_the_bits_of_numpys(step):
+    for kind in KINDS:
+        assert kind()(step) == float(kind().at(np.float64(step), np))
+
+
 @pytest.mark.parametrize("schedule", RAISED_TO_A_POWER)
 def test_a_tensor_gives_the_decay_of_a_number(schedule):
     at = tf.function(lambda step: schedule.at(tf.cast(step, tf.float64), tf))

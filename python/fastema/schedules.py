@@ -7,11 +7,21 @@ picklable values: two with the same arguments are equal. A decay of 0 copies the
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 __all__ = ["Schedule", "compound", "constant", "dynamic", "equal_weights", "half_life", "power", "warmup"]
+
+
+class _Numbers:
+    """What `Schedule.at` takes from an array library, for plain numbers: NumPy's would take microseconds."""
+
+    maximum = staticmethod(max)
+    minimum = staticmethod(min)
+
+    @staticmethod
+    def where(condition: bool, x: float, y: float) -> float:
+        return x if condition else y
 
 
 class Schedule(ABC):
@@ -19,7 +29,7 @@ class Schedule(ABC):
 
     def __call__(self, step: int) -> float:
         """Return the decay of this step."""
-        return float(self.at(step, np))
+        return float(self.at(step, _Numbers))
 
     @abstractmethod
     def at(self, step: Any, xp: Any) -> Any:
@@ -227,7 +237,7 @@ class power(Schedule):  # noqa: N801 - used as a function
                 f"got {self.sigma_rel!r}"
             )
 
-    @property
+    @cached_property
     def gamma(self) -> float:
         """The exponent of the steps' weights."""
         # gamma = y - 7/3 takes the square out of the cubic: y^3 + p y + q = 0, whose largest root Viete gives

@@ -1,5 +1,8 @@
 """Averages in the place of the weights, for a while (swap, swapped) or for good (copy_to)."""
 
+import sys
+from contextlib import contextmanager
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -119,6 +122,70 @@ def test_swapped_restores_whatever_is_raised(weights, error):
         evaluate()
     assert not ema.is_swapped
     assert bits(weights) == raw
+
+
+@contextmanager
+def interrupted_after(lines):
+    """Raise KeyboardInterrupt, once, at some line of ema.py, as Ctrl-C does when native code returns."""
+    left = lines
+
+    def trace(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_filename != fastema.ema.__file__:
+            return None
+        left -= event == "line"
+        if left < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_wherever_a_swap_is_interrupted_the_weights_come_back(weights, arguments):
+    ema, weights = made(weights, **arguments)
+    trained(ema, weights)
+    raw, averages = bits(weights), bits(ema.averages)
+    back_already, lines = 0, 0
+    while True:
+        try:
+            with interrupted_after(lines), ema.swapped():
+                pass
+        except KeyboardInterrupt:
+            back_already += not ema.is_swapped
+            if ema.is_swapped:
+                ema.swap()
+            assert bits(weights) == raw, lines
+            assert bits(ema.averages) == averages, lines
+            lines += 1
+        else:
+            break
+    assert lines > 50
+    assert back_already > 0.9 * lines, "but where nothing of the way back was begun it needs no second swap"
+
+
+def test_an_interrupt_as_native_code_returns_is_of_an_update_that_was_done(weights, monkeypatch):
+    weights = weights[2:4]
+    ema, other = (fastema.EMA(weights, 0.9, initial="zeros") for _ in range(2))
+    update = fastema.Pairs.update
+
+    def interrupted(*arguments, **options):
+        update(*arguments, **options)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(fastema.Pairs, "update", interrupted)
+            ema.update()
+        other.update()
+    assert ema.step == other.step == 2
+    assert bits(ema.averages) == bits(other.averages)
 
 
 def test_swapped_restores_on_return_break_and_the_end_of_a_generator(weights):

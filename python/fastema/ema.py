@@ -125,6 +125,9 @@ class EMA:
         self._products = [1.0 if initial == "zeros" else 0.0] * len(self._decays)
         self._swapped: int | None = None  # which averages are in the values
         self._aside: dict[int, _Arrays] = {}  # of each leaf that is not exchanged, the raw weights
+        self._exchanged: set[int] = set()  # the devices where contents are exchanged
+        # exchanged with those in host memory: tells it where an interrupt comes up as native code returns
+        self._mark = np.zeros(1), np.ones(1)
         self._worker = ThreadPoolExecutor(1, "fastema") if background else None
         self._pending: tuple[Future[None], tuple[Any, ...]] | None = None
         checked = self._pass_over(parts)
@@ -241,20 +244,29 @@ class EMA:
         arrays = None if values is None else self._tree.arrays(values)
         decays = [self._decay_at(decay, step) for decay in self._decays]
         products = self._products
+        before = self._step, self._used, products
         if self._worker is not None:
             work = self._worker.submit(self._average, self._held(arrays), decays, products, step)
-            self._pending = work, (self._step, self._used, products)
-        elif self._pass is None or not (arrays is None or all(map(operator.is_, arrays, self._given))):
-            self._average(self._held(arrays), decays, products, step)
-        elif 1.0 in products:  # once: pairs made anew notice what moved before anything starts at nothing
-            self._average(self._held(None), decays, products, step)
-        else:
-            self._move(self._pass, decays, products, step)
-        self._step, self._used = step, decays
-        if any(products):
-            self._products = [product * decay for product, decay in zip(products, decays, strict=True)]
+            self._pending = work, before
+            self._advance(decays, step)
+            return
+        known = arrays is None or all(map(operator.is_, arrays, self._given))
+        over = self._pass if known and 1.0 not in products else None
+        if over is None:  # also before averages start at nothing: what moved is noticed first
+            over = self._pass_over_held(self._held(arrays))
+        self._advance(decays, step)
+        try:
+            self._move(over, decays, products, step)
+        except Exception:  # no interrupt: that comes up when native code has moved them
+            self._step, self._used, self._products = before
+            raise
         if fence and self._offloading:
             self.fence()
+
+    def _advance(self, decays: list[float], step: int) -> None:
+        self._step, self._used = step, decays
+        if any(self._products):
+            self._products = [x * decay for x, decay in zip(self._products, decays, strict=True)]
 
     def fence(self) -> None:
         """Have CUDA devices change no value before the last update has copied it to host memory.
@@ -310,12 +322,12 @@ class EMA:
         return [None] * len(self._leaves)
 
     def _average(self, held: list[Any], decays: list[float], products: list[float], step: int) -> None:
-        parts = [leaf.parts(value) for leaf, value in zip(self._leaves, held, strict=True)]
+        self._move(self._pass_over_held(held), decays, products, step)
+
+    def _pass_over_held(self, held: list[Any]) -> "_Pass":
         if self._pass is not None:
             self._pass.wait()
-        over = self._pass_over(parts)
-        self._move(over, decays, products, step)
-        over.wait()
+        return self._pass_over([leaf.parts(value) for leaf, value in zip(self._leaves, held, strict=True)])
 
     def _move(self, over: "_Pass", decays: list[float], products: list[float], step: int) -> None:
         if 1.0 in products:  # some start at nothing; until now they were the first values
@@ -328,6 +340,8 @@ class EMA:
         if self._rounding == "stochastic":
             options = {"rounding": "stochastic", "seed": self._seed, "step": step}
         over.update(decays, self._threads, **options)
+        if over is not self._pass:
+            over.wait()
 
     def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
         """Pair the averages with local arrays of each leaf; those of each device apart."""
@@ -445,7 +459,9 @@ class EMA:
     def _kept(self, k: int, i: int) -> _Arrays:
         """Return a leaf's average as it is kept, wherever that is."""
         away = (
-            self._swapped is not None and i not in self._aside and (k == self._swapped or i in self._copied)
+            i not in self._aside
+            and (k == self._swapped or (i in self._copied and self._swapped is not None))
+            and self._is_exchanged(_memory.device(self._stores[k][i][0]))
         )
         return _views(self._leaves[i].parts(), self._names[i]) if away else self._stores[k][i]
 
@@ -476,12 +492,16 @@ class EMA:
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()
-        if self._swapped is not None:
-            self._exchange([i for i in range(len(self._leaves)) if i not in self._aside], self._swapped)
-            for i, raw in self._aside.items():
-                self._leaves[i].assign(raw)
-            self._swapped, self._aside = None, {}
+        if self._swapped is None:
+            self._put_averages(k)
             return
+        try:
+            self._put_weights_back()
+        except KeyboardInterrupt:
+            self._put_weights_back()
+            raise
+
+    def _put_averages(self, k: int) -> None:
         for leaf, name in zip(self._leaves, self._names, strict=True):
             _check_writable(leaf, name, "swap()")
         self._check_module()
@@ -490,15 +510,25 @@ class EMA:
         copy = _memory.host_copy if self._offloading else _memory.copy
         aside = {i: [copy(x) for x in self._read(i)] for i in apart}
         averages = {i: self._average_of(k, i) for i in apart}
+        self._swapped, self._aside = k, aside  # first, so that whatever happens can be undone
         try:
             for i in apart:
                 self._leaves[i].assign(averages[i])
-            self._exchange([i for i in range(len(self._leaves)) if i not in aside], k)
+            self._exchange(k)
         except BaseException:
-            for i, raw in aside.items():
-                self._leaves[i].assign(raw)
+            self._put_weights_back()
             raise
-        self._swapped, self._aside = k, aside
+
+    def _put_weights_back(self) -> None:
+        """Undo `_put_averages`, from wherever it or this was interrupted."""
+        if self._swapped is not None:
+            self._exchange(self._swapped, back=True)
+        for i, raw in self._aside.items():
+            self._leaves[i].assign(raw)
+        self._swapped, self._aside = None, {}
+
+    def _is_exchanged(self, device: int | None) -> bool:
+        return device in self._exchanged if device is not None else bool(self._mark[0][0])
 
     def _exchangeable(self, k: int, i: int) -> bool:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
@@ -515,20 +545,25 @@ class EMA:
     def _read(self, i: int) -> _Arrays:
         return _views(self._leaves[i].parts(), f"values[{self._names[i]!r}]")
 
-    def _exchange(self, leaves: list[int], k: int) -> None:
+    def _exchange(self, k: int, *, back: bool = False) -> None:
+        """Exchange contents with all leaves that are not kept aside, but where that is done already."""
+        leaves = [i for i in range(len(self._leaves)) if i not in self._aside]
         views = {i: self._read(i) for i in leaves}
-        done: list[Pairs] = []
         for together in self._by_device(leaves, views):
+            device = _memory.device(views[together[0]][0])
+            if self._is_exchanged(device) != back:
+                continue
             averages = [_memory.bits(x) for i in together for x in self._stores[k][i]]
             values = [_memory.bits(x) for i in together for x in views[i]]
+            if device is None:
+                averages.append(self._mark[0])
+                values.append(self._mark[1])
             try:
-                pairs = Pairs(averages, values)
-                pairs.swap(self._threads)
+                Pairs(averages, values).swap(self._threads)
             except (TypeError, ValueError) as error:
-                for exchanged in done:
-                    exchanged.swap(self._threads)
                 raise self._named(error, together) from None
-            done.append(pairs)
+            if device is not None:
+                self._exchanged ^= {device}
         for i in leaves:
             self._leaves[i].written()
 
@@ -556,8 +591,8 @@ class EMA:
         """
         if self._swapped is not None:
             raise RuntimeError("swapped() cannot be entered while averages are in the place of the weights")
-        self.swap(k)
         try:
+            self.swap(k)
             yield
         finally:
             if self._swapped is not None:
@@ -712,9 +747,9 @@ class EMA:
             _memory.write(source, target)
         self._step, self._used, self._products = step, used, products
         if swapped is not None:
+            self._swapped, self._aside = swapped, own
             for i, leaf in enumerate(self._leaves):
                 leaf.assign(self._average_of(swapped, i))
-            self._swapped, self._aside = swapped, own
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.

@@ -1,5 +1,7 @@
 """fastema.EMA: what its averages are, and how they are shaped, started and stored."""
 
+import copy
+import pickle
 from typing import NamedTuple
 
 import ml_dtypes
@@ -175,6 +177,15 @@ def test_averages_from_zeros_are_divided_by_what_of_them_is_no_longer_zero(rng, 
         assert oracle.same_bits(ema.state_dict()["averages"][0]["0"], kept)
 
 
+def test_the_average_of_a_single_number_is_an_array():
+    weight = np.array(3.0, np.float32)
+    for initial in ("values", "zeros"):
+        ema = fastema.EMA([weight], 0.5, initial=initial)
+        ema.update()
+        assert isinstance(ema.averages[0], np.ndarray)
+        assert oracle.same_bits(ema.averages[0], weight)
+
+
 def test_an_average_from_zeros_is_the_first_value_after_one_update_and_before():
     weight = np.array([3.0, -7.0])
     ema = fastema.EMA(weight, 0.5, initial="zeros")
@@ -205,6 +216,25 @@ def test_integers_and_booleans_are_copied_at_each_update(dtype):
         assert ema.averages_of(k)["counter"].dtype == dtype
     with ema.swapped():
         assert counter.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "other", "error", "message"),
+    [
+        (np.int64, np.ones(2), TypeError, r"values\['n'\] must be of int64, got float64"),
+        (np.int32, np.ones(2, np.uint32), TypeError, r"values\['n'\] must be of int32, got uint32"),
+        (np.uint8, np.ones(2, np.int8), TypeError, r"values\['n'\] must be of uint8, got int8"),
+        (np.uint8, np.ones(1, np.uint8), ValueError, r"values\['n'\] must have shape \(2,\), got \(1,\)"),
+        (np.int64, np.ones((2, 1), int), ValueError, r"values\['n'\] must have shape \(2,\), got \(2, 1\)"),
+    ],
+)
+def test_integers_of_another_type_or_shape_are_refused_and_nothing_changes(dtype, other, error, message):
+    ema = fastema.EMA({"w": np.zeros(3), "n": np.zeros(2, dtype)})
+    with pytest.raises(error, match=message):
+        ema.update({"w": np.ones(3), "n": other})
+    assert ema.step == 0
+    assert not ema.averages["w"].any()
+    assert not ema.averages["n"].any()
 
 
 def test_every_bit_of_an_integer_is_copied_and_swapped():
@@ -273,6 +303,7 @@ def test_averages_in_a_file_that_is_made_anew_stay(tmp_path):
         ({"decay": [0.9, -1]}, ValueError, "decay must be from 0 to 1, got -1"),
         ({"decay": "fast"}, TypeError, "decay must be a number from 0 to 1, or a schedule, got 'fast'"),
         ({"decay": []}, ValueError, "decay must hold one decay or more"),
+        ({"threads": -1}, ValueError, "threads must be 0 or more, got -1"),
         ({"every": 0}, ValueError, "every must be 1 or more, got 0"),
         ({"every": 1.5}, TypeError, "every must be a whole number, got 1.5"),
         ({"start_step": -1}, ValueError, "start_step must be 0 or more, got -1"),
@@ -291,6 +322,12 @@ def test_averages_in_a_file_that_is_made_anew_stay(tmp_path):
 def test_arguments_out_of_range_are_refused_by_name(arguments, error, message):
     with pytest.raises(error, match=message):
         fastema.EMA([np.ones(2)], **arguments)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_cannot_be_copied_says_what_can(copied):
+    with pytest.raises(TypeError, match=r"an EMA cannot be copied or pickled: .* use state_dict\(\)"):
+        copied(fastema.EMA([np.ones(2)]))
 
 
 def test_values_that_are_no_arrays_are_refused_by_name():

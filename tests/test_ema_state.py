@@ -172,7 +172,16 @@ def test_a_state_is_a_copy_of_plain_values_and_arrays():
         ),
         (lambda s: s.update(swapped=0), ValueError, r"state\['values'\] must name the values; missing"),
         (lambda s: s.update(swapped=2), IndexError, "k must be from 0 to 0, got 2"),
-        (lambda s: s.update(decay=["x"]), ValueError, "could not convert string"),
+        (
+            lambda s: s.update(decay=["x"]),
+            TypeError,
+            r"state\['decay'\] must be a number from 0 to 1, got 'x'",
+        ),
+        (
+            lambda s: s.update(products=[np.nan]),
+            ValueError,
+            r"state\['products'\] must be from 0 to 1, got nan",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(change, error, message):

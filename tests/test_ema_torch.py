@@ -135,6 +135,12 @@ def test_averages_of_16_bits_are_tensors_of_16_bits_and_exchanged(torch, dtype):
     assert weight.requires_grad
 
 
+def test_the_average_of_a_single_number_is_a_tensor(torch):
+    ema = fastema.EMA([torch.tensor(3.0)], 0.5, initial="zeros")
+    ema.update()
+    assert torch.equal(ema.averages[0], torch.tensor(3.0))
+
+
 def test_values_may_be_given_again_as_other_libraries_ask_for(torch, model):
     again, plain = fastema.EMA(model.parameters(), 0.9), fastema.EMA(model.parameters(), 0.9)
     step(torch, model)

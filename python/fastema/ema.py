@@ -108,7 +108,8 @@ class EMA:
         if not self._decays:
             raise ValueError("decay must hold one decay or more, got none")
         self._every, self._start_step = _count("every", every, 1), _count("start_step", start_step, 0)
-        self._rounding, self._seed, self._threads = rounding, _count("seed", seed, 0), threads
+        self._seed, self._threads = _count("seed", seed, 0), _count("threads", threads, 0)
+        self._rounding = rounding
         self._buffers: Buffers = buffers
         self._dtype = None if dtype is None else _float_type(dtype)
         self._offloading = device == "cpu"
@@ -133,11 +134,17 @@ class EMA:
         checked = self._pass_over(parts)
         self._pass = checked if all(leaf.fixed for leaf in self._leaves) else None
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an EMA cannot be copied or pickled: a copy would not know its values; use state_dict()"
+        )
+
     def _take(self, values: list[Any], background: bool) -> list[list[Any]]:
         """Make leaves of the values, one for those that are the same; return what they have to read."""
         self._leaves: list[_leaves.Leaf] = []
         self._names: list[str] = []
         self._places: list[int] = []  # of each value in the tree, its leaf
+        self._firsts: list[int] = []  # of each leaf, its first value in the tree
         self._given: list[Any] = []  # of each value, the object; but none that every step leaves behind
         all_parts: list[list[Any]] = []
         known: dict[Any, int] = {}
@@ -155,10 +162,10 @@ class EMA:
             if place == len(self._leaves):
                 self._leaves.append(leaf)
                 self._names.append(name)
+                self._firsts.append(len(self._places))
                 all_parts.append(parts)
             self._places.append(place)
             self._given.append(None if leaf.immutable else value)
-        self._firsts = [self._places.index(i) for i in range(len(self._leaves))]
         return all_parts
 
     def _allocate(self, all_parts: list[list[Any]], file: Any) -> None:
@@ -167,7 +174,7 @@ class EMA:
             _views(parts, f"values[{name!r}]") for parts, name in zip(all_parts, self._names, strict=True)
         ]
         self._averaged: list[int] = []
-        self._copied: list[int] = []
+        self._copied: dict[int, None] = {}  # in order, as a list, and found as fast as in a set
         for i, (parts, name) in enumerate(zip(views, self._names, strict=True)):
             kind = _memory.face(parts[0]).dtype
             if kind not in _FLOATS and kind.kind not in "iub":
@@ -176,7 +183,10 @@ class EMA:
                     f"got {kind}"
                 )
             averaged = kind in _FLOATS and name not in self._tree.copied
-            (self._averaged if averaged else self._copied).append(i)
+            if averaged:
+                self._averaged.append(i)
+            else:
+                self._copied[i] = None
         self._check_places([x for parts in views for x in parts], file)
         copied = [view for i in self._copied for view in views[i]]
         moving = [view for i in self._averaged for view in views[i]]
@@ -190,7 +200,7 @@ class EMA:
         on_host = [False] * len(copied) + [self._offloading] * (len(arrays) - len(copied))
         made = iter(_memory.beside(arrays, dtypes, on_host, file))
 
-        def taken(leaves: list[int]) -> dict[int, _Arrays]:
+        def taken(leaves: Iterable[int]) -> dict[int, _Arrays]:
             return {i: [next(made) for _ in views[i]] for i in leaves}
 
         shared = taken(self._copied)  # by all decays
@@ -357,6 +367,8 @@ class EMA:
                 over.add(several(averages, values, carries=carries or None), leaves)
             except (TypeError, ValueError) as error:
                 raise self._named(error, leaves) from None
+        for i in self._copied:
+            _check_alike(self._names[i], views[i], self._stores[0][i])
         wide = [i for i in self._copied if _memory.face(self._stores[0][i][0]).itemsize > 1]
         for leaves in self._by_device(wide, views):
             try:
@@ -370,11 +382,11 @@ class EMA:
                 raise self._named(error, leaves) from None
         for i in self._copied:
             over.watch(parts[i])
-            if i not in wide:
+            if _memory.face(self._stores[0][i][0]).itemsize == 1:
                 over.copy_bytewise(zip(self._stores[0][i], views[i], strict=True))
         return over
 
-    def _by_device(self, leaves: list[int], views: Mapping[int, _Arrays]) -> list[list[int]]:
+    def _by_device(self, leaves: Iterable[int], views: Mapping[int, _Arrays]) -> list[list[int]]:
         """Return leaves whose values lie in one memory together; those in host memory come first."""
         groups: dict[int, list[int]] = {}
         for i in leaves:
@@ -445,9 +457,9 @@ class EMA:
         return self._tree.build(shown[place] for place in self._places)
 
     def _checked_index(self, k: int) -> int:
-        if not 0 <= k < len(self._decays):
+        if not 0 <= (index := operator.index(k)) < len(self._decays):
             raise IndexError(f"k must be from 0 to {len(self._decays) - 1}, got {k}")
-        return k
+        return index
 
     def _average_of(self, k: int, i: int) -> _Arrays:
         """Return a leaf's average as the user sees it."""
@@ -719,8 +731,8 @@ class EMA:
         if self._swapped is not None:
             raise RuntimeError(f"load_state_dict() {_AWAY}")
         step, swapped = _count("state['step']", state["step"], 0), state["swapped"]
-        products = [float(product) for product in state["products"]]
-        used = None if state["decay"] is None else [float(decay) for decay in state["decay"]]
+        products = [_checked_share(product, "state['products']") for product in state["products"]]
+        used = state["decay"] and [_checked_share(x, "state['decay']") for x in state["decay"]]
         lists = len(self._decays)
         if len(products) != lists or (used is not None and len(used) != lists):
             raise ValueError(f"state must be of {lists} decays, got {len(products)}")
@@ -944,6 +956,14 @@ def _check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
         raise ValueError(f"{call} must change values[{name!r}], which {obstacle}")
 
 
+def _check_alike(name: str, values: _Arrays, copies: _Arrays) -> None:
+    for value, copy in zip(map(_memory.face, values), map(_memory.face, copies), strict=True):
+        if value.dtype != copy.dtype:
+            raise TypeError(f"values[{name!r}] must be of {copy.dtype}, got {value.dtype}")
+        if value.shape != copy.shape:
+            raise ValueError(f"values[{name!r}] must have shape {copy.shape}, got {value.shape}")
+
+
 def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
     for target, average in zip(map(_memory.face, targets), map(_memory.face, averages), strict=True):
         if target.shape != average.shape:
@@ -954,15 +974,17 @@ def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
 
 def _checked_decay(decay: Any, name: str = "decay") -> Any:
     """Return a decay as a float, or a schedule as it is."""
-    if callable(decay):
-        return decay
+    return decay if callable(decay) else _checked_share(decay, name, ", or a schedule")
+
+
+def _checked_share(number: Any, name: str, also: str = "") -> float:
     try:
-        number = float(decay)
+        share = float(number)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number from 0 to 1, or a schedule, got {decay!r}") from None
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"{name} must be from 0 to 1, got {decay!r}")
-    return number
+        raise TypeError(f"{name} must be a number from 0 to 1{also}, got {number!r}") from None
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name} must be from 0 to 1, got {number!r}")
+    return share
 
 
 def _count(name: str, number: Any, least: int) -> int:

@@ -262,10 +262,11 @@ def test_a_file_that_is_none_is_refused_by_name(paths, output):
     [
         ({"weights": [1, 2]}, ValueError, "weights must hold a number for each of the 3 files, got 2"),
         ({"weights": [1, 1, -2]}, ValueError, r"weights must be finite and not add up to 0"),
+        ({"weights": [1e308, 1e308, 0]}, ValueError, r"not add up to 0 or to infinity"),
         ({"weights": [1, 1, np.nan]}, ValueError, r"weights must be finite and not add up to 0"),
         ({"dtype": np.int32}, TypeError, "dtype must be one of float64, float32, .*, got int32"),
     ],
-    ids=["count", "zero", "NaN", "dtype"],
+    ids=["count", "zero", "infinite", "NaN", "dtype"],
 )
 def test_bad_options_are_refused(paths, output, options, error, message):
     write_all(paths, [W] * 3)
@@ -289,10 +290,39 @@ def test_a_file_that_is_cut_off_while_it_is_read_leaves_the_old_output(paths, ou
     def cut(*_):
         os.truncate(paths[1], 1000)
 
-    with pytest.raises(ValueError, match=r"b.safetensors was cut off while it was read"):
+    with pytest.raises(ValueError, match=r"b.safetensors was changed while it was read"):
         checkpoint.average(paths, output, progress=cut)
     assert list(checkpoint.File(output)) == ["old"]
     assert not list(output.parent.glob(".*"))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_leaves_the_old_output(paths, output):
+    """Its tensors may lie elsewhere in the new file."""
+    write_all(paths, [np.zeros(3 * PIECE)] * 3)
+    checkpoint.write(output, {"old": W})
+
+    def replace(*_):
+        checkpoint.write(paths[0], {"v": np.ones(9), "w": np.ones(3 * PIECE)})
+
+    with pytest.raises(ValueError, match=r"a.safetensors was changed while it was read"):
+        checkpoint.average(paths, output, progress=replace)
+    assert list(checkpoint.File(output)) == ["old"]
+
+
+def test_more_files_than_a_process_may_have_open_are_averaged(tmp_path):
+    program = """
+        import resource, sys
+        import numpy as np
+        from fastema import checkpoint
+
+        paths = [f"{sys.argv[1]}/{i}.safetensors" for i in range(100)]
+        for i, path in enumerate(paths):
+            checkpoint.write(path, {"w": np.full(3, float(i))})
+        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+        checkpoint.average(paths, sys.argv[1] + "/mean.safetensors")
+        print(checkpoint.File(sys.argv[1] + "/mean.safetensors")["w"])
+    """
+    assert output_of(program, tmp_path) == "[49.5 49.5 49.5]"
 
 
 # --- the command ------------------------------------------------------------------------------------------

@@ -215,13 +215,14 @@ def test_a_missing_file_is_the_systems_own_error(path):
     [
         ({"a": np.zeros(2, np.complex128)}, {}, TypeError, r"tensors\['a'\] must be of F64.* got complex128"),
         ({"a": np.array(["x"])}, {}, TypeError, r"tensors\['a'\] must be of"),
+        ({1: np.zeros(2)}, {}, TypeError, "tensors must have names that are texts, got 1"),
         ({"a": [1.0]}, {}, TypeError, r"tensors\['a'\] must be a NumPy array.* got list"),
         ({"__metadata__": np.zeros(1)}, {}, ValueError, "it is the header's"),
         ({}, {"step": 1}, TypeError, "metadata must be texts, got 'step': 1"),
         ({}, {"x": " " * 10**8}, ValueError, "names and metadata must fit into 100000000 bytes"),
         ({"\ud800": np.zeros(1)}, {}, ValueError, "surrogates not allowed"),
     ],
-    ids=["complex128", "text", "list", "metadata", "number", "long", "surrogate"],
+    ids=["complex128", "text", "name", "list", "metadata", "number", "long", "surrogate"],
 )
 def test_what_cannot_be_written_is_refused_and_the_old_file_stays(path, tensors, metadata, error, message):
     checkpoint.write(path, {"old": np.ones(3)})
@@ -230,6 +231,11 @@ def test_what_cannot_be_written_is_refused_and_the_old_file_stays(path, tensors,
         checkpoint.write(path, tensors, metadata)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_folder_that_is_not_there_is_the_one_that_the_error_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"No such folder: '{tmp_path}/missing'"):
+        checkpoint.write(tmp_path / "missing" / "averages.safetensors", {})
 
 
 def test_a_folder_or_a_device_is_not_replaced(tmp_path):

@@ -345,6 +345,13 @@ def test_a_file_of_a_later_version_or_with_a_later_schedule_is_refused(path):
             EMA.load(path, weights)
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1}', '{"version": 1, "products": 3}'])
+def test_a_file_whose_state_is_damaged_is_refused_by_name(path, text):
+    checkpoint.write(path, {"w": np.ones(2)}, {"fastema": text})
+    with pytest.raises(ValueError, match=r"ema.safetensors holds a state that EMA.save\(\) did not write"):
+        EMA.load(path, {"w": np.ones(2)})
+
+
 def test_names_that_are_taken_for_the_state_are_refused_and_the_old_file_stays(path):
     EMA(weights_at(0), 0.9).save(path)
     before = path.read_bytes()

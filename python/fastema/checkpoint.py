@@ -4,16 +4,17 @@ Safetensors files: 8 bytes with the length of a header, the header in JSON, the 
 to write because the package writes only what is in memory already; reading trusts its checks.
 """
 
+import errno
 import fcntl
 import json
 import mmap
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
-from io import BufferedReader, BufferedWriter
+from io import BufferedReader, BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def write(path: _Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] |
     """
     arrays = {}
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tensors must have names that are texts, got {name!r}")
         is_numpys = isinstance(tensor, np.ndarray | np.generic)
         array = np.asarray(tensor) if is_numpys else as_view(tensor, f"tensors[{name!r}]")
         if array.dtype.newbyteorder("=") not in _CODES:
@@ -191,7 +194,7 @@ def average(
     Raises:
         TypeError: `paths` is a single path, or `dtype` is none of the format's real types.
         ValueError: A file is no safetensors file or does not fit the first, or `weights` are not finite,
-            not as many as the files, or add up to 0.
+            not as many as the files, or add up to 0 or beyond float64; or a file is changed meanwhile.
         OSError: A file cannot be read, or `output` cannot be written. It is as it was, in all these cases.
 
     Example:
@@ -213,35 +216,32 @@ def average(
     shares = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
     if len(shares) != len(paths):
         raise ValueError(f"weights must hold a number for each of the {len(paths)} files, got {len(shares)}")
-    if not np.isfinite(shares).all() or sum(shares) == 0:
-        raise ValueError(f"weights must be finite and not add up to 0, got {shares}")
+    if not np.isfinite([*shares, sum(shares)]).all() or sum(shares) == 0:
+        raise ValueError(f"weights must be finite and not add up to 0 or to infinity, got {shares}")
     narrow = None if dtype is None else np.dtype(dtype)
     if narrow and narrow not in _REALS.values():
         raise TypeError(f"dtype must be one of {', '.join(map(str, _REALS.values()))}, got {narrow}")
-    with ExitStack() as opened:
-        files = [opened.enter_context(Path(path).open("rb")) for path in paths]
-        headers = [_read_header(file, path) for file, path in zip(files, paths, strict=True)]
-        layouts = [{name: x for name, x in layout.items() if not _is_state(name)} for layout, _ in headers]
-        for path, layout in zip(paths[1:], layouts[1:], strict=True):
-            _check_fit(layouts[0], layout, paths[0], path)
-        means = {
-            name: replace(tensor, dtype=narrow) if narrow and tensor.dtype in _REALS.values() else tensor
-            for name, tensor in layouts[0].items()
-        }
-        shared = set.intersection(*(set(metadata.items()) for _, metadata in headers))
-        header, names = _header(means, {key: text for key, text in sorted(shared) if key != _STATE})
-        done, total = 0, sum(tensor.nbytes for tensor in means.values())
-        with _replacing(output) as written:
-            written.write(header)
-            for name in names:
-                tensors = [layout[name] for layout in layouts]
-                for begin in range(0, tensors[0].size, _PIECE):
-                    piece = _mean(files, tensors, shares, begin, means[name].dtype)
-                    written.write(piece.view(np.uint8).data)
-                    done += piece.nbytes
-                    if progress:
-                        progress(done, total)
-    return [name for name, tensor in layouts[0].items() if not _has_mean(tensor.dtype)]
+    sources = [_Source.of(path) for path in paths]
+    first = sources[0].layout
+    for source in sources[1:]:
+        _check_fit(sources[0], source)
+    means = {
+        name: replace(tensor, dtype=narrow) if narrow and tensor.dtype in _REALS.values() else tensor
+        for name, tensor in first.items()
+    }
+    shared = set.intersection(*(set(source.metadata.items()) for source in sources))
+    header, names = _header(means, {key: text for key, text in sorted(shared) if key != _STATE})
+    done, total = 0, sum(tensor.nbytes for tensor in means.values())
+    with _replacing(output) as written:
+        written.write(header)
+        for name in names:
+            for begin in range(0, first[name].size, _PIECE):
+                piece = _mean(sources, shares, name, begin, means[name].dtype)
+                written.write(piece.view(np.uint8).data)
+                done += piece.nbytes
+                if progress:
+                    progress(done, total)
+    return [name for name, tensor in first.items() if not _has_mean(tensor.dtype)]
 
 
 def write_state(
@@ -296,6 +296,20 @@ def read_state(path: _Path, decay: Any = None) -> tuple[dict[str, Any], dict[str
     file = File(path)
     if _STATE not in file.metadata:
         raise ValueError(f"{path} holds no state of an EMA: EMA.save() did not write it")
+    try:
+        state, config = _parsed_state(file, path)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as reason:
+        raise ValueError(f"{path} holds a state that EMA.save() did not write: {reason!r}") from None
+    if decay is not None:
+        config["decay"] = decay
+    elif isinstance(config["decay"], list):
+        config["decay"] = [_restored(d, path) for d in config["decay"]]
+    else:
+        config["decay"] = _restored(config["decay"], path)
+    return state, config
+
+
+def _parsed_state(file: File, path: _Path) -> tuple[dict[str, Any], dict[str, Any]]:
     state = json.loads(file.metadata[_STATE])
     if state.pop("version") != _VERSION:
         raise ValueError(f"{path} was written by a later fastema, in a way that this one does not know")
@@ -310,12 +324,6 @@ def read_state(path: _Path, decay: Any = None) -> tuple[dict[str, Any], dict[str
     state["averages"] = [found["kept", k] or found["averages", k] for k in lists]
     state["carries"] = [found["carries", k] for k in lists if config["rounding"] == "compensated"]
     state["copied"], state["values"] = found["copied", 0], found["values", 0]
-    if decay is not None:
-        config["decay"] = decay
-    elif isinstance(config["decay"], list):
-        config["decay"] = [_restored(d, path) for d in config["decay"]]
-    else:
-        config["decay"] = _restored(config["decay"], path)
     return state, config
 
 
@@ -354,22 +362,65 @@ def _has_mean(dtype: np.dtype) -> bool:
     return dtype in _REALS.values() or dtype.kind == "c"
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A file to average. It is opened for each piece: a process may have no more than 256 files open.
+
+    Attributes:
+        path: Of the file.
+        layout: Its tensors, without those that only an EMA reads.
+        metadata: The header's texts.
+        identity: What is another if the file is another by then.
+    """
+
+    path: _Path
+    layout: dict[str, _Tensor]
+    metadata: dict[str, str]
+    identity: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: _Path) -> "_Source":
+        with Path(path).open("rb") as file:
+            layout, metadata = _read_header(file, path)
+            own = {name: tensor for name, tensor in layout.items() if not _is_state(name)}
+            return cls(path, own, metadata, _identity(file))
+
+    def piece(self, name: str, begin: int) -> np.ndarray:
+        """Read a tensor from element `begin` on, as much as is held at a time."""
+        tensor = self.layout[name]
+        piece = np.empty(min(_PIECE, tensor.size - begin), tensor.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(tensor.begin + begin * tensor.dtype.itemsize)
+            if _identity(file) != self.identity or _read_into(file, piece) != piece.nbytes:
+                raise ValueError(f"{self.path} was changed while it was read")
+        return piece
+
+
+def _identity(file: BufferedReader | FileIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_into(file: FileIO, array: np.ndarray) -> int:
+    """Fill an array from where a file is; return how many bytes there were, for one read may bring less."""
+    rest = memoryview(array.view(np.uint8).data)
+    while rest and (count := file.readinto(rest)):
+        rest = rest[count:]
+    return array.nbytes - len(rest)
+
+
 def _mean(
-    files: Sequence[BufferedReader],
-    tensors: Sequence[_Tensor],
-    shares: Sequence[float],
-    begin: int,
-    dtype: np.dtype,
+    sources: Sequence[_Source], shares: Sequence[float], name: str, begin: int, dtype: np.dtype
 ) -> np.ndarray:
-    """Return a piece of the tensors' mean, from element `begin` on; the last one's where there is no mean."""
-    source = tensors[0].dtype
-    if not _has_mean(source):
-        return _read_piece(files[-1], tensors[-1], begin)
-    wide = np.result_type(source, np.float64)
+    """Return a piece of a tensor's mean, from element `begin` on; the last one's where there is no mean."""
+    own = sources[0].layout[name].dtype
+    if not _has_mean(own):
+        return sources[-1].piece(name, begin)
+    wide = np.result_type(own, np.float64)
     with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
         terms = (
-            np.multiply(_read_piece(file, tensor, begin), share, dtype=wide)
-            for file, tensor, share in zip(files, tensors, shares, strict=True)
+            np.multiply(source.piece(name, begin), share, dtype=wide)
+            for source, share in zip(sources, shares, strict=True)
         )
         return _narrowed(reduce(np.add, terms) / sum(shares), dtype)
 
@@ -389,27 +440,19 @@ def _narrowed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return near.astype(dtype)
 
 
-def _read_piece(file: BufferedReader, tensor: _Tensor, begin: int) -> np.ndarray:
-    file.seek(tensor.begin + begin * tensor.dtype.itemsize)
-    piece = np.empty(min(_PIECE, tensor.size - begin), tensor.dtype)
-    if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
-        raise ValueError(f"{file.name} was cut off while it was read")
-    return piece
-
-
-def _check_fit(
-    first: Mapping[str, _Tensor], other: Mapping[str, _Tensor], first_path: _Path, other_path: _Path
-) -> None:
-    for name in sorted(first.keys() ^ other.keys()):
-        has, lacks = (first_path, other_path) if name in first else (other_path, first_path)
-        raise ValueError(f"all files must have the same tensors: {has} has {name!r}, {lacks} has not")
-    for name, tensor in first.items():
+def _check_fit(first: _Source, other: _Source) -> None:
+    for name in sorted(first.layout.keys() ^ other.layout.keys()):
+        has, lacks = (first, other) if name in first.layout else (other, first)
+        raise ValueError(
+            f"all files must have the same tensors: {has.path} has {name!r}, {lacks.path} has not"
+        )
+    for name, tensor in first.layout.items():
         for what in ("shape", "dtype"):
-            needed, got = getattr(tensor, what), getattr(other[name], what)
+            needed, got = getattr(tensor, what), getattr(other.layout[name], what)
             if needed != got:
                 raise ValueError(
                     f"{name!r} must have one {what} in all files, "
-                    f"got {needed} in {first_path} and {got} in {other_path}"
+                    f"got {needed} in {first.path} and {got} in {other.path}"
                 )
 
 
@@ -464,6 +507,8 @@ def _replacing(path: _Path) -> Iterator[BufferedWriter]:
     target = Path(path).resolve()
     if target.exists() and not target.is_file():
         raise ValueError(f"{path} must be a file or not be there")
+    if not target.parent.is_dir():  # said of the folder, and not of a file that nobody knows
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
     beside = target.with_name(f".{target.name}.partial")
     with _locked(beside) as file:
         try:

@@ -161,3 +161,12 @@ def test_a_step_may_donate_what_was_averaged_before(jnp):
         values = train(values)
         ema.update(values)
     assert ema.averages["w"][0] == 3.125
+
+
+def test_values_within_jit_are_refused_and_no_step_is_counted(jnp):
+    import jax
+
+    ema = fastema.EMA([jnp.zeros(3)])
+    with pytest.raises(RuntimeError, match=r"can be read only outside of jax.jit"):
+        jax.jit(lambda x: ema.update([x]))(jnp.ones(3))
+    assert ema.step == 0

@@ -84,3 +84,29 @@ def test_a_module_is_refused_with_what_to_give_instead():
     tf = pytest.importorskip("tensorflow")
     with pytest.raises(TypeError, match=r"values must be an array, .* got Module: give its variables"):
         fastema.EMA(tf.Module())
+
+def test_variables_within_a_graph_are_refused_and_no_step_is_counted():
+    tf = pytest.importorskip("tensorflow")
+    for count in (1, 2):
+        ema = fastema.EMA([tf.Variable(0.0) for _ in range(count)])
+        with pytest.raises(RuntimeError, match=r"can be read only outside of tf.function"):
+            tf.function(ema.update, autograph=False)()
+        assert ema.step == 0
+
+
+def test_variables_of_texts_are_refused_by_name():
+    """Asked for their memory, TensorFlow aborts the process."""
+    tf = pytest.importorskip("tensorflow")
+    with pytest.raises(TypeError, match=r"values\['vocabulary'\] must be of numbers, got string"):
+        fastema.EMA({"vocabulary": tf.Variable(["a", "b"])})
+
+
+def test_new_values_are_read_in_place_of_variables_one_or_all():
+    tf = pytest.importorskip("tensorflow")
+    variables = [tf.Variable([0.0]), tf.Variable([0.0])]
+    ema = fastema.EMA(variables, 0.5)
+    variables[1].assign([2.0])
+    ema.update()
+    ema.update([tf.constant([4.0]), variables[1]])
+    ema.update([tf.constant([4.0]), tf.constant([0.5])])
+    assert [average.numpy().tolist() for average in ema.averages] == [[3.0], [1.0]]

@@ -161,6 +161,8 @@ class _Jax(Leaf):
             raise ValueError("values must be given: JAX arrays do not change")
         try:
             return [np.asarray(value)]
+        except TypeError:  # of JAX's tracers
+            raise RuntimeError("values of JAX arrays can be read only outside of jax.jit") from None
         except RuntimeError as error:
             raise RuntimeError(
                 f"values must outlive their averaging, and one was donated to a step before: {error}"
@@ -178,31 +180,68 @@ class _Jax(Leaf):
         return jax.device_put(arrays[0].copy(), self._sharding)  # which may keep the memory it is given
 
 
+def _tensorflow_outside_of_graphs() -> Any:
+    import tensorflow as tf  # noqa: PLC0415 - loaded already: a value is one of its variables
+
+    if not tf.executing_eagerly():
+        raise RuntimeError("values of tf.Variables can be read only outside of tf.function")
+    return tf
+
+
 class _TensorFlow(Leaf):
     """tf.Variables. Their buffers may be shared, so nothing is written into one; and they move."""
 
     fixed = False
 
     def __init__(self, variable: Any) -> None:
-        self._variable = variable
+        self.variable = variable
 
     def parts(self, value: Any = None) -> list[Any]:
-        import tensorflow as tf  # noqa: PLC0415 - loaded already: the value is one of its variables
-
-        tensor = tf.convert_to_tensor(self._variable if value is None else value)
+        tf = _tensorflow_outside_of_graphs()
+        tensor = tf.convert_to_tensor(self.variable if value is None else value)
         if tensor.dtype == tf.bfloat16:
             return [np.from_dlpack(tf.bitcast(tensor, tf.uint16)).view(ml_dtypes.bfloat16)]
         return [np.from_dlpack(tensor)]
 
     def assign(self, arrays: Sequence[Any]) -> Any:
         # a copy: TensorFlow may keep the memory it is given
-        self._variable.assign(_cast(arrays[0], self._variable.dtype.as_numpy_dtype))
-        return self._variable
+        self.variable.assign(_cast(arrays[0], self.variable.dtype.as_numpy_dtype))
+        return self.variable
 
     def shown(self, arrays: Sequence[Any]) -> Any:
         import tensorflow as tf  # noqa: PLC0415
 
         return tf.convert_to_tensor(arrays[0].copy())
+
+
+class Reader:
+    """Reads many values at once, TensorFlow's variables by a function of their own: by one each takes 40 us.
+
+    Args:
+        leaves: Whose values.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self._leaves = leaves
+        self._variables = {i: leaf.variable for i, leaf in enumerate(leaves) if isinstance(leaf, _TensorFlow)}
+        self._function: Any = None
+
+    def parts(self, values: Sequence[Any]) -> list[list[Any]]:
+        """Return what `Leaf.parts` does, of each leaf and value; None: of the leaf's own."""
+        tensors = {}
+        if len(self._variables) > 1 and all(values[i] is None for i in self._variables):
+            tensors = dict(zip(self._variables, self._read_variables(), strict=True))
+        return [leaf.parts(tensors.get(i, values[i])) for i, leaf in enumerate(self._leaves)]
+
+    def _read_variables(self) -> list[Any]:
+        tf = _tensorflow_outside_of_graphs()
+
+        def read() -> list[Any]:
+            return [tf.convert_to_tensor(variable) for variable in self._variables.values()]
+
+        if self._function is None:
+            self._function = tf.function(read, autograph=False).get_concrete_function()
+        return list(self._function())
 
 
 class _KerasOnJax(_Jax):
@@ -268,6 +307,8 @@ def leaf(value: Any, name: str) -> Leaf:
         _memory.view(native, name)
         return _Torch(native)
     if _is_tensorflow(native):
+        if not (native.dtype.is_floating or native.dtype.is_integer or native.dtype.is_bool):
+            raise TypeError(f"{name} must be of numbers, got {native.dtype.name}")  # DLPack of texts aborts
         return _TensorFlow(native)
     if _loaded(native, "jax", "Array"):
         as_view(native, name)

@@ -119,6 +119,7 @@ class EMA:
         self._tree = Tree(values, _leaves.is_leaf, buffers)
         self._module = values if hasattr(values, "named_parameters") else None
         parts = self._take(self._tree.arrays(values), background)
+        self._reader = _leaves.Reader(self._leaves)
         self._allocate(parts, memory)
         self._step = 0
         self._used: list[float] | None = None
@@ -337,7 +338,7 @@ class EMA:
     def _pass_over_held(self, held: list[Any]) -> "_Pass":
         if self._pass is not None:
             self._pass.wait()
-        return self._pass_over([leaf.parts(value) for leaf, value in zip(self._leaves, held, strict=True)])
+        return self._pass_over(self._reader.parts(held))
 
     def _move(self, over: "_Pass", decays: list[float], products: list[float], step: int) -> None:
         if 1.0 in products:  # some start at nothing; until now they were the first values

@@ -12,8 +12,10 @@ import pytest
 
 import fake_cuda
 import fastema
+import oracle
 from fake_cuda import Array
-from fastema import schedules
+from fastema import _memory, schedules
+from fastema.cuda import _offload
 
 bfloat16 = ml_dtypes.bfloat16
 CUPY, TORCH = 2, 1  # the handles of their streams

@@ -185,7 +185,8 @@ def test_pieces_of_a_long_profile_change_nothing(monkeypatch):
     [
         (([], [], 0.1), "steps and sigma_rels must hold a number for each of one snapshot or more"),
         (([1, 2], [0.1], 0.1), r"steps and sigma_rels must .*, got shapes \(2,\) and \(1,\)"),
-        (([0, 2], [0.1, 0.1], 0.1), "steps must be at least 1, the first update, got 0"),
+        (([0, 2], [0.1, 0.1], 0.1), "steps must be finite and at least 1, the first update, got 0"),
+        (([1, np.inf], [0.1, 0.1], 0.1), "steps must be finite and at least 1, the first update, got inf"),
         (([5, 5], [0.1, 0.1], 0.2), r"snapshots must be different, got step 5 of 0\.1 twice"),
         (([5, 7], [0.1, 0.5], 0.1), r"sigma_rel must be above 0 .*, got 0\.5"),
         (([5, 7], [0.1, 0.1], 0.5), r"sigma_rel must be above 0 .*, got 0\.5"),

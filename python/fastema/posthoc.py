@@ -79,8 +79,9 @@ def weights(
             "steps and sigma_rels must hold a number for each of one snapshot or more, "
             f"got shapes {t.shape} and {sigmas.shape}"
         )
-    if not (t >= 1).all():
-        raise ValueError(f"steps must be at least 1, the first update, got {min(steps)}")
+    unfit = t[~((t >= 1) & (t < np.inf))]
+    if unfit.size:
+        raise ValueError(f"steps must be finite and at least 1, the first update, got {unfit[0]:g}")
     gamma_of = {sigma: schedules.power(float(sigma)).gamma for sigma in set(sigmas)}
     end = t.max() if target_step is None else float(target_step)
     if not 1 <= end <= t.max():

@@ -31,8 +31,10 @@ class EMA:
     devices, whose averages lie there too. Averages start at the values.
 
     Arrays of integers and booleans (counters, masks) are copied at each update. An array that is given
-    twice (tied weights) is averaged once. Values are known by the object, never by a name. Methods are for one
-    thread at a time. After Ctrl-C in a swap `is_swapped` is true to the arrays, and `swap` gives the weights back.
+    twice (tied weights) is averaged once. Values are known by the object, never by a name.
+
+    Methods are for one thread at a time. After Ctrl-C in a swap, `is_swapped` is true to the arrays, and
+    another `swap` gives the weights back.
 
     Args:
         values: An array, a sequence or a mapping of arrays, also nested, or anything with

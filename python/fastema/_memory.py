@@ -115,7 +115,7 @@ def face(array: Any) -> np.ndarray:
 
 def device(array: Any) -> int | None:
     """See `Memory.device`."""
-    return of(array).device(array)
+    return None if isinstance(array, np.ndarray) else of(array).device(array)  # most are, at every update
 
 
 def bits(array: Any) -> Any:

@@ -174,9 +174,7 @@ class EMA:
 
     def _allocate(self, all_parts: list[list[Any]], file: Any) -> None:
         """Make averages that start at the values, and carries."""
-        views = [
-            _views(parts, f"values[{name!r}]") for parts, name in zip(all_parts, self._names, strict=True)
-        ]
+        views = [_views(parts, name) for parts, name in zip(all_parts, self._names, strict=True)]
         self._averaged: list[int] = []
         self._copied: dict[int, None] = {}  # in order, as a list, and found as fast as in a set
         for i, (parts, name) in enumerate(zip(views, self._names, strict=True)):
@@ -360,7 +358,7 @@ class EMA:
     def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
         """Pair the averages with local arrays of each leaf; those of each device apart."""
         over = _Pass(self._named)
-        views = {i: _views(x, f"values[{self._names[i]!r}]") for i, x in enumerate(parts)}
+        views = {i: _views(x, self._names[i]) for i, x in enumerate(parts)}
         for leaves in self._by_device(self._averaged, views):
             averages = [[x for i in leaves for x in store[i]] for store in self._stores]
             carries = [[x for i in leaves for x in carry[i]] for carry in self._carries]
@@ -479,7 +477,7 @@ class EMA:
             and (k == self._swapped or (i in self._copied and self._swapped is not None))
             and self._is_exchanged(_memory.device(self._stores[k][i][0]))
         )
-        return _views(self._leaves[i].parts(), self._names[i]) if away else self._stores[k][i]
+        return self._read(i) if away else self._stores[k][i]
 
     def _divisor(self, k: int) -> float:
         product = self._products[k]
@@ -559,7 +557,7 @@ class EMA:
         return True
 
     def _read(self, i: int) -> _Arrays:
-        return _views(self._leaves[i].parts(), f"values[{self._names[i]!r}]")
+        return _views(self._leaves[i].parts(), self._names[i])
 
     def _exchange(self, k: int, *, back: bool = False) -> None:
         """Exchange contents with all leaves that are not kept aside, but where that is done already."""
@@ -938,7 +936,7 @@ def _offloads() -> Any:
 
 
 def _views(parts: Sequence[Any], name: str) -> _Arrays:
-    return [_memory.view(part, name) for part in parts]
+    return [x if isinstance(x, np.ndarray) else _memory.view(x, f"values[{name!r}]") for x in parts]
 
 
 def _wide(dtype: Any) -> Any:

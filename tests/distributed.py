@@ -1,7 +1,6 @@
 """Training under tf.distribute on one machine; programs of tests that need devices of their own import it."""
 
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,6 @@ def output_of(code, *arguments, **environment):
     return processes.output_of(
         code, *arguments, PYTHONPATH=path, **{"KERAS_BACKEND": "tensorflow", **environment}
     )
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("localhost", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def mirrored(replicas=2):

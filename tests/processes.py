@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +37,43 @@ def output_of(code, *arguments, **environment):
     done = python(code, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def ranks(count, code, *arguments, **environment):
+    """Run a program in so many processes at once, which must all succeed.
+
+    Each finds its number as RANK and theirs as WORLD_SIZE, and can import the modules of the tests. All are
+    ended after two minutes: a collective that one of them never enters keeps the others waiting.
+    """
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    shared = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": str(count), **environment}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+            env={**shared, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    end = time.monotonic() + 120
+    try:
+        errors = [each.communicate(timeout=max(1, end - time.monotonic()))[1] for each in started]
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    failed = [text for each, text in zip(started, errors, strict=True) if each.returncode]
+    assert not failed, "\n".join(failed)
+
+
+def free_ports(count):
+    """Return ports of this machine that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("localhost", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -85,6 +85,7 @@ def test_a_module_is_refused_with_what_to_give_instead():
     with pytest.raises(TypeError, match=r"values must be an array, .* got Module: give its variables"):
         fastema.EMA(tf.Module())
 
+
 def test_variables_within_a_graph_are_refused_and_no_step_is_counted():
     tf = pytest.importorskip("tensorflow")
     for count in (1, 2):

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from distributed import free_ports, output_of
+from distributed import output_of
 from keras_replay import assert_same_bits, replay
+from processes import free_ports
 
 # --- MirroredStrategy: two replicas in a process ------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """How the arrays of each library are read, written and shown: one class for each kind.
 
-A value can lie in several local arrays (a sharded one will); those here lie in one each. Everything that
-depends on a library is in these classes, and none of it is imported before the user has.
+A value can lie in several local arrays, as one that is sharded over devices does, and these need not be all
+of it. Everything that depends on a library is in these classes, and none of it is imported before the user
+has.
 """
 
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 
 from . import _memory
 from ._arrays import as_view, is_array
+from ._shards import Block, Shards
 
 
 def _cast(array: Any, dtype: Any) -> np.ndarray:
@@ -28,11 +30,15 @@ class Leaf(ABC):
 
     Attributes:
         fixed: Whether its parts stay the same memory from update to update, so that they are paired once.
+        followed: Whether they may be other memory after all, as `place` tells, and are then paired anew.
         immutable: Whether it never changes: then new values are passed to each update.
+        shards: How it is spread over processes or devices; None: its one part is all of it.
     """
 
     fixed = True
+    followed = False
     immutable = False
+    shards: Shards | None = None
 
     @abstractmethod
     def parts(self, value: Any = None) -> list[Any]:
@@ -41,6 +47,10 @@ class Leaf(ABC):
         Args:
             value: Another value of this kind. None: this one.
         """
+
+    def place(self) -> Any:
+        """Return what tells the memory of the parts from other memory, while that is kept."""
+        return None
 
     def in_place(self) -> bool:
         """Tell whether what is written into the parts is the value's."""
@@ -146,21 +156,134 @@ class _Torch(Leaf):
             torch.autograd.graph.increment_version(self._tensor)
 
 
+class _DTensor(_Torch):
+    """The shard that this process has of a tensor, as `fully_shard` leaves parameters; nothing is gathered.
+
+    FSDP may give a shard other memory.
+    """
+
+    followed = True
+
+    def __init__(self, tensor: Any) -> None:
+        super().__init__(tensor)
+        if not all(placement.is_replicate() for placement in tensor.placements):
+            self.shards = _shards_of(tensor)
+
+    def parts(self, value: Any = None) -> list[Any]:
+        if value is None:
+            return [_local_of(self._tensor)]
+        first = self._tensor
+        if not _is_dtensor(value) or (value.device_mesh, value.placements) != (
+            first.device_mesh,
+            first.placements,
+        ):
+            got = value.placements if _is_dtensor(value) else type(value).__name__
+            raise ValueError(
+                f"values must be sharded as at first, by {first.placements} on one mesh, got {got}"
+            )
+        return [_local_of(value)]
+
+    def place(self) -> Any:
+        local = self._tensor._local_tensor  # `to_local` would make a tensor of each parameter
+        return local.data_ptr(), local.shape
+
+    def assign(self, arrays: Sequence[np.ndarray]) -> Any:
+        _memory.write(arrays[0], _memory.view(_local_of(self._tensor), "values"))
+        self.written()
+        return self._tensor
+
+    def shown(self, arrays: Sequence[np.ndarray]) -> Any:
+        from torch.distributed.tensor import DTensor  # noqa: PLC0415 - loaded already
+
+        tensor = self._tensor
+        return DTensor.from_local(
+            super().shown(arrays),
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,  # which would gather
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    def written(self) -> None:
+        super().written()
+        if not self._tensor.is_inference():
+            import torch  # noqa: PLC0415
+
+            torch.autograd.graph.increment_version(self._tensor._local_tensor)  # it has its own
+
+
+def _local_of(tensor: Any) -> Any:
+    import torch  # noqa: PLC0415 - loaded already
+
+    with torch.no_grad():  # else the tensor would be one of a graph, which is many times slower
+        return tensor.to_local()
+
+
+def _shards_of(tensor: Any) -> Shards:
+    """Return where this process' part of a DTensor lies."""
+    mesh = tensor.device_mesh
+    (chunk,) = tensor.__create_chunk_list__()
+    coordinates = mesh.get_coordinate()
+    # of replicas the first one is saved
+    writes = coordinates is not None and not any(
+        at for at, placement in zip(coordinates, tensor.placements, strict=True) if placement.is_replicate()
+    )
+    rank = mesh.get_rank()
+    return Shards(
+        (Block(tuple(tensor.shape), tuple(chunk.offsets), tuple(chunk.sizes)),),
+        (rank if writes else None,),
+        frozenset(mesh.mesh.flatten().tolist()),
+        frozenset([rank]),
+    )
+
+
 class _Jax(Leaf):
-    """JAX arrays in CPU memory. Of the first only the type and the place are kept, not the memory."""
+    """JAX arrays in CPU memory, on one device or sharded over several.
+
+    Of the first only the type and the place are kept, not the memory. Each distinct shard in this process is
+    a part, however many devices have it.
+    """
 
     fixed = False
     immutable = True
 
     def __init__(self, array: Any) -> None:
-        as_view(array, "values")  # says why, where its memory cannot be viewed
-        self._dtype, self._sharding = array.dtype, array.sharding
+        self._dtype, self._shape, self._sharding = array.dtype, array.shape, array.sharding
+        self._firsts = [0]  # of each part, the first of this process' devices that have it
+        self._copies: list[tuple[int, Any]] = []  # of each of these devices, its part, and the device
+        if len(self._sharding.device_set) == 1:
+            return
+        shards = array.addressable_shards
+        blocks = [_block_of(shard, array.shape) for shard in shards]
+        distinct = list(dict.fromkeys(blocks))
+        self._firsts = [blocks.index(block) for block in distinct]
+        for shard, block in zip(shards, blocks, strict=True):
+            self._copies.append((distinct.index(block), shard.data.sharding))
+        if not self._sharding.is_fully_replicated:
+            writers = {
+                block: shard.device.id
+                for shard, block in zip(shards, blocks, strict=True)
+                if shard.replica_id == 0
+            }
+            self.shards = Shards(
+                tuple(distinct),
+                tuple(writers.get(block) for block in distinct),
+                frozenset(device.id for device in self._sharding.device_set),
+                frozenset(shard.device.id for shard in shards),
+            )
 
     def parts(self, value: Any = None) -> list[Any]:
         if value is None:
             raise ValueError("values must be given: JAX arrays do not change")
         try:
-            return [np.asarray(value)]
+            if not self._copies and getattr(value, "is_fully_replicated", True):
+                return [np.asarray(value)]
+            sharding = getattr(value, "sharding", None)
+            # NumPy would gather what is sharded otherwise
+            if sharding is None or not sharding.is_equivalent_to(self._sharding, len(self._shape)):
+                raise ValueError(f"values must be sharded as at first, by {self._sharding}, got {sharding}")
+            return [np.asarray(value.addressable_data(first)) for first in self._firsts]
         except TypeError:  # of JAX's tracers
             raise RuntimeError("values of JAX arrays can be read only outside of jax.jit") from None
         except RuntimeError as error:
@@ -172,12 +295,22 @@ class _Jax(Leaf):
         return "is a JAX array, which never changes"
 
     def assign(self, arrays: Sequence[Any]) -> Any:
-        return self.shown([_cast(arrays[0], self._dtype)])
+        return self.shown([_cast(array, self._dtype) for array in arrays])
 
     def shown(self, arrays: Sequence[Any]) -> Any:
         import jax  # noqa: PLC0415 - loaded already: the value is one of its arrays
 
-        return jax.device_put(arrays[0].copy(), self._sharding)  # which may keep the memory it is given
+        # copies: JAX may keep the memory it is given
+        if not self._copies:
+            return jax.device_put(arrays[0].copy(), self._sharding)
+        shards = [jax.device_put(arrays[part].copy(), device) for part, device in self._copies]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
+
+
+def _block_of(shard: Any, shape: tuple[int, ...]) -> Block:
+    """Return where a shard of a JAX array lies."""
+    begin = (index.indices(size)[0] for index, size in zip(shard.index, shape, strict=True))
+    return Block(shape, tuple(begin), shard.data.shape)
 
 
 def _tensorflow_outside_of_graphs() -> Any:
@@ -279,6 +412,10 @@ def _is_keras(value: Any) -> bool:
     return _loaded(value, "keras", "Variable")
 
 
+def _is_dtensor(value: Any) -> bool:
+    return _loaded(value, "torch.distributed.tensor", "DTensor")
+
+
 def _is_tensorflow(value: Any) -> bool:
     return _loaded(value, "tensorflow", "Variable")
 
@@ -303,6 +440,13 @@ def leaf(value: Any, name: str) -> Leaf:
     if isinstance(value, np.ndarray):
         return _NumPy(value, value)
     native = _behind(value)
+    if _is_dtensor(native):
+        if any(placement.is_partial() for placement in native.placements):
+            raise TypeError(
+                f"{name} must be whole or sharded, and it is a sum of which each process holds a term"
+            )
+        _memory.view(_local_of(native), name)
+        return _DTensor(native)
     if _loaded(native, "torch", "Tensor"):
         _memory.view(native, name)
         return _Torch(native)
@@ -311,7 +455,22 @@ def leaf(value: Any, name: str) -> Leaf:
             raise TypeError(f"{name} must be of numbers, got {native.dtype.name}")  # DLPack of texts aborts
         return _TensorFlow(native)
     if _loaded(native, "jax", "Array"):
-        as_view(native, name)
+        as_view(native.addressable_data(0), name)
         return _KerasOnJax(value) if native is not value else _Jax(value)
     view = _memory.view(value, name)
     return _NumPy(value, view) if isinstance(view, np.ndarray) else _OnCuda(view)
+
+
+def check_sharded(module: Any) -> None:
+    """Raise where FSDP shows gathered parameters of a module, which are copies that it throws away."""
+    for name, part in module.named_modules() if hasattr(module, "named_modules") else ():
+        if not _loaded(part, "torch.distributed.fsdp", "FSDPModule"):
+            continue
+        state = part._get_fsdp_state()
+        several = hasattr(state, "_fsdp_param_groups")  # as in torch 2.13
+        groups = state._fsdp_param_groups if several else [state._fsdp_param_group]
+        if not all(group is None or group.is_sharded for group in groups):
+            raise RuntimeError(
+                f"the parameters of module {name!r} must be sharded, and FSDP holds them gathered, as "
+                "those of the outermost module after a forward pass: call its reshard() first"
+            )

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+from ._leaves import check_sharded
+
 Buffers = Literal["copy", "average", "ignore"]
 _Node = Any  # None: an array; a dict of nodes; or (what makes it of a list, list of nodes)
 
@@ -124,6 +126,7 @@ def _place(name: str) -> str:
 
 def _tensors_of(module: Any, buffers: Buffers) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a module's parameters and, unless they are ignored, the buffers that its checkpoints hold."""
+    check_sharded(module)
     parameters = dict(module.named_parameters())
     found: dict[str, Any] = {}
     if buffers != "ignore" and hasattr(module, "named_modules"):

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from . import _leaves, _memory, checkpoint, schedules
+from . import _leaves, _memory, _shards, checkpoint, schedules
 from ._arrays import is_movable
 from ._tree import Buffers, Tree
 from .functional import Pairs
@@ -29,6 +29,11 @@ class EMA:
     all arrays. Takes what a model of any library is made of: NumPy arrays, torch tensors and modules, JAX
     arrays, tf.Variables and keras.Variables, all in CPU memory; and torch tensors and CuPy arrays on CUDA
     devices, whose averages lie there too. Averages start at the values.
+
+    Sharded values, which are torch's DTensors (parameters of `fully_shard`) and JAX arrays over several
+    devices, are averaged where they lie: each process has the averages of its shards, nothing is gathered, no
+    call waits for another process, and averages are shown sharded alike. They have the bits of whole ones
+    but with stochastic rounding, which goes by the place in a shard.
 
     Arrays of integers and booleans (counters, masks) are copied at each update. An array that is given
     twice (tied weights) is averaged once. Values are known by the object, never by a name.
@@ -137,6 +142,8 @@ class EMA:
         self._pending: tuple[Future[None], tuple[Any, ...]] | None = None
         checked = self._pass_over(parts)
         self._pass = checked if all(leaf.fixed for leaf in self._leaves) else None
+        self._followed = [leaf for leaf in self._leaves if leaf.followed]
+        self._paired_places = [leaf.place() for leaf in self._followed]
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -263,7 +270,7 @@ class EMA:
             self._advance(decays, step)
             return
         known = arrays is None or all(map(operator.is_, arrays, self._given))
-        over = self._pass if known and 1.0 not in products else None
+        over = self._pass_where_it_lies() if known and 1.0 not in products else None
         if over is None:  # also before averages start at nothing: what moved is noticed first
             over = self._pass_over_held(self._held(arrays))
         self._advance(decays, step)
@@ -335,6 +342,15 @@ class EMA:
 
     def _average(self, held: list[Any], decays: list[float], products: list[float], step: int) -> None:
         self._move(self._pass_over_held(held), decays, products, step)
+
+    def _pass_where_it_lies(self) -> "_Pass | None":
+        """Return the pass over the values that was checked once, made anew where shards have moved."""
+        places = [leaf.place() for leaf in self._followed]
+        if self._pass is not None and places != self._paired_places:
+            self._pass.wait()
+            self._pass = self._pass_over([leaf.parts() for leaf in self._leaves])
+            self._paired_places = places
+        return self._pass
 
     def _pass_over_held(self, held: list[Any]) -> "_Pass":
         if self._pass is not None:
@@ -502,7 +518,7 @@ class EMA:
 
         Raises:
             TypeError: A value never changes, as JAX arrays. Evaluate with `averages` there.
-            RuntimeError: A module's tensor is another one by now.
+            RuntimeError: A module's tensor is another one by now, or FSDP holds the parameters gathered.
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()
@@ -647,6 +663,8 @@ class EMA:
                 self._tree.arrays(values), self._tree.names, self._places, strict=True
             ):
                 target = _leaves.leaf(value, f"values[{name!r}]")
+                if target.shards != self._leaves[place].shards:
+                    raise ValueError(f"values[{name!r}] must be sharded, or whole, as it was at first")
                 _check_fits(name, _views(target.parts(value), name), averages[place])
                 targets.append(target)
         for target, name in zip(targets, self._tree.names, strict=True):
@@ -660,6 +678,8 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that is needed to go on: NumPy arrays and plain values.
+
+        Of sharded values it holds the shards that are here, several of one value as ``name/0``, ``name/1``.
 
         Returns:
             A dictionary: ``"averages"`` and ``"carries"`` (for each decay a dictionary of names and arrays),
@@ -712,6 +732,20 @@ class EMA:
         parts, name = self._stores[0][i], self._names[i]
         return [name] if len(parts) == 1 else [f"{name}/{j}" for j in range(len(parts))]
 
+    def _all_parts(self) -> list[tuple[str, dict[str, tuple[int, ...]], _shards.Shards | None]]:
+        """Return of each leaf its name, the names and shapes of its parts and how it is spread."""
+        return [
+            (
+                name,
+                {
+                    part: _memory.face(x).shape
+                    for part, x in zip(self._part_names(i), self._stores[0][i], strict=True)
+                },
+                leaf.shards,
+            )
+            for i, (name, leaf) in enumerate(zip(self._names, self._leaves, strict=True))
+        ]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, to the bit.
 
@@ -750,7 +784,7 @@ class EMA:
             for k, (own, other) in enumerate(zip(ours, theirs, strict=True)):
                 place = f"state[{key!r}]" if key == "copied" else f"state[{key!r}][{k}]"
                 found += self._fitting(place, {i: own[i] for i in all_leaves}, other)
-        raw: list[tuple[Any, np.ndarray]] = []
+        raw: list[tuple[Any, Any]] = []
         if swapped is not None:
             swapped = self._checked_index(swapped)
             for leaf, name in zip(self._leaves, self._names, strict=True):
@@ -758,7 +792,7 @@ class EMA:
             own = {i: [_memory.empty_like(x) for x in self._read(i)] for i in range(len(self._leaves))}
             raw = self._fitting("state['values']", own, state["values"])
         for target, source in (*found, *raw):
-            _memory.write(source, target)
+            _memory.write(np.asarray(source), target)
         self._step, self._used, self._products = step, used, products
         if swapped is not None:
             self._swapped, self._aside = swapped, own
@@ -773,8 +807,14 @@ class EMA:
         ``fastema.``. Nothing is copied but averages that started at zeros. A schedule of your own is saved as
         its name alone.
 
+        Sharded values are saved as a set of files, ``name-00001-of-00004.safetensors`` and so on, one for
+        each process (torch) or device (JAX) with the shards that are there; of replicas, the first. What is
+        whole is in the first file. Every process calls this, and writes its own. Offsets are in the
+        metadata, as `torch.distributed.checkpoint` has them. Files are replaced one by one: a crash can leave
+        some of this step and some of an earlier one, which `load` refuses. Give each step a path of its own.
+
         Args:
-            path: Of the file, see `fastema.checkpoint.write`.
+            path: Of the file, see `fastema.checkpoint.write`; without the numbers that a set has.
 
         Raises:
             ValueError: A value has a name that begins with ``fastema.``.
@@ -801,7 +841,7 @@ class EMA:
         decay = self._decays if self._several else self._decays[0]
         dtype = None if self._dtype is None else self._dtype.name
         config = {"decay": decay, "dtype": dtype, "buffers": self._buffers}
-        checkpoint.write_state(path, state, config, shown)
+        checkpoint.write_state(path, state, config, shown, _shards.layout(self._all_parts()))
 
     @classmethod
     def load(cls, path: str | PathLike[str], values: Any, *, decay: Any = None, **options: Any) -> "EMA":
@@ -809,9 +849,11 @@ class EMA:
 
         Saved while averages were in the place of the weights, it is loaded so, too, as by `load_state_dict`.
 
+        Values may be sharded otherwise than they were, or not at all: each process reads what it needs.
+
         Args:
-            path: Of the file.
-            values: As for `EMA`: of the same names and shapes.
+            path: Of the file, as it was given to `save`, or of one of a set.
+            values: As for `EMA`: of the same names and, in all, shapes.
             decay: As for `EMA`. None: as it was, which a schedule of your own cannot be.
             options: Arguments of `EMA` that are of this process, as `threads`, `background` and `memory`, or
                 are to change.
@@ -822,20 +864,38 @@ class EMA:
         Raises:
             TypeError: A type differs, or a value never changes and the file was saved while swapped.
             ValueError: The file is not whole, was not written by `save`, does not fit the values, or
-                `decay` must be given. Whatever is raised, nothing has changed.
-            OSError: The file cannot be read.
+                `decay` must be given; or the files of a set are of different steps, or there are several
+                sets. Whatever is raised, nothing has changed.
+            OSError: A file cannot be read, or is missing in a set.
         """
         state, config = checkpoint.read_state(path, decay)
         ema = cls(values, **{**config, **options})
         try:
-            ema.load_state_dict(state)
+            ema.load_state_dict(ema._own(state))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path} does not fit: {error}") from None
         return ema
 
+    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state of whole arrays with the parts of them that are here."""
+        places = {
+            name: dict(zip(names, shards.blocks if shards else [None], strict=True))
+            for name, names, shards in self._all_parts()
+        }
+
+        def cut(arrays: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                part: _shards.cut(array, block, name)
+                for name, array in arrays.items()
+                for part, block in places.get(name, {name: None}).items()
+            }
+
+        lists = {key: [cut(arrays) for arrays in state[key]] for key in ("averages", "carries")}
+        return {**state, **lists, "copied": cut(state["copied"]), "values": cut(state["values"])}
+
     def _fitting(
         self, place: str, own: dict[int, _Arrays], other: Mapping[str, Any]
-    ) -> list[tuple[Any, np.ndarray]]:
+    ) -> list[tuple[Any, Any]]:
         """Return our arrays with those of a state, where these fit."""
         ours = {
             name: x for i, parts in own.items() for name, x in zip(self._part_names(i), parts, strict=True)
@@ -843,7 +903,10 @@ class EMA:
         if ours.keys() != other.keys():
             missing, unknown = sorted(ours.keys() - other.keys()), sorted(other.keys() - ours.keys())
             raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
-        pairs = [(array, np.asarray(other[name])) for name, array in ours.items()]
+        pairs = [
+            (array, x if isinstance(x := other[name], _shards.Region) else np.asarray(x))
+            for name, array in ours.items()
+        ]
         for name, (array, source) in zip(ours, pairs, strict=True):
             face = _memory.face(array)
             if face.dtype != source.dtype:

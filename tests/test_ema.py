@@ -360,3 +360,18 @@ def test_an_array_that_was_resized_is_noticed_by_name():
     weight.resize(1000, refcheck=False)
     with pytest.raises(ValueError, match=r"values\['w'\] was resized after it was paired"):
         ema.update()
+
+
+def test_none_in_a_tree_is_no_array_and_stays():
+    """JAX's trees have it where a layer has no bias."""
+    weights = {"layer": {"kernel": np.ones(2), "bias": None}, "rest": [None]}
+    ema = fastema.EMA(weights, 0.5)
+    ema.update({"layer": {"kernel": np.zeros(2), "bias": None}, "rest": [None]})
+    assert ema.averages["layer"]["kernel"].tolist() == [0.5, 0.5]
+    assert ema.averages["layer"]["bias"] is None
+    assert ema.averages["rest"] == [None]
+    with pytest.raises(ValueError, match=r"values\['layer.bias'\] must be None as at first, got ndarray"):
+        ema.update({"layer": {"kernel": np.zeros(2), "bias": np.zeros(2)}, "rest": [None]})
+    assert ema.step == 1
+    with pytest.raises(TypeError, match="values must be an array"):
+        fastema.EMA(None)

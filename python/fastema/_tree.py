@@ -6,7 +6,8 @@ from typing import Any, Literal
 from ._leaves import check_sharded
 
 Buffers = Literal["copy", "average", "ignore"]
-_Node = Any  # None: an array; a dict of nodes; or (what makes it of a list, list of nodes)
+_Node = Any  # None: an array; a dict of nodes; (what makes it of a list, list of nodes); or nothing:
+_NOTHING = ()  # where a value is None, as in a JAX tree of a layer without a bias
 
 
 class Tree:
@@ -38,6 +39,8 @@ class Tree:
         if self._is_array(values):
             self.names.append(name or "0")
             return None
+        if values is None and name:
+            return _NOTHING
         if hasattr(values, "named_parameters"):
             parameters, buffers = _tensors_of(values, self._buffers)
             if self._buffers == "copy":
@@ -67,6 +70,10 @@ class Tree:
     def _collect(self, node: _Node, values: Any, name: str, found: list[Any]) -> None:
         if node is None:
             found.append(values)
+            return
+        if node is _NOTHING:
+            if values is not None:
+                raise ValueError(f"{_place(name)} must be None as at first, got {type(values).__name__}")
             return
         for key, child, x in self._children(node, values, name):
             if child is None:  # most are, and a call for each takes twice the time
@@ -103,6 +110,8 @@ class Tree:
 def _built(node: _Node, arrays: Any) -> Any:
     if node is None:
         return next(arrays)
+    if node is _NOTHING:
+        return None
     if isinstance(node, dict):
         return {key: _built(child, arrays) for key, child in node.items()}
     make, children = node

@@ -5,16 +5,18 @@
     python tests/tensorflow_versions.py --environments ~/tf # keeps the environments, or takes those there
 
 The wheel is built once and unpacked beside the environments, so that all of them load the same files and none
-is asked for what fastema's `keras` extra wants. An environment FOLDER/tf2.18.1 holds that TensorFlow, with
-the NumPy and ml_dtypes it asks for, pytest and Hypothesis; a new one is made with the Python that runs this,
+is asked for what fastema's `keras` extra wants. An environment FOLDER/tf2.18.1 holds that TensorFlow,
+fastema's own requirements in the versions that it takes, pytest and Hypothesis; a new one is made with the Python that runs this,
 for which all versions must have wheels (3.11 and 3.12 do). Exits with 1 where a test failed.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import venv
 from pathlib import Path
 from xml.etree import ElementTree
@@ -61,7 +63,9 @@ def environment(folder, version):
     python = folder / f"tf{version}" / "bin" / "python"
     if not python.exists():
         venv.create(python.parents[1], with_pip=True)
-        pip("install", f"tensorflow=={version}", "pytest", "hypothesis", python=python)
+        needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        names = [re.match(r"[\w-]+", requirement)[0] for requirement in needed]
+        pip("install", f"tensorflow=={version}", *names, "pytest", "hypothesis", python=python)
     return python
 
 

@@ -6,8 +6,9 @@
 
 The wheel is built once and unpacked beside the environments, so that all of them load the same files and none
 is asked for what fastema's `keras` extra wants. An environment FOLDER/tf2.18.1 holds that TensorFlow,
-fastema's own requirements in the versions that it takes, pytest and Hypothesis; a new one is made with the Python that runs this,
-for which all versions must have wheels (3.11 and 3.12 do). Exits with 1 where a test failed.
+fastema's own requirements in the versions that it takes, pytest and Hypothesis; a new one is made with the
+Python that runs this, for which all versions must have wheels (3.11 and 3.12 do). Exits with 1 where a test
+failed.
 """
 
 import argparse

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastema import EMA, _shards
-from fastema._shards import Block, Pieces
+from fastema import EMA
+from fastema._shards import Block
+from fastema.checkpoint import _sets
+from fastema.checkpoint._sets import Pieces
 
 CUTS = st.lists(st.integers(0, 6), max_size=3).map(sorted)
 
@@ -32,7 +34,7 @@ def test_what_is_cut_from_pieces_is_what_is_cut_from_the_whole(shape, data):
     for block in (*blocks_of(shape, loaded), None):
         wanted = whole if block is None else whole[block.slices()]
         for source in (pieces, whole):
-            found = np.asarray(_shards.cut(source, block, "w"))
+            found = np.asarray(_sets.cut(source, block, "w"))
             assert found.shape == wanted.shape
             assert np.array_equal(found, wanted)
 
@@ -63,7 +65,7 @@ def test_sets_of_two_numbers_of_files_are_told_apart_only_by_their_files(tmp_pat
     path = tmp_path / "ema.safetensors"
     for total in (1, 2):
         for number in range(1, total + 1):
-            _shards.path_of(path, number, total).touch()
+            _sets.path_of(path, number, total).touch()
     with pytest.raises(ValueError, match="is there as a set of 1 files and as a set of 2 files: give a file"):
-        _shards.set_of(path)
-    assert len(_shards.set_of(tmp_path / "ema-00001-of-00002.safetensors")) == 2
+        _sets.set_of(path)
+    assert len(_sets.set_of(tmp_path / "ema-00001-of-00002.safetensors")) == 2

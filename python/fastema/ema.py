@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from . import _leaves, _memory, _shards, checkpoint, schedules
+from . import _leaves, _memory, _shards, schedules
 from ._arrays import is_movable
 from ._tree import Buffers, Tree
+from .checkpoint import _sets, _state
 from .functional import Pairs
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py
@@ -841,7 +842,7 @@ class EMA:
         decay = self._decays if self._several else self._decays[0]
         dtype = None if self._dtype is None else self._dtype.name
         config = {"decay": decay, "dtype": dtype, "buffers": self._buffers}
-        checkpoint.write_state(path, state, config, shown, _shards.layout(self._all_parts()))
+        _state.write_state(path, state, config, shown, _sets.layout(self._all_parts()))
 
     @classmethod
     def load(cls, path: str | PathLike[str], values: Any, *, decay: Any = None, **options: Any) -> "EMA":
@@ -868,7 +869,7 @@ class EMA:
                 sets. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """
-        state, config = checkpoint.read_state(path, decay)
+        state, config = _state.read_state(path, decay)
         ema = cls(values, **{**config, **options})
         try:
             ema.load_state_dict(ema._own(state))
@@ -885,7 +886,7 @@ class EMA:
 
         def cut(arrays: Mapping[str, Any]) -> dict[str, Any]:
             return {
-                part: _shards.cut(array, block, name)
+                part: _sets.cut(array, block, name)
                 for name, array in arrays.items()
                 for part, block in places.get(name, {name: None}).items()
             }
@@ -904,7 +905,7 @@ class EMA:
             missing, unknown = sorted(ours.keys() - other.keys()), sorted(other.keys() - ours.keys())
             raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
         pairs = [
-            (array, x if isinstance(x := other[name], _shards.Region) else np.asarray(x))
+            (array, x if isinstance(x := other[name], _sets.Region) else np.asarray(x))
             for name, array in ours.items()
         ]
         for name, (array, source) in zip(ours, pairs, strict=True):

@@ -26,17 +26,11 @@ _REALS = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    **{
-        code: np.dtype(getattr(ml_dtypes, name))
-        for code, name in {
-            "F8_E4M3": "float8_e4m3fn",
-            "F8_E5M2": "float8_e5m2",
-            "F8_E4M3FNUZ": "float8_e4m3fnuz",
-            "F8_E5M2FNUZ": "float8_e5m2fnuz",
-            "F8_E8M0": "float8_e8m0fnu",
-        }.items()
-        if hasattr(ml_dtypes, name)  # TensorFlow 2.16 and 2.17 insist on an ml_dtypes without the last
-    },
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 _TYPES = {
     **_REALS,

@@ -1,27 +1,25 @@
-"""The safetensors format: which bytes hold an array, and which arrays a file holds.
+"""The safetensors format: how named arrays lie in a file, and how such a file is written and read.
 
-8 bytes with the length of a header, the header in JSON, the tensors. The header is ours
-to write because the package writes only what is in memory already; reading trusts its checks.
+8 bytes with the length of the header, the header in JSON, the tensors. The package safetensors writes only
+what is in memory already, so the header is written here; of what is read, its checks come first.
 """
 
 import json
 import mmap
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .._arrays import as_view
-from ._replace import _replacing
+from ._replace import StrPath, replacing
 
-# the format's names, the reals first
-_REALS = {
+# the format's names of NumPy's types, the reals first
+REALS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -32,22 +30,21 @@ _REALS = {
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-_TYPES = {
-    **_REALS,
+TYPES = {
+    **REALS,
     "C64": np.dtype(np.complex64),
     **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
     "BOOL": np.dtype(np.bool_),
 }
-_CODES = {dtype: code for code, dtype in _TYPES.items()}
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
-_Path = str | os.PathLike[str]
-_METADATA = "__metadata__"  # beside the tensors' names in the header
+_METADATA = "__metadata__"  # the header's own name, beside those of the tensors
 _LONGEST_HEADER = 100_000_000  # bytes, by the format
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A tensor in a file."""
+class Tensor:
+    """A tensor's entry in a header: its type, its shape, and where its bytes begin."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -62,7 +59,7 @@ class _Tensor:
         return self.size * self.dtype.itemsize
 
 
-def write(path: _Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, all or nothing.
 
     A crash at any moment leaves the file that was there or the new one, each whole. The new one is written
@@ -94,12 +91,12 @@ def write(path: _Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] |
             raise TypeError(f"tensors must have names that are texts, got {name!r}")
         is_numpys = isinstance(tensor, np.ndarray | np.generic)
         array = np.asarray(tensor) if is_numpys else as_view(tensor, f"tensors[{name!r}]")
-        if array.dtype.newbyteorder("=") not in _CODES:
-            raise TypeError(f"tensors[{name!r}] must be of {', '.join(_TYPES)}, got {array.dtype}")
+        if array.dtype.newbyteorder("=") not in _NAMES:
+            raise TypeError(f"tensors[{name!r}] must be of {', '.join(TYPES)}, got {array.dtype}")
         arrays[name] = array
-    layout = {name: _Tensor(array.dtype.newbyteorder("="), array.shape) for name, array in arrays.items()}
-    header, names = _header(layout, metadata or {})
-    with _replacing(path) as file:
+    layout = {name: Tensor(array.dtype.newbyteorder("="), array.shape) for name, array in arrays.items()}
+    header, names = header_of(layout, metadata or {})
+    with replacing(path) as file:
         file.write(header)
         for name in names:
             dense = np.ascontiguousarray(arrays[name], layout[name].dtype)
@@ -135,9 +132,9 @@ class File(Mapping[str, np.ndarray]):
         array([0., 1., 2.])
     """
 
-    def __init__(self, path: _Path) -> None:
+    def __init__(self, path: StrPath) -> None:
         with Path(path).open("rb") as file:
-            self._layout, self.metadata = _read_header(file, path)
+            self._layout, self.metadata = read_header(file, path)
             self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         self.shapes = {name: tensor.shape for name, tensor in self._layout.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._layout.items()}
@@ -154,8 +151,13 @@ class File(Mapping[str, np.ndarray]):
         return len(self._layout)
 
 
-def _header(tensors: Mapping[str, _Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """Return a file's first bytes, and the names in the order in which the tensors follow."""
+def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """Return a file's header, its length included, and the names in the order in which the tensors follow.
+
+    Raises:
+        TypeError: `metadata` is not of texts.
+        ValueError: A tensor has the header's own name, or the header is longer than the format allows.
+    """
     if _METADATA in tensors:
         raise ValueError(f"tensors must not have the name {_METADATA!r}: it is the header's")
     for key, text in metadata.items():
@@ -163,13 +165,13 @@ def _header(tensors: Mapping[str, _Tensor], metadata: Mapping[str, str]) -> tupl
             raise TypeError(f"metadata must be texts, got {key!r}: {text!r}")
     # widest first: all are aligned then, with no gap between them, which the format forbids
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    entries: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
         entries[name] = {
-            "dtype": _CODES[tensor.dtype],
+            "dtype": _NAMES[tensor.dtype],
             "shape": tensor.shape,
             "data_offsets": [begin, end],
         }
@@ -180,8 +182,12 @@ def _header(tensors: Mapping[str, _Tensor], metadata: Mapping[str, str]) -> tupl
     return len(header).to_bytes(8, "little") + header, names
 
 
-def _read_header(file: BufferedReader, path: _Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
-    """Return a file's tensors, as they are named in the header, and its metadata."""
+def read_header(file: BufferedReader, path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a file's tensors by name, in the header's order, and its metadata.
+
+    Raises:
+        ValueError: It is no whole safetensors file, or NumPy lacks the type of a tensor.
+    """
     try:
         with safe_open(path, "numpy"):  # checks everything: lengths, shapes, gaps, overlaps
             pass
@@ -191,9 +197,9 @@ def _read_header(file: BufferedReader, path: _Path) -> tuple[dict[str, _Tensor],
     entries = json.loads(file.read(length))
     metadata = entries.pop(_METADATA, None) or {}
     for name, entry in entries.items():
-        if entry["dtype"] not in _TYPES:
+        if entry["dtype"] not in TYPES:
             raise ValueError(f"{path}: {name!r} has type {entry['dtype']}, which NumPy has not")
     return {
-        name: _Tensor(_TYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: Tensor(TYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in entries.items()
     }, metadata

@@ -1,4 +1,4 @@
-"""The mean of files, of any number and size in little memory."""
+"""The mean of safetensors files: read piece by piece, so that any number and size fits into little memory."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -6,23 +6,23 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ._format import _REALS, _header, _Path, _read_header, _Tensor
-from ._replace import _replacing
-from ._state import _STATE, _is_state
+from ._format import REALS, Tensor, header_of, read_header
+from ._replace import StrPath, replacing
+from ._state import STATE, is_state
 
 _PIECE = 1 << 18  # elements: what `average` holds of a tensor at a time
 
 
 def average(
-    paths: Iterable[_Path],
-    output: _Path,
+    paths: Iterable[StrPath],
+    output: StrPath,
     *,
     weights: Sequence[float] | None = None,
-    dtype: Any = None,
+    dtype: npt.DTypeLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write the mean of safetensors files, as `write` does: all or nothing.
@@ -72,24 +72,24 @@ def average(
     if not np.isfinite([*shares, sum(shares)]).all() or sum(shares) == 0:
         raise ValueError(f"weights must be finite and not add up to 0 or to infinity, got {shares}")
     narrow = None if dtype is None else np.dtype(dtype)
-    if narrow and narrow not in _REALS.values():
-        raise TypeError(f"dtype must be one of {', '.join(map(str, _REALS.values()))}, got {narrow}")
-    sources = [_Source.of(path) for path in paths]
+    if narrow and narrow not in REALS.values():
+        raise TypeError(f"dtype must be one of {', '.join(map(str, REALS.values()))}, got {narrow}")
+    sources = [_Source.at(path) for path in paths]
     first = sources[0].layout
     for source in sources[1:]:
         _check_fit(sources[0], source)
     means = {
-        name: replace(tensor, dtype=narrow) if narrow and tensor.dtype in _REALS.values() else tensor
+        name: replace(tensor, dtype=narrow) if narrow and tensor.dtype in REALS.values() else tensor
         for name, tensor in first.items()
     }
     shared = set.intersection(*(set(source.metadata.items()) for source in sources))
-    header, names = _header(means, {key: text for key, text in sorted(shared) if key != _STATE})
+    header, names = header_of(means, {key: text for key, text in sorted(shared) if key != STATE})
     done, total = 0, sum(tensor.nbytes for tensor in means.values())
-    with _replacing(output) as written:
+    with replacing(output) as written:
         written.write(header)
         for name in names:
             for begin in range(0, first[name].size, _PIECE):
-                piece = _mean(sources, shares, name, begin, means[name].dtype)
+                piece = _piece_of_mean(sources, shares, name, begin, means[name].dtype)
                 written.write(piece.view(np.uint8).data)
                 done += piece.nbytes
                 if progress:
@@ -98,34 +98,38 @@ def average(
 
 
 def _has_mean(dtype: np.dtype) -> bool:
-    return dtype in _REALS.values() or dtype.kind == "c"
+    return dtype in REALS.values() or dtype.kind == "c"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A file to average. It is opened for each piece: a process may have no more than 256 files open.
+    """A file to average. It is opened anew for each piece, as a process may have no more than 256 open.
 
     Attributes:
         path: Of the file.
         layout: Its tensors, without those that only an EMA reads.
         metadata: The header's texts.
-        identity: What is another if the file is another by then.
+        identity: Tells this file from the one that may have this path later.
     """
 
-    path: _Path
-    layout: dict[str, _Tensor]
+    path: StrPath
+    layout: dict[str, Tensor]
     metadata: dict[str, str]
     identity: tuple[int, ...]
 
     @classmethod
-    def of(cls, path: _Path) -> "_Source":
+    def at(cls, path: StrPath) -> "_Source":
         with Path(path).open("rb") as file:
-            layout, metadata = _read_header(file, path)
-            own = {name: tensor for name, tensor in layout.items() if not _is_state(name)}
+            layout, metadata = read_header(file, path)
+            own = {name: tensor for name, tensor in layout.items() if not is_state(name)}
             return cls(path, own, metadata, _identity(file))
 
     def piece(self, name: str, begin: int) -> np.ndarray:
-        """Read a tensor from element `begin` on, as much as is held at a time."""
+        """Read a piece of a tensor, from element `begin` on.
+
+        Raises:
+            ValueError: The file was changed.
+        """
         tensor = self.layout[name]
         piece = np.empty(min(_PIECE, tensor.size - begin), tensor.dtype)
         with open(self.path, "rb", buffering=0) as file:
@@ -136,6 +140,7 @@ class _Source:
 
 
 def _identity(file: BufferedReader | FileIO) -> tuple[int, ...]:
+    """Return what changes when the file is changed or replaced."""
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -148,10 +153,10 @@ def _read_into(file: FileIO, array: np.ndarray) -> int:
     return array.nbytes - len(rest)
 
 
-def _mean(
+def _piece_of_mean(
     sources: Sequence[_Source], shares: Sequence[float], name: str, begin: int, dtype: np.dtype
 ) -> np.ndarray:
-    """Return a piece of a tensor's mean, from element `begin` on; the last one's where there is no mean."""
+    """Return a piece of a tensor's mean, from element `begin` on; that of the last file if it has no mean."""
     own = sources[0].layout[name].dtype
     if not _has_mean(own):
         return sources[-1].piece(name, begin)
@@ -165,7 +170,7 @@ def _mean(
 
 
 def _narrowed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round float64 once; ml_dtypes rounds to float32 first, and so twice.
+    """Round float64 once to a type; the casts of ml_dtypes round to float32 first, and so twice.
 
     Float32 is therefore rounded to odd: what was cut off stays visible in the last bit, on the right side
     of every tie of a narrower type.
@@ -180,6 +185,7 @@ def _narrowed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _check_fit(first: _Source, other: _Source) -> None:
+    """Raise ValueError unless two files have tensors of the same names, shapes and types."""
     for name in sorted(first.layout.keys() ^ other.layout.keys()):
         has, lacks = (first, other) if name in first.layout else (other, first)
         raise ValueError(

@@ -1,4 +1,8 @@
-"""Replacing a file so that no crash breaks it: the old one or the new one is there, each whole."""
+"""Replacing a file so that a crash at any moment leaves the old one or the new one, each whole.
+
+The new one is written beside the old one, under a lock, flushed to the disk and renamed. Nothing else knows
+of locks, flushes and renames.
+"""
 
 import errno
 import fcntl
@@ -8,12 +12,17 @@ from contextlib import contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
 
-_Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 
 @contextmanager
-def _replacing(path: _Path) -> Iterator[BufferedWriter]:
-    """Open a file that takes the place of the one at `path` if the block ends well; else nothing changes."""
+def replacing(path: StrPath) -> Iterator[BufferedWriter]:
+    """Open a file that takes the place of the one at `path` when the ``with`` block ends without an error.
+
+    Raises:
+        ValueError: `path` is there and no file.
+        OSError: The file cannot be written. Whatever is raised, the old one is as it was.
+    """
     target = Path(path).resolve()
     if target.exists() and not target.is_file():
         raise ValueError(f"{path} must be a file or not be there")
@@ -38,7 +47,7 @@ def _replacing(path: _Path) -> Iterator[BufferedWriter]:
 
 
 def _locked(path: Path) -> BufferedWriter:
-    """Open a file for writing that no other process or thread has open in this way."""
+    """Open a file for writing, once no other process or thread has it open by this function."""
     while True:
         file = path.open("ab")
         with suppress(OSError):  # some network file systems have no locks: there, one writer at a time

@@ -11,15 +11,16 @@ import numpy as np
 
 from .. import schedules
 from . import _sets
-from ._format import File, _Path, write
+from ._format import File, write
+from ._replace import StrPath
 
 _OFFSETS = "DCP_SHARDING_INFO"  # in the metadata; torch.distributed.checkpoint reads it, too
-_STATE = "fastema"  # in the metadata, and where names of tensors begin that are for an EMA alone
+STATE = "fastema"  # in the metadata, and where names of tensors begin that are for an EMA alone
 _VERSION = 1  # of what is kept there
 
 
 def write_state(
-    path: _Path,
+    path: StrPath,
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     shown: Sequence[Mapping[str, np.ndarray]],
@@ -50,7 +51,7 @@ def write_state(
     }
     # transformers refuses a file whose metadata lack a format; all other readers pass over it
     if layout is None:
-        write(path, _tensors_of(state, shown), {"format": "pt", _STATE: json.dumps(plain)})
+        write(path, _tensors_of(state, shown), {"format": "pt", STATE: json.dumps(plain)})
         return
     for number, blocks in layout.files.items():
         tensors = _tensors_of(
@@ -67,7 +68,7 @@ def write_state(
         write(
             _sets.path_of(Path(path), number, layout.total),
             tensors,
-            {"format": "pt", _OFFSETS: json.dumps(begins), _STATE: json.dumps(metadata)},
+            {"format": "pt", _OFFSETS: json.dumps(begins), STATE: json.dumps(metadata)},
         )
 
 
@@ -81,7 +82,7 @@ def _tensors_of(state: Mapping[str, Any], shown: Sequence[Mapping[str, np.ndarra
     return tensors | _prefixed("values", 0, state["values"])
 
 
-def read_state(path: _Path, decay: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_state(path: StrPath, decay: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what `write_state` wrote, the arrays as views of mapped files, and all of the configuration.
 
     Args:
@@ -132,7 +133,7 @@ def _parsed_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for name, array in file.items():
             own = _value_of(name)
             kind, k = ("copied" if own in state["copied"] else "averages"), 0
-            if _is_state(name):
+            if is_state(name):
                 kind, k = name.split(".", 3)[1], int(name.split(".", 3)[2])
             if is_set:
                 pieces = found[kind, k].setdefault(own, _sets.Pieces(own, tuple(shapes[own])))
@@ -147,11 +148,11 @@ def _parsed_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, config
 
 
-def _state_in(file: File, path: _Path) -> dict[str, Any]:
+def _state_in(file: File, path: StrPath) -> dict[str, Any]:
     """Return the plain values of a state in a file's metadata."""
-    if _STATE not in file.metadata:
+    if STATE not in file.metadata:
         raise ValueError(f"{path} holds no state of an EMA: EMA.save() did not write it")
-    state: dict[str, Any] = json.loads(file.metadata[_STATE])
+    state: dict[str, Any] = json.loads(file.metadata[STATE])
     if state.pop("version") != _VERSION:
         raise ValueError(f"{path} was written by a later fastema, in a way that this one does not know")
     return state
@@ -159,18 +160,18 @@ def _state_in(file: File, path: _Path) -> dict[str, Any]:
 
 def _value_of(name: str) -> str:
     """Return the name of the value that a tensor in a file is of."""
-    return name.split(".", 3)[3] if _is_state(name) else name
+    return name.split(".", 3)[3] if is_state(name) else name
 
 
-def _is_state(name: str) -> bool:
-    return name.startswith(f"{_STATE}.")
+def is_state(name: str) -> bool:
+    return name.startswith(f"{STATE}.")
 
 
 def _prefixed(kind: str, k: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name in arrays:
-        if _is_state(name):
-            raise ValueError(f"values must not have names that begin with '{_STATE}.', got {name!r}")
-    return {f"{_STATE}.{kind}.{k}.{name}" if kind else name: array for name, array in arrays.items()}
+        if is_state(name):
+            raise ValueError(f"values must not have names that begin with '{STATE}.', got {name!r}")
+    return {f"{STATE}.{kind}.{k}.{name}" if kind else name: array for name, array in arrays.items()}
 
 
 def _described(decay: Any) -> Any:
@@ -184,7 +185,7 @@ def _described(decay: Any) -> Any:
     return {"schedule": f"{named.__module__}.{named.__qualname__}"}
 
 
-def _restored(decay: Any, path: _Path) -> Any:
+def _restored(decay: Any, path: StrPath) -> Any:
     if not isinstance(decay, dict):
         return decay
     kind = decay.pop("schedule")

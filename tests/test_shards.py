@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastema import EMA
 from fastema._shards import Block
 from fastema.checkpoint import _sets
-from fastema.checkpoint._sets import Pieces
+from fastema.checkpoint._sets import Blocks
 
 CUTS = st.lists(st.integers(0, 6), max_size=3).map(sorted)
 
@@ -27,7 +27,7 @@ def blocks_of(shape, cuts):
 def test_what_is_cut_from_pieces_is_what_is_cut_from_the_whole(shape, data):
     whole = np.arange(np.prod(shape, dtype=int)).reshape(shape)
     saved, loaded = (data.draw(st.tuples(*[CUTS] * len(shape))) for _ in range(2))
-    pieces = Pieces("w", shape)
+    pieces = Blocks("w", shape)
     for block in blocks_of(shape, saved):
         pieces.add(block.begin, whole[block.slices()])
         pieces.add(block.begin, whole[block.slices()].copy())  # of a replica
@@ -41,7 +41,7 @@ def test_what_is_cut_from_pieces_is_what_is_cut_from_the_whole(shape, data):
 
 @pytest.mark.parametrize(("begin", "size"), [(3, 1), (3, 2), (2, 2), (1, 4), (1, 3)])
 def test_pieces_that_are_not_all_there_or_overlap_are_refused(begin, size):
-    pieces = Pieces("w", (5,))
+    pieces = Blocks("w", (5,))
     pieces.add((0,), np.zeros(2))
     pieces.add((begin,), np.zeros(size))
     with pytest.raises(ValueError, match="'w' must be there in whole"):
@@ -49,7 +49,7 @@ def test_pieces_that_are_not_all_there_or_overlap_are_refused(begin, size):
 
 
 def test_a_part_of_one_piece_is_a_view_of_it():
-    pieces, array = Pieces("w", (4,)), np.arange(2.0)
+    pieces, array = Blocks("w", (4,)), np.arange(2.0)
     pieces.add((2,), array)
     assert np.shares_memory(pieces.cut(Block((4,), (3,), (1,))), array)
 

@@ -16,6 +16,7 @@ from . import _leaves, _memory, _shards, schedules
 from ._arrays import is_movable
 from ._tree import Buffers, Tree
 from .checkpoint import _sets, _state
+from .checkpoint._state import State
 from .functional import Pairs
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py
@@ -697,9 +698,9 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return self._state(_memory.host_copy)
+        return dict(self._state(_memory.host_copy))
 
-    def _state(self, taken: Callable[[Any], np.ndarray]) -> dict[str, Any]:
+    def _state(self, taken: Callable[[Any], np.ndarray]) -> State:
         """Return the state with what `taken` makes of each array; the arrays themselves are live."""
         self.wait()
         self._check_module()
@@ -877,7 +878,7 @@ class EMA:
             raise type(error)(f"{path} does not fit: {error}") from None
         return ema
 
-    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _own(self, state: State) -> dict[str, Any]:
         """Return a state of whole arrays with the parts of them that are here."""
         places = {
             name: dict(zip(names, shards.blocks if shards else [None], strict=True))
@@ -891,8 +892,13 @@ class EMA:
                 for part, block in places.get(name, {name: None}).items()
             }
 
-        lists = {key: [cut(arrays) for arrays in state[key]] for key in ("averages", "carries")}
-        return {**state, **lists, "copied": cut(state["copied"]), "values": cut(state["values"])}
+        return {
+            **state,
+            "averages": [cut(arrays) for arrays in state["averages"]],
+            "carries": [cut(arrays) for arrays in state["carries"]],
+            "copied": cut(state["copied"]),
+            "values": cut(state["values"]),
+        }
 
     def _fitting(
         self, place: str, own: dict[int, _Arrays], other: Mapping[str, Any]

@@ -1,96 +1,138 @@
-"""The state of an EMA in a file, or in a set of files."""
+"""An EMA's state in a safetensors file, or in a set of files: what `EMA.save` writes and `EMA.load` reads.
+
+The averages of the first decay, as users see them, and what is copied have the names of the values. What
+only an EMA reads is named ``fastema.<group>.<number of the decay>.<value>``; all that is no array is JSON in
+the metadata.
+"""
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from .. import schedules
-from . import _sets
 from ._format import File, write
 from ._replace import StrPath
+from ._sets import Blocks, Layout, is_numbered, path_of, set_of
 
-_OFFSETS = "DCP_SHARDING_INFO"  # in the metadata; torch.distributed.checkpoint reads it, too
 STATE = "fastema"  # in the metadata, and where names of tensors begin that are for an EMA alone
-_VERSION = 1  # of what is kept there
+_OFFSETS = "DCP_SHARDING_INFO"  # in the metadata; torch.distributed.checkpoint reads it, too
+_VERSION = 1  # of what is written here
+
+_Named = Mapping[str, np.ndarray | Blocks]
+
+
+class State(TypedDict):
+    """What an EMA needs to go on, as `EMA.state_dict` returns it; arrays by the names of values.
+
+    Attributes:
+        averages: For each decay the averages, as they are kept.
+        carries: For each decay what rounding has lost of them; empty unless rounding is compensated.
+        copied: What is copied, not averaged.
+        values: The weights, while averages are in their place; else nothing.
+        step: How many updates were seen.
+        decay: The decays last used; None before.
+        products: For each decay the product of all that were used, 0 unless averages started at zeros.
+        swapped: Which averages are in the place of the weights, or None.
+        config: Arguments of the constructor.
+    """
+
+    averages: Sequence[_Named]
+    carries: Sequence[_Named]
+    copied: _Named
+    values: _Named
+    step: int
+    decay: list[float] | None
+    products: list[float]
+    swapped: int | None
+    config: dict[str, Any]
 
 
 def write_state(
     path: StrPath,
-    state: Mapping[str, Any],
+    state: State,
     config: Mapping[str, Any],
-    shown: Sequence[Mapping[str, np.ndarray]],
-    layout: _sets.Layout | None = None,
+    undone: Sequence[_Named],
+    layout: Layout | None = None,
 ) -> None:
     """Write the state of an EMA, its first averages under the names of the values.
 
     Args:
-        path: As for `write`.
-        state: As `EMA.state_dict` returns it.
-        config: The constructor's arguments, beside those in the state.
-        shown: For each decay the averages as their users see them, where they are kept otherwise.
-        layout: Of sharded values: the files to write are those of a set.
+        path: As for `write`; with a `layout`, of the set.
+        state: Of sharded values it holds the local arrays.
+        config: Arguments of the constructor, beside those in the state.
+        undone: For each decay the averages as users see them; nothing where they are kept so.
+        layout: Which files of a set hold what. None: a single file holds all.
 
     Raises:
         ValueError: A value has a name that would be taken for the state.
+        OSError: A file cannot be written.
     """
     decay = config["decay"]
+    values = layout.values if layout else {name: name for name in state["copied"]}
     plain = {
         "version": _VERSION,
-        **{key: state[key] for key in ("step", "decay", "products", "swapped")},
-        "copied": list(dict.fromkeys(layout.names[part] if layout else part for part in state["copied"])),
+        "step": state["step"],
+        "decay": state["decay"],
+        "products": state["products"],
+        "swapped": state["swapped"],
+        "copied": list(dict.fromkeys(values[name] for name in state["copied"])),
         "config": {
             **state["config"],
             **config,
             "decay": [_described(d) for d in decay] if isinstance(decay, list) else _described(decay),
         },
     }
+    arrays = list(_arrays_of(state, undone))
     # transformers refuses a file whose metadata lack a format; all other readers pass over it
     if layout is None:
-        write(path, _tensors_of(state, shown), {"format": "pt", STATE: json.dumps(plain)})
+        tensors = {prefix + name: array for prefix, name, array in arrays}
+        write(path, tensors, {"format": "pt", STATE: json.dumps(plain)})
         return
-    for number, blocks in layout.files.items():
-        tensors = _tensors_of(
-            {
-                **state,
-                **{key: [layout.of_file(number, x) for x in state[key]] for key in ("averages", "carries")},
-                **{key: layout.of_file(number, state[key]) for key in ("copied", "values")},
-            },
-            [layout.of_file(number, arrays) for arrays in shown],
-        )
-        begins = {name: {"saved_offsets": blocks[_value_of(name)].begin} for name in tensors}
-        shapes = {name: block.whole for name, block in blocks.items()}
-        metadata = {"set": [number, layout.total], "shapes": shapes, **plain}
+    for number, saved in layout.files.items():
+        tensors, begins = {}, {}
+        for prefix, name, array in arrays:
+            if name in saved:
+                value, block = saved[name]
+                tensors[prefix + value] = array
+                begins[prefix + value] = {"saved_offsets": block.begin}
+        shapes = {value: block.whole for value, block in saved.values()}
+        of_set = {"set": [number, layout.total], "shapes": shapes, **plain}
         write(
-            _sets.path_of(Path(path), number, layout.total),
+            path_of(Path(path), number, layout.total),
             tensors,
-            {"format": "pt", _OFFSETS: json.dumps(begins), STATE: json.dumps(metadata)},
+            {"format": "pt", _OFFSETS: json.dumps(begins), STATE: json.dumps(of_set)},
         )
 
 
-def _tensors_of(state: Mapping[str, Any], shown: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    tensors = _prefixed("", 0, state["copied"])
-    for k, kept in enumerate(state["averages"]):
-        tensors |= _prefixed("averages" if k else "", k, shown[k] or kept)
-        tensors |= _prefixed("kept", k, kept if shown[k] else {})
-    for k, carries in enumerate(state["carries"]):
-        tensors |= _prefixed("carries", k, carries)
-    return tensors | _prefixed("values", 0, state["values"])
+def _arrays_of(state: State, undone: Sequence[_Named]) -> Iterator[tuple[str, str, np.ndarray | Blocks]]:
+    """Yield for each array of a state what its name in a file begins with, its own name, and the array."""
+    groups = [("", state["copied"])]
+    for k, (kept, seen) in enumerate(zip(state["averages"], undone, strict=True)):
+        groups.append((f"{STATE}.averages.{k}." if k else "", seen or kept))
+        groups.append((f"{STATE}.kept.{k}.", kept if seen else {}))
+    groups += [(f"{STATE}.carries.{k}.", carries) for k, carries in enumerate(state["carries"])]
+    groups.append((f"{STATE}.values.0.", state["values"]))
+    for prefix, arrays in groups:
+        for name, array in arrays.items():
+            if is_state(name):
+                raise ValueError(f"values must not have names that begin with '{STATE}.', got {name!r}")
+            yield prefix, name, array
 
 
-def read_state(path: StrPath, decay: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what `write_state` wrote, the arrays as views of mapped files, and all of the configuration.
+def read_state(path: StrPath, decay: Any = None) -> tuple[State, dict[str, Any]]:
+    """Return what `write_state` wrote: the state, and all arguments of the constructor.
 
     Args:
         path: Of the file, or of a set of them, or of one of a set.
-        decay: What takes the place of the file's. None: the file's.
+        decay: Takes the place of the file's. None: the file's.
 
     Returns:
-        The state, of which the arrays are NumPy's, or `_sets.Pieces` from a set, and the configuration.
+        The state, whose arrays are views of the mapped file, or `Blocks` of a set's; and the arguments.
 
     Raises:
         ValueError: The file holds no state, or one of a later version, or of a schedule only the name; or a
@@ -99,9 +141,13 @@ def read_state(path: StrPath, decay: Any = None) -> tuple[dict[str, Any], dict[s
     """
     path = Path(path)
     try:
-        state, config = _parsed_state(path)
+        # a name alone makes no set: a single file may have numbers in it, too
+        is_alone = path.exists() and "set" not in _plain_in(File(path), path)
+        members = [] if is_alone and is_numbered(path) else set_of(path)
+        state = _state_in(members or [path], is_set=bool(members))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as reason:
         raise ValueError(f"{path} holds a state that EMA.save() did not write: {reason!r}") from None
+    config = state["config"]
     if decay is not None:
         config["decay"] = decay
     elif isinstance(config["decay"], list):
@@ -111,71 +157,68 @@ def read_state(path: StrPath, decay: Any = None) -> tuple[dict[str, Any], dict[s
     return state, config
 
 
-def _parsed_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    # a name alone makes no set: a single file may have numbers in it, too
-    alone = path.exists() and "set" not in _state_in(File(path), path)
-    members = [] if alone and _sets.is_numbered(path) else _sets.set_of(path)
-    is_set, paths = bool(members), members or [path]
-    files = [File(one) for one in paths]
-    states = [_state_in(file, one) for file, one in zip(files, paths, strict=True)]
-    found: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
-    for number, (file, state) in enumerate(zip(files, states, strict=True), 1):
-        place, shapes = state.pop("set", None), state.pop("shapes", {})
-        if place != ([number, len(paths)] if is_set else None):
-            raise ValueError(f"{paths[number - 1]} must have the name that it was saved under")
-        for key in state:
-            if state[key] != states[0][key]:
+def _state_in(paths: Sequence[Path], *, is_set: bool) -> State:
+    """Return the state in a file, or in all files of a set."""
+    files = [File(path) for path in paths]
+    plains = [_plain_in(file, path) for file, path in zip(files, paths, strict=True)]
+    first = plains[0]
+    found: dict[tuple[str, int], dict[str, np.ndarray | Blocks]] = defaultdict(dict)
+    for number, (path, file, plain) in enumerate(zip(paths, files, plains, strict=True), 1):
+        shapes = plain.pop("shapes", {})
+        if plain.pop("set", None) != ([number, len(paths)] if is_set else None):
+            raise ValueError(f"{path} must have the name that it was saved under")
+        for key in plain:
+            if plain[key] != first[key]:
                 raise ValueError(
-                    f"{paths[0]} and {paths[number - 1]} must be of one save, and their {key} is "
-                    f"{states[0][key]} and {state[key]}"
+                    f"{paths[0]} and {path} must be of one save, and their {key} is "
+                    f"{first[key]} and {plain[key]}"
                 )
         begins = json.loads(file.metadata[_OFFSETS]) if is_set else {}
-        for name, array in file.items():
-            own = _value_of(name)
-            kind, k = ("copied" if own in state["copied"] else "averages"), 0
-            if is_state(name):
-                kind, k = name.split(".", 3)[1], int(name.split(".", 3)[2])
-            if is_set:
-                pieces = found[kind, k].setdefault(own, _sets.Pieces(own, tuple(shapes[own])))
-                pieces.add(tuple(begins[name]["saved_offsets"]), array)
-            else:
-                found[kind, k][own] = array
-    state = states[0]
-    lists, config = range(len(state["products"])), state["config"]
-    state["averages"] = [found["kept", k] or found["averages", k] for k in lists]
-    state["carries"] = [found["carries", k] for k in lists if config["rounding"] == "compensated"]
-    state["copied"], state["values"] = found["copied", 0], found["values", 0]
-    return state, config
+        for tensor, array in file.items():
+            group, k, name = _parsed(tensor, plain["copied"])
+            whole = Blocks(name, tuple(shapes[name])) if is_set else array
+            whole = found[group, k].setdefault(name, whole)
+            if isinstance(whole, Blocks):
+                whole.add(tuple(begins[tensor]["saved_offsets"]), array)
+    decays, config = range(len(first["products"])), first["config"]
+    return {
+        "averages": [found["kept", k] or found["averages", k] for k in decays],
+        "carries": [found["carries", k] for k in decays if config["rounding"] == "compensated"],
+        "copied": found["copied", 0],
+        "values": found["values", 0],
+        "step": first["step"],
+        "decay": first["decay"],
+        "products": first["products"],
+        "swapped": first["swapped"],
+        "config": config,
+    }
 
 
-def _state_in(file: File, path: StrPath) -> dict[str, Any]:
-    """Return the plain values of a state in a file's metadata."""
+def _plain_in(file: File, path: Path) -> dict[str, Any]:
+    """Return what of a state is no array: a file has it in its metadata."""
     if STATE not in file.metadata:
         raise ValueError(f"{path} holds no state of an EMA: EMA.save() did not write it")
-    state: dict[str, Any] = json.loads(file.metadata[STATE])
-    if state.pop("version") != _VERSION:
+    plain: dict[str, Any] = json.loads(file.metadata[STATE])
+    if plain.pop("version") != _VERSION:
         raise ValueError(f"{path} was written by a later fastema, in a way that this one does not know")
-    return state
+    return plain
 
 
-def _value_of(name: str) -> str:
-    """Return the name of the value that a tensor in a file is of."""
-    return name.split(".", 3)[3] if is_state(name) else name
+def _parsed(tensor: str, copied: Sequence[str]) -> tuple[str, int, str]:
+    """Return the group of a tensor in a file, the number of its decay and the name of its value."""
+    if is_state(tensor):
+        _, group, k, name = tensor.split(".", 3)
+        return group, int(k), name
+    return "copied" if tensor in copied else "averages", 0, tensor
 
 
-def is_state(name: str) -> bool:
-    return name.startswith(f"{STATE}.")
-
-
-def _prefixed(kind: str, k: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for name in arrays:
-        if is_state(name):
-            raise ValueError(f"values must not have names that begin with '{STATE}.', got {name!r}")
-    return {f"{STATE}.{kind}.{k}.{name}" if kind else name: array for name, array in arrays.items()}
+def is_state(tensor: str) -> bool:
+    """Tell by its name whether a tensor is for an EMA alone."""
+    return tensor.startswith(f"{STATE}.")
 
 
 def _described(decay: Any) -> Any:
-    """Describe a decay in JSON: a schedule of the user's own only by its name."""
+    """Return a decay as JSON holds it: our own schedules whole, those of users by their name alone."""
     if not callable(decay):
         return decay
     kind = type(decay)
@@ -185,10 +228,11 @@ def _described(decay: Any) -> Any:
     return {"schedule": f"{named.__module__}.{named.__qualname__}"}
 
 
-def _restored(decay: Any, path: StrPath) -> Any:
-    if not isinstance(decay, dict):
-        return decay
-    kind = decay.pop("schedule")
-    if kind not in schedules.__all__:
-        raise ValueError(f"decay must be given: of the schedule {kind} {path} holds only the name")
-    return getattr(schedules, kind)(**decay)
+def _restored(description: Any, path: Path) -> Any:
+    """Return the decay that was described."""
+    if not isinstance(description, dict):
+        return description
+    name = description.pop("schedule")
+    if name not in schedules.__all__:
+        raise ValueError(f"decay must be given: of the schedule {name} {path} holds only the name")
+    return getattr(schedules, name)(**description)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema import EMA
-from fastema._shards import Block
+from fastema._arrays.shards import Block
 from fastema.checkpoint import _sets
 from fastema.checkpoint._sets import Blocks
 

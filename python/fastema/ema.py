@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from . import _leaves, _memory, _shards, schedules
+from . import _leaves, _memory, schedules
 from ._arrays import is_movable
+from ._arrays.shards import Shards
 from ._tree import Buffers, Tree
 from .checkpoint import _sets, _state
 from .checkpoint._state import State
@@ -734,7 +735,7 @@ class EMA:
         parts, name = self._stores[0][i], self._names[i]
         return [name] if len(parts) == 1 else [f"{name}/{j}" for j in range(len(parts))]
 
-    def _all_parts(self) -> list[tuple[str, dict[str, tuple[int, ...]], _shards.Shards | None]]:
+    def _all_parts(self) -> list[tuple[str, dict[str, tuple[int, ...]], Shards | None]]:
         """Return of each leaf its name, the names and shapes of its parts and how it is spread."""
         return [
             (

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .._shards import Block, Shards
+from .._arrays.shards import Block, Shards
 
 
 class Layout(NamedTuple):

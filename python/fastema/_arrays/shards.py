@@ -1,4 +1,4 @@
-"""Where does a local array lie in the whole?"""
+"""Where do the local arrays of a value that is spread over processes or devices lie in the whole?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -2,7 +2,6 @@
 
 import re
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,18 +11,11 @@ from hypothesis import strategies as st
 import fastema
 import fastema.tensorflow as engines
 import oracle
+from mixes import MIXES
 from modes import run
 from processes import LINUX_ONLY, output_of
 
 MODES = ["eager", "graph", "xla"]
-TYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-# average, value
-MIXES = [
-    *((t, t) for t in TYPES),
-    (np.float32, np.float16),
-    (np.float32, ml_dtypes.bfloat16),
-    (np.float64, np.float32),
-]
 
 
 @pytest.fixture(params=[np.float32, np.float64])

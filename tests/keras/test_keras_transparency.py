@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from processes import SUPPORT
+
 KERAS = Path(importlib.util.find_spec("keras").origin).parent / "src"
 
 OPTIMIZERS = [
@@ -59,7 +60,7 @@ def run_tests_of_keras(tmp_path, backend, wrapped, files, arguments=()):
     environment = {
         "KERAS_BACKEND": backend,
         "FASTEMA_WRAP": wrapped,
-        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, sys.path)]),
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     # -P: in Keras' folder lie modules that are named like those of Python

@@ -13,7 +13,7 @@ import pytest
 import fastema
 import installed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(fastema.__path__, "fastema.")

@@ -1,8 +1,8 @@
 """Does one wheel serve every TensorFlow? Runs the tests of fastema.tensorflow with several of them.
 
-    python tests/tensorflow_versions.py                     # the default versions
-    python tests/tensorflow_versions.py 2.18.1 2.21.0       # these
-    python tests/tensorflow_versions.py --environments ~/tf # keeps the environments, or takes those there
+    python tests/support/tensorflow_versions.py                     # the default versions
+    python tests/support/tensorflow_versions.py 2.18.1 2.21.0       # these
+    python tests/support/tensorflow_versions.py --environments ~/tf # keeps them, or takes those there
 
 The wheel is built once and unpacked beside the environments, so that all of them load the same files and none
 is asked for what fastema's `keras` extra wants. An environment FOLDER/tf2.18.1 holds that TensorFlow,
@@ -21,7 +21,7 @@ import venv
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VERSIONS = ["2.18.1", "2.20.0", "2.21.0"]
 TIER = """
 import fastema, fastema.tensorflow, tensorflow as tf
@@ -78,7 +78,7 @@ def tested(python, package):
     if said.returncode != 0 or not Path(file).is_relative_to(package):
         return "none", 0, 0, 1
     report = package / "report.xml"
-    files = sorted((ROOT / "tests").glob("test_tensorflow*.py"))
+    files = sorted((ROOT / "tests" / "tensorflow").glob("test_*.py"))
     options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     subprocess.run([python, "-m", "pytest", *options, *files], cwd=ROOT, env=clean, check=False)
     suite = ElementTree.parse(report).getroot().find("testsuite")

@@ -1,8 +1,5 @@
 """Training under tf.distribute on one machine; programs of tests that need devices of their own import it."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import tensorflow as tf
 
@@ -11,11 +8,8 @@ from keras_replay import problem
 
 
 def output_of(code, *arguments, **environment):
-    """Run a program that imports the modules of the tests and must succeed; return what it printed."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return processes.output_of(
-        code, *arguments, PYTHONPATH=path, **{"KERAS_BACKEND": "tensorflow", **environment}
-    )
+    """Run a program of Keras, on TensorFlow if it does not say otherwise; return what it printed."""
+    return processes.output_of(code, *arguments, **{"KERAS_BACKEND": "tensorflow", **environment})
 
 
 def mirrored(replicas=2):

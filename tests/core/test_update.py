@@ -12,20 +12,13 @@ from hypothesis import strategies as st
 
 import fastema
 import oracle
+from mixes import MIXES, TYPES, of_many_magnitudes
 
 pytestmark = pytest.mark.usefixtures("every_instruction_set")
 
 bfloat16 = ml_dtypes.bfloat16
-TYPES = [np.float16, bfloat16, np.float32, np.float64]
-# average, value
-MIXES = [*((t, t) for t in TYPES), (np.float32, bfloat16), (np.float32, np.float16), (np.float64, np.float32)]
 PIECE = 512 << 10  # bytes: how the core cuts large arrays
 SIZES = [0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1000]
-
-
-def of_many_magnitudes(rng, size, dtype):
-    with np.errstate(over="ignore"):
-        return (rng.standard_normal(size) * 10.0 ** rng.integers(-12, 12, size)).astype(dtype)
 
 
 @pytest.mark.parametrize(("average", "value"), MIXES)

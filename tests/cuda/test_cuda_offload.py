@@ -7,11 +7,11 @@ import pytest
 import fake_cuda
 import fastema
 import oracle
-from fake_cuda import Array
+from fake_cuda import Array, on_device
 from fastema import cuda
 from fastema.cuda import _offload
-from test_cuda_plan import error_of, on_device
-from test_update import MIXES, of_many_magnitudes
+from mixes import MIXES, of_many_magnitudes
+from refusals import error_of
 
 SIDE = 100  # the handle of the offload's own stream
 CUPY = 2
@@ -21,11 +21,6 @@ CUPY = 2
 def fake():
     with fake_cuda.installed() as driver:
         yield driver
-
-
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch", reason="torch is not installed")
 
 
 def lists(rng):

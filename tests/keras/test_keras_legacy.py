@@ -12,12 +12,13 @@ import oracle
 import tolerances
 from fastema.keras import ExponentialMovingAverage
 from keras_replay import assert_same_bits, custom_loop, problem, replay
+from legacy_replay import averages_of, fit, small_model, values_of, wrap
 from processes import output_of
 from tolerances import assert_close
 
 tf_keras = pytest.importorskip("tf_keras", reason="tf_keras, for optimizers of Keras 2, is not installed")
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "tfm_ema.json").read_text(encoding="ascii"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "tfm_ema.json").read_text(encoding="ascii"))
 CASES = [name for name in GOLDEN if name.startswith("decay=")]
 biased = pytest.mark.filterwarnings("ignore:with dynamic_decay=False")
 old_names = pytest.mark.filterwarnings("ignore:lr and decay are old names:DeprecationWarning")
@@ -28,45 +29,6 @@ legacy_format = pytest.mark.filterwarnings("ignore:You are saving your model as 
 def kind(request):
     """Return the module of one kind of optimizers."""
     return tf_keras.optimizers.legacy if request.param == "legacy" else tf_keras.optimizers
-
-
-def small_model(seed=3, **dense):
-    tf_keras.utils.set_random_seed(seed)
-    return tf_keras.Sequential(
-        [
-            tf_keras.Input((4,)),
-            tf_keras.layers.Dense(9, "tanh", **dense),
-            tf_keras.layers.BatchNormalization(),
-            tf_keras.layers.Dense(2, **dense),
-        ]
-    )
-
-
-def fit(model, optimizer, epochs=3, of="trainable_variables", **compile_arguments):
-    """Train with fit; return the weights after each step."""
-    steps = []
-
-    class Recorder(tf_keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            del batch, logs
-            steps.append(values_of(getattr(self.model, of)))
-
-    model.compile(optimizer, loss="mse", **compile_arguments)
-    x, y = problem()
-    model.fit(x, y, batch_size=16, epochs=epochs, shuffle=False, verbose=0, callbacks=[Recorder()])
-    return steps
-
-
-def wrap(inner, **arguments):
-    return ExponentialMovingAverage(inner, **arguments)
-
-
-def values_of(variables):
-    return [variable.numpy() for variable in variables]
-
-
-def averages_of(optimizer, variables):
-    return [optimizer.get_slot(variable, "average").numpy() for variable in variables]
 
 
 # --- which wrapper ----------------------------------------------------------------------------------
@@ -276,10 +238,9 @@ def test_mirrored_variables_are_averaged(kind):
 
 
 REPLICAS = """
-    import sys
     import numpy as np, tensorflow as tf, tf_keras
-    sys.path.insert(0, sys.argv[1])
-    from test_keras_legacy import averages_of, fit, replay, small_model, values_of, wrap
+    from keras_replay import replay
+    from legacy_replay import averages_of, fit, small_model, values_of, wrap
 
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -297,8 +258,8 @@ REPLICAS = """
 """
 
 
-def test_two_replicas_hold_the_same_averages_of_a_numpy_replay(request):
-    output_of(REPLICAS, request.path.parent)
+def test_two_replicas_hold_the_same_averages_of_a_numpy_replay():
+    output_of(REPLICAS)
 
 
 # --- mixed precision --------------------------------------------------------------------------------
@@ -666,28 +627,25 @@ CONTINUE = """
     import sys
     import numpy as np, tf_keras
     import fastema.keras.legacy
-    sys.path.insert(0, sys.argv[1])
     from keras_replay import problem
 
-    model = tf_keras.models.load_model(sys.argv[2])
+    model = tf_keras.models.load_model(sys.argv[1])
     x, y = problem()
     model.fit(x, y, batch_size=16, epochs=1, shuffle=False, verbose=0)
-    np.savez(sys.argv[3], *[v.numpy() for v in [*model.variables, *model.optimizer.variables()]])
+    np.savez(sys.argv[2], *[v.numpy() for v in [*model.variables, *model.optimizer.variables()]])
 """
 
 
 @legacy_format
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
-def test_saved_loaded_in_a_new_process_and_trained_on_is_as_if_never_interrupted(
-    request, tmp_path, kind, suffix
-):
+def test_saved_loaded_in_a_new_process_and_trained_on_is_as_if_never_interrupted(tmp_path, kind, suffix):
     if suffix == "keras" and kind is tf_keras.optimizers.legacy:
         pytest.skip("tf_keras itself keeps no state of legacy optimizers in .keras files")
     path = tmp_path / f"model.{suffix}"
     model, optimizer = small_model(), wrap(kind.Adam(0.01))
     fit(model, optimizer, epochs=1)
     model.save(path)
-    output_of(CONTINUE, request.path.parent, path, tmp_path / "resumed.npz")
+    output_of(CONTINUE, path, tmp_path / "resumed.npz")
     fit(model, optimizer, epochs=1)
     with np.load(tmp_path / "resumed.npz") as resumed:
         assert_same_bits(list(resumed.values()), values_of([*model.variables, *optimizer.variables()]))

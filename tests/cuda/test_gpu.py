@@ -1,8 +1,8 @@
 """What only a GPU can show. Each test states one law; all of them skip, and say why, where there is none.
 
-    python -m pytest -q tests/test_gpu.py
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -q tests/test_gpu.py
-    compute-sanitizer --tool initcheck --error-exitcode 1 python -m pytest -q tests/test_gpu.py
+    python -m pytest -q tests/cuda/test_gpu.py
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -q tests/cuda/test_gpu.py
+    compute-sanitizer --tool initcheck --error-exitcode 1 python -m pytest -q tests/cuda/test_gpu.py
 
 The laws of lists, errors and streams are tested everywhere, on a fake device (test_cuda_plan.py).
 """
@@ -18,7 +18,7 @@ import fastema
 import oracle
 from fastema import cuda, schedules
 from fastema.cuda import _offload
-from test_update import MIXES, of_many_magnitudes
+from mixes import MIXES, of_many_magnitudes
 
 bfloat16 = ml_dtypes.bfloat16
 

@@ -29,12 +29,12 @@ def kernels():
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler for the kernels of the fake device")
-    tests = Path(__file__).parent
-    folders = tests, Path(_source.__file__).parent, _source.FORMULA.parent
+    here = Path(__file__).parent
+    folders = here, Path(_source.__file__).parent, _source.FORMULA.parent
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", *(f"-I{x}" for x in folders)]
     with tempfile.TemporaryDirectory(prefix="fastema-fake-") as folder:
         target = Path(folder) / "kernels.so"
-        subprocess.run([compiler, *flags, tests / "cuda_kernels.cpp", "-o", target], check=True)
+        subprocess.run([compiler, *flags, here / "cuda_kernels.cpp", "-o", target], check=True)
         library = ctypes.CDLL(str(target))
     library.run.restype = ctypes.c_bool
     return library
@@ -64,6 +64,13 @@ class Array:
             "data": (host.ctypes.data, not host.flags.writeable),
             "stream": self._stream,
         }
+
+
+def on_device(arrays):
+    """Return what was given, with its NumPy arrays on the fake device."""
+    if isinstance(arrays, list):
+        return [on_device(x) for x in arrays]
+    return Array(arrays) if isinstance(arrays, np.ndarray) else arrays
 
 
 class Exporter:

@@ -20,9 +20,9 @@ import oracle
 import ptx
 from fastema import schedules
 from fastema.cuda import _source
+from processes import SUPPORT
 
-TESTS = Path(__file__).parent
-INCLUDES = [TESTS, Path(_source.__file__).parent, _source.FORMULA.parent]
+INCLUDES = [SUPPORT, Path(_source.__file__).parent, _source.FORMULA.parent]
 NUMBERS = {name: np.dtype(getattr(ml_dtypes, name, name)) for pair in _source.MIXES for name in pair}
 CARRIES = {"float32": np.float32, "bfloat16": np.int16}
 ARCHITECTURES = [75, 90, 120, *(pytest.param(x, marks=pytest.mark.slow) for x in (80, 86, 89, 100))]
@@ -41,7 +41,7 @@ def program(tmp_path_factory):
         file = tmp_path_factory.mktemp("kernels") / "kernels"
         options = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         options += ["-Wno-unused-function", *(f"-I{folder}" for folder in INCLUDES)]
-        subprocess.run(["g++", *options, *flags, TESTS / "cuda_kernels.cpp", "-o", file], check=True)
+        subprocess.run(["g++", *options, *flags, SUPPORT / "cuda_kernels.cpp", "-o", file], check=True)
         return file
 
     return build

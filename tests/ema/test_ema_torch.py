@@ -8,11 +8,6 @@ import tolerances
 
 
 @pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture
 def model(torch):
     torch.manual_seed(0)
     return torch.nn.Sequential(

@@ -1,8 +1,6 @@
 """fastema.EMA with JAX arrays sharded over devices: each shard is averaged and saved where it lies."""
 
-import os
 import textwrap
-from pathlib import Path
 
 import processes
 
@@ -60,13 +58,8 @@ PRELUDE = """
 
 def run(code, *arguments, **environment):
     processes.skip_without("jax")
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return processes.output_of(
-        textwrap.dedent(PRELUDE) + textwrap.dedent(code),
-        *arguments,
-        PYTHONPATH=path,
-        **{**FOUR_CPUS, **environment},
-    )
+    program = textwrap.dedent(PRELUDE) + textwrap.dedent(code)
+    return processes.output_of(program, *arguments, **{**FOUR_CPUS, **environment})
 
 
 def test_sharded_averages_have_the_bits_of_whole_ones_and_the_places_of_their_values():

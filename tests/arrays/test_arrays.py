@@ -39,11 +39,6 @@ torch_dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32
 
 
 @pytest.fixture
-def torch():
-    return pytest.importorskip("torch", reason="torch is not installed")
-
-
-@pytest.fixture
 def jax():
     return pytest.importorskip("jax", reason="jax is not installed")
 

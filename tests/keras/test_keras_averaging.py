@@ -21,7 +21,7 @@ from keras_replay import (
 )
 from tolerances import assert_close
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "tfm_ema.json").read_text(encoding="ascii"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "tfm_ema.json").read_text(encoding="ascii"))
 CASES = [name for name in GOLDEN if name.startswith("decay=")]
 biased = pytest.mark.filterwarnings("ignore:with dynamic_decay=False")
 

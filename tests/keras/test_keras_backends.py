@@ -4,20 +4,26 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from processes import skip_without
+from processes import SUPPORT, skip_without
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_what_holds_everywhere_holds_here(backend):
     skip_without(backend)
-    tests = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / "keras_everywhere.py")],
-        cwd=tests.parent,
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            str(SUPPORT / "keras_everywhere.py"),
+        ],
+        cwd=SUPPORT,
         env={**os.environ, "KERAS_BACKEND": backend},
         capture_output=True,
         text=True,

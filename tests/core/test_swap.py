@@ -1,6 +1,5 @@
 """fastema.swap and Pairs.swap: exact, in place, its own inverse."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,10 +7,9 @@ from hypothesis import strategies as st
 
 import fastema
 import oracle
+from mixes import TYPES
 
 pytestmark = pytest.mark.usefixtures("every_instruction_set")
-
-TYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+SUPPORT = Path(__file__).parent
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -20,11 +21,17 @@ def skip_without(package):
         pytest.skip(f"{package} is not installed")
 
 
+def environment_of_programs(**environment):
+    """Return this process' environment with these variables; the modules of this folder can be imported."""
+    path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **environment}
+
+
 def python(code, *arguments, **environment):
     """Run a program; return the finished process with its output as text."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        env={**os.environ, **environment},
+        env=environment_of_programs(**environment),
         capture_output=True,
         text=True,
         timeout=300,
@@ -42,11 +49,10 @@ def output_of(code, *arguments, **environment):
 def ranks(count, code, *arguments, **environment):
     """Run a program in so many processes at once, which must all succeed.
 
-    Each finds its number as RANK and theirs as WORLD_SIZE, and can import the modules of the tests. All are
-    ended after two minutes: a collective that one of them never enters keeps the others waiting.
+    Each finds its number as RANK and theirs as WORLD_SIZE. All are ended after two minutes: a collective that
+    one of them never enters keeps the others waiting.
     """
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    shared = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": str(count), **environment}
+    shared = environment_of_programs(WORLD_SIZE=str(count), **environment)
     started = [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],

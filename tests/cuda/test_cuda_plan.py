@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import fake_cuda
 import fastema
 import oracle
-from fake_cuda import Array
+from fake_cuda import Array, on_device
 from fastema import cuda, schedules
 from fastema.cuda import _driver, _plan
+from mixes import MIXES, of_many_magnitudes
 from processes import output_of
-from test_errors import BAD_NUMBERS, BAD_PAIRS
-from test_update import MIXES, of_many_magnitudes
+from refusals import BAD_NUMBERS, BAD_PAIRS, error_of
 from tolerances import POWERS, assert_close
 
 bfloat16 = ml_dtypes.bfloat16
@@ -30,18 +30,6 @@ def fake():
     fake_cuda.kernels()
     with fake_cuda.installed() as driver:
         yield driver
-
-
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch", reason="torch is not installed")
-
-
-def on_device(arrays):
-    """Return what was given, with its NumPy arrays on the fake device."""
-    if isinstance(arrays, list):
-        return [on_device(x) for x in arrays]
-    return Array(arrays) if isinstance(arrays, np.ndarray) else arrays
 
 
 def test_the_fake_device_has_the_face_of_the_real_one():
@@ -205,12 +193,6 @@ def test_more_than_eight_lists_are_refused():
 
 
 # --- what is refused, as on the CPU -------------------------------------------------------------------
-
-
-def error_of(call):
-    with pytest.raises((TypeError, ValueError)) as caught:
-        call()
-    return type(caught.value), str(caught.value)
 
 
 def needs_a_device(case):

@@ -165,7 +165,7 @@ def test_a_schedules_profile_is_that_of_its_power_function():
 )
 def test_a_schedules_profile_is_what_each_value_weighs(schedule, monkeypatch):
     exact = tracked(np.eye(50), schedule)[-1]
-    monkeypatch.setattr(posthoc, "_CHUNK", 7)
+    monkeypatch.setattr(posthoc, "_PIECE", 7)
     profile = np.zeros(50)
     for first, part in posthoc._profile(schedule, 50):
         profile[first - 1 : first - 1 + len(part)] = part
@@ -175,7 +175,7 @@ def test_a_schedules_profile_is_what_each_value_weighs(schedule, monkeypatch):
 def test_pieces_of_a_long_profile_change_nothing(monkeypatch):
     steps, sigma_rels = regular(1000, 5)
     weights = posthoc.weights(steps, sigma_rels, schedules.warmup(0.999))
-    monkeypatch.setattr(posthoc, "_CHUNK", 64)
+    monkeypatch.setattr(posthoc, "_PIECE", 64)
     pieces = posthoc.weights(steps, sigma_rels, schedules.warmup(0.999))
     tolerances.assert_close(pieces, weights, tolerances.LEAST_SQUARES)
 

@@ -23,7 +23,7 @@ STATE = "fastema"  # in the metadata, and where names of tensors begin that are 
 _OFFSETS = "DCP_SHARDING_INFO"  # in the metadata; torch.distributed.checkpoint reads it, too
 _VERSION = 1  # of what is written here
 
-_Named = Mapping[str, np.ndarray | Blocks]
+_Arrays = Mapping[str, np.ndarray | Blocks]
 
 
 class State(TypedDict):
@@ -41,10 +41,10 @@ class State(TypedDict):
         config: Arguments of the constructor.
     """
 
-    averages: Sequence[_Named]
-    carries: Sequence[_Named]
-    copied: _Named
-    values: _Named
+    averages: Sequence[_Arrays]
+    carries: Sequence[_Arrays]
+    copied: _Arrays
+    values: _Arrays
     step: int
     decay: list[float] | None
     products: list[float]
@@ -56,7 +56,7 @@ def write_state(
     path: StrPath,
     state: State,
     config: Mapping[str, Any],
-    undone: Sequence[_Named],
+    debiased: Sequence[_Arrays],
     layout: Layout | None = None,
 ) -> None:
     """Write the state of an EMA, its first averages under the names of the values.
@@ -65,7 +65,7 @@ def write_state(
         path: As for `write`; with a `layout`, of the set.
         state: Of sharded values it holds the local arrays.
         config: Arguments of the constructor, beside those in the state.
-        undone: For each decay the averages as users see them; nothing where they are kept so.
+        debiased: For each decay the averages as users see them, where they are kept undivided; else nothing.
         layout: Which files of a set hold what. None: a single file holds all.
 
     Raises:
@@ -87,7 +87,7 @@ def write_state(
             "decay": [_described(d) for d in decay] if isinstance(decay, list) else _described(decay),
         },
     }
-    arrays = list(_arrays_of(state, undone))
+    arrays = list(_arrays_of(state, debiased))
     # transformers refuses a file whose metadata lack a format; all other readers pass over it
     if layout is None:
         tensors = {prefix + name: array for prefix, name, array in arrays}
@@ -109,12 +109,12 @@ def write_state(
         )
 
 
-def _arrays_of(state: State, undone: Sequence[_Named]) -> Iterator[tuple[str, str, np.ndarray | Blocks]]:
+def _arrays_of(state: State, debiased: Sequence[_Arrays]) -> Iterator[tuple[str, str, np.ndarray | Blocks]]:
     """Yield for each array of a state what its name in a file begins with, its own name, and the array."""
     groups = [("", state["copied"])]
-    for k, (kept, seen) in enumerate(zip(state["averages"], undone, strict=True)):
-        groups.append((f"{STATE}.averages.{k}." if k else "", seen or kept))
-        groups.append((f"{STATE}.kept.{k}.", kept if seen else {}))
+    for k, (kept, shown) in enumerate(zip(state["averages"], debiased, strict=True)):
+        groups.append((f"{STATE}.averages.{k}." if k else "", shown or kept))
+        groups.append((f"{STATE}.kept.{k}.", kept if shown else {}))
     groups += [(f"{STATE}.carries.{k}.", carries) for k, carries in enumerate(state["carries"])]
     groups.append((f"{STATE}.values.0.", state["values"]))
     for prefix, arrays in groups:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tracemalloc
 
 import ml_dtypes
@@ -145,7 +146,7 @@ def test_a_schedule_of_ones_own_is_given_again(path):
     ema = EMA(weights, [0.9, falling])
     train(ema, weights, [1, 2])
     ema.save(path)
-    name = r"test_ema_files\.test_a_schedule_of_ones_own_is_given_again\.<locals>\.falling"
+    name = rf"{re.escape(__name__)}\.test_a_schedule_of_ones_own_is_given_again\.<locals>\.falling"
     with pytest.raises(ValueError, match=rf"decay must be given: of the schedule {name} "):
         EMA.load(path, weights)
     resumed = EMA.load(path, weights, decay=[0.9, falling])

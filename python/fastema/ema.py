@@ -17,7 +17,7 @@ from ._arrays import is_movable
 from ._arrays.shards import Shards
 from ._tree import Buffers, Tree
 from .checkpoint import _sets, _state
-from .checkpoint._state import State
+from .checkpoint._state import PlainState
 from .functional import Pairs
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py
@@ -701,7 +701,7 @@ class EMA:
         """
         return dict(self._state(_memory.host_copy))
 
-    def _state(self, taken: Callable[[Any], np.ndarray]) -> State:
+    def _state(self, taken: Callable[[Any], np.ndarray]) -> PlainState:
         """Return the state with what `taken` makes of each array; the arrays themselves are live."""
         self.wait()
         self._check_module()
@@ -879,7 +879,7 @@ class EMA:
             raise type(error)(f"{path} does not fit: {error}") from None
         return ema
 
-    def _own(self, state: State) -> dict[str, Any]:
+    def _own(self, state: PlainState) -> dict[str, Any]:
         """Return a state of whole arrays with the parts of them that are here."""
         places = {
             name: dict(zip(names, shards.blocks if shards else [None], strict=True))

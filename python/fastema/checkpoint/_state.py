@@ -26,7 +26,7 @@ _VERSION = 1  # of what is written here
 _Arrays = Mapping[str, np.ndarray | Blocks]
 
 
-class State(TypedDict):
+class PlainState(TypedDict):
     """What an EMA needs to go on, as `EMA.state_dict` returns it; arrays by the names of values.
 
     Attributes:
@@ -54,7 +54,7 @@ class State(TypedDict):
 
 def write_state(
     path: StrPath,
-    state: State,
+    state: PlainState,
     config: Mapping[str, Any],
     debiased: Sequence[_Arrays],
     layout: Layout | None = None,
@@ -109,7 +109,9 @@ def write_state(
         )
 
 
-def _arrays_of(state: State, debiased: Sequence[_Arrays]) -> Iterator[tuple[str, str, np.ndarray | Blocks]]:
+def _arrays_of(
+    state: PlainState, debiased: Sequence[_Arrays]
+) -> Iterator[tuple[str, str, np.ndarray | Blocks]]:
     """Yield for each array of a state what its name in a file begins with, its own name, and the array."""
     groups = [("", state["copied"])]
     for k, (kept, shown) in enumerate(zip(state["averages"], debiased, strict=True)):
@@ -124,7 +126,7 @@ def _arrays_of(state: State, debiased: Sequence[_Arrays]) -> Iterator[tuple[str,
             yield prefix, name, array
 
 
-def read_state(path: StrPath, decay: Any = None) -> tuple[State, dict[str, Any]]:
+def read_state(path: StrPath, decay: Any = None) -> tuple[PlainState, dict[str, Any]]:
     """Return what `write_state` wrote: the state, and all arguments of the constructor.
 
     Args:
@@ -157,7 +159,7 @@ def read_state(path: StrPath, decay: Any = None) -> tuple[State, dict[str, Any]]
     return state, config
 
 
-def _state_in(paths: Sequence[Path], *, is_set: bool) -> State:
+def _state_in(paths: Sequence[Path], *, is_set: bool) -> PlainState:
     """Return the state in a file, or in all files of a set."""
     files = [File(path) for path in paths]
     plains = [_plain_in(file, path) for file, path in zip(files, paths, strict=True)]

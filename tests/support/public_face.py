@@ -110,9 +110,8 @@ def _of_commands():
         parsers.append(parser)
         raise Reached
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", reach):
-        with contextlib.suppress(Reached):
-            command.main([])
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", reach), contextlib.suppress(Reached):
+        command.main([])
     (commands,) = (action for action in parsers[0]._actions if isinstance(action.choices, dict))
     for name, parser in sorted(commands.choices.items()):
         yield name

@@ -43,7 +43,7 @@ def averageable(options):
     return [name for name, x in weights_at(0).items() if not (only_half and x.dtype == np.float32)]
 
 
-def train(ema, weights, steps):
+def train(ema, weights, steps, weights_at=weights_at):
     """Set the weights to those of each step, in place, and update."""
     for step in steps:
         for name, value in weights_at(step).items():

@@ -21,11 +21,21 @@ MODULES = {CORE, *FILES}
 TO_THE_CORE = ["_build", "_ema", "_types", "cuda", "functional"]  # and the face, for the version
 
 
+class WithoutTypeChecking(ast.NodeTransformer):
+    """Leaves out what only a type checker executes."""
+
+    def visit_If(self, node):
+        if ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return [self.visit(each) for each in node.orelse]
+        return self.generic_visit(node)
+
+
 def imports_of(name):
     """Return the modules of fastema that one imports, at any time."""
     package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    for node in ast.walk(WithoutTypeChecking().visit(tree)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -13,7 +13,7 @@
 
 #include "dispatch.hpp"
 #include "formula.hpp"
-#include "parallel.hpp"
+#include "team.hpp"
 
 namespace {
 

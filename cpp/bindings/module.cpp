@@ -15,7 +15,7 @@
 
 #include "dispatch.hpp"
 #include "fastema/core.hpp"
-#include "parallel.hpp"
+#include "team.hpp"
 
 namespace py = pybind11;
 using fastema::DType;

@@ -8,7 +8,7 @@
 #include "dispatch.hpp"
 #include "formula.hpp"
 #include "kernels.hpp"
-#include "parallel.hpp"
+#include "team.hpp"
 
 namespace fastema {
 namespace {

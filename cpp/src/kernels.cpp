@@ -5,7 +5,7 @@
 #include "kernels.hpp"
 
 #include "formula.hpp"
-#include "wide.hpp"
+#include "vectors.hpp"
 
 namespace fastema {
 namespace {

@@ -1,4 +1,4 @@
-#include "parallel.hpp"
+#include "team.hpp"
 
 #include <pthread.h>
 #ifdef __linux__

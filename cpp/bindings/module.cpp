@@ -13,9 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "dispatch.hpp"
 #include "fastema/core.hpp"
-#include "team.hpp"
 
 namespace py = pybind11;
 using fastema::DType;
@@ -598,13 +596,12 @@ std::vector<std::pair<std::string, std::string>> mixes() {
 }
 
 std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const fastema::Kernels* kernels : fastema::available()) names.emplace_back(kernels->name);
-  return names;
+  const auto names = fastema::instruction_sets();
+  return {names.begin(), names.end()};
 }
 
 void use_instruction_set(const std::string& name) {
-  if (!fastema::activate(name)) {
+  if (!fastema::use_instruction_set(name)) {
     throw py::value_error("name must be one of " + text(py::repr(py::cast(instruction_sets()))) +
                           " on this machine, got " + text(py::repr(py::str(name))));
   }
@@ -613,7 +610,7 @@ void use_instruction_set(const std::string& name) {
 py::dict build_config() {
   using namespace py::literals;
   return py::dict("version"_a = FASTEMA_VERSION, "compiler"_a = FASTEMA_COMPILER,
-                  "instruction_set"_a = fastema::active().name,
+                  "instruction_set"_a = fastema::instruction_set(),
                   "instruction_sets"_a = instruction_sets(), "openmp"_a = fastema::openmp_version(),
                   "threads"_a = fastema::default_threads());
 }

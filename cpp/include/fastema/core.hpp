@@ -1,10 +1,11 @@
-// The core's public face: what can be averaged and swapped, without a word about who asks.
-// It knows no Python and no TensorFlow; the bindings check, this trusts.
+// The core's whole face: what can be averaged, swapped and copied, and where that runs, without a
+// word about who asks. It knows no Python and no TensorFlow; the bindings check, this trusts.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 namespace fastema {
 
@@ -67,5 +68,19 @@ void update(std::span<const Pair> pairs, std::span<const double> decays,
 // sides have one type.
 void swap(std::span<const Pair> pairs, int threads) noexcept;
 void copy(std::span<const Pair> pairs, int threads) noexcept;
+
+// The instruction sets that this build holds and this machine runs, best first; the last is
+// "baseline". The best is used unless another is chosen, for all threads; false, and nothing
+// changes, where there is none of that name.
+std::span<const char* const> instruction_sets() noexcept;
+const char* instruction_set() noexcept;
+bool use_instruction_set(std::string_view name) noexcept;
+
+// What 0 threads means: as many as OpenMP would take here and now; without it, as many as the
+// machine has.
+int default_threads() noexcept;
+
+// The OpenMP this was built with (yyyymm), 0 for none.
+int openmp_version() noexcept;
 
 }  // namespace fastema

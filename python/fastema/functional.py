@@ -305,5 +305,9 @@ def _lists(
     b, single = as_list(values, "values")
     a = interleaved(averages, "averages", len(b))
     c = [] if carries is None else interleaved(carries, "carries", len(b))
-    single = single and len(averages) == 1 and len(a) == 1
-    return a, b, c, {"single": single, "averages_per_value": len(averages)}
+    terms: Terms = {}  # what goes without saying costs nothing
+    if len(averages) > 1:
+        terms["averages_per_value"] = len(averages)
+    elif single and len(a) == 1:
+        terms["single"] = True
+    return a, b, c, terms

@@ -3,15 +3,32 @@
 A step counts the updates seen, the present one included: the first update is step 1. Schedules are plain,
 picklable values: two with the same arguments are equal. A decay of 0 copies the value. Each is written once,
 for plain numbers and for the tensors of every array library.
+
+What one update takes at once may be more than a step: every tenth step, the samples of a batch, a weight. Its
+decay is then the product of the decays of all steps in that span, which `Schedule.over` knows.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-__all__ = ["Schedule", "compound", "constant", "dynamic", "equal_weights", "half_life", "power", "warmup"]
+import numpy as np
+
+from ._types import Decay, check_decay, check_share
+
+__all__ = [
+    "Schedule",
+    "compound",
+    "constant",
+    "dynamic",
+    "equal_weights",
+    "half_life",
+    "over",
+    "power",
+    "warmup",
+]
 
 
 _Scalar = Any  # a number, or a tensor of the array library that computes
@@ -39,9 +56,65 @@ class _Numbers:
 class Schedule(ABC):
     """A decay that depends on nothing but the step."""
 
+    _limit: float | None = None  # what the decay stays at, once it is there
+
     def __call__(self, step: int) -> float:
         """Return the decay of this step."""
         return float(self.at(step, _Numbers))
+
+    def over(self, t0: float, t1: float) -> float:
+        """Return the decay of one update that takes the whole span from `t0` to `t1` at once.
+
+        It is the product of the decays of all steps in between: of 3, 4 and 5 for ``over(2, 5)``. So spans
+        add up, ``over(a, b) * over(b, c) == over(a, c)``, and one update over a span in which the value stands
+        still does what an update at each of its steps would do. `constant`, `equal_weights` and `power` know
+        the product between any two numbers; for other schedules, what is no whole step does not count.
+
+        Args:
+            t0: Where the update before ended; 0 or more, in steps.
+            t1: Where this one ends.
+
+        Returns:
+            From 0, where the span contains a step that copies, to 1, where it contains none.
+
+        Raises:
+            ValueError: The span is not from 0 or more upwards, or not finite.
+
+        Example:
+            >>> from fastema import schedules
+            >>> schedule = schedules.dynamic(0.99)
+            >>> schedule.over(2, 5) == schedule(3) * schedule(4) * schedule(5)
+            True
+            >>> schedules.equal_weights().over(30, 40)  # ten of forty values are new
+            0.75
+        """
+        if not 0 <= t0 <= t1 < math.inf:
+            raise ValueError(f"t0 and t1 must be finite and 0 <= t0 <= t1, got {t0!r} and {t1!r}")
+        if t0 == t1:
+            return 1.0
+        return self(int(t1)) if t1 == t0 + 1 == int(t1) else float(self._over(t0, t1))
+
+    def _over(self, t0: float, t1: float) -> float:
+        product, end = 1.0, math.floor(t1) + 1
+        for begin in range(math.floor(t0) + 1, end, _BLOCK):
+            if product == 0.0:
+                break
+            if self(begin) == self._limit:
+                return product * float(compound(self._limit, end - begin))
+            product *= float(_product(self.at(np.arange(begin, min(begin + _BLOCK, end), dtype=float), np)))
+        return product
+
+    def at_once(self, step: _Scalar, steps: int, xp: _Library) -> _Scalar:
+        """Return the decay of one update that takes this step and those before it at once; see `over`.
+
+        Args:
+            step: A tensor of float64.
+            steps: How many; the same at every call of what is traced.
+            xp: As for `at`.
+        """
+        if steps == 1:
+            return self.at(step, xp)
+        return _product(self.at(step - np.arange(steps - 1.0, -1.0, -1.0), xp))
 
     @abstractmethod
     def at(self, step: _Scalar, xp: _Library) -> _Scalar:
@@ -73,6 +146,10 @@ class _Limited(_Started):
 
     decay: float
 
+    @property
+    def _limit(self) -> float:  # type: ignore[override] # a value of each schedule here
+        return self.decay
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay must be from 0 to 1, got {self.decay!r}")
@@ -97,6 +174,15 @@ class constant(_Limited):  # noqa: N801 - used as a function
 
     def _after(self, k: _Scalar, xp: _Library) -> _Scalar:
         return xp.minimum(k + 1.0, self.decay)  # a tensor where k is one
+
+    def _over(self, t0: float, t1: float) -> float:
+        if t0 < self.start_step - 1:  # the first step in it copies
+            return 0.0
+        span = t1 - t0
+        return float(compound(self.decay, int(span))) if span == int(span) else self.decay**span
+
+    def at_once(self, step: _Scalar, steps: int, xp: _Library) -> _Scalar:  # noqa: D102 - as of every schedule
+        return replace(self, decay=compound(self.decay, steps)).at(step - (steps - 1), xp)
 
 
 @dataclass(frozen=True)
@@ -195,6 +281,10 @@ class equal_weights(_Started):  # noqa: N801 - used as a function
     def _after(self, k: _Scalar, xp: _Library) -> _Scalar:  # noqa: ARG002 - numbers and tensors divide alike
         return k / (k + 1)
 
+    def _over(self, t0: float, t1: float) -> float:
+        before = self.start_step - 1
+        return max(t0 - before, 0) / (t1 - before) if t1 > before else 0.0
+
 
 def half_life(updates: float) -> constant:
     """Return the constant decay that halves the weight of a value in so many updates.
@@ -260,6 +350,49 @@ class power(Schedule):  # noqa: N801 - used as a function
 
     def at(self, step: _Scalar, xp: _Library) -> _Scalar:  # noqa: D102 - as of every schedule
         return (1.0 - 1.0 / xp.maximum(step, 1)) ** (self.gamma + 1.0)
+
+    def _over(self, t0: float, t1: float) -> float:
+        return float((t0 / t1) ** (self.gamma + 1.0))
+
+
+def over(decay: Decay, t0: float, t1: float) -> float:
+    """Return the decay of one update over a span, of whatever tells a decay.
+
+    Args:
+        decay: A number, a schedule, or a function of your own, which is asked for every whole step.
+        t0: As for `Schedule.over`.
+        t1: As for `Schedule.over`.
+
+    Raises:
+        TypeError: `decay` is none of these, or the function returned no number.
+        ValueError: The span is not from 0 or more upwards, or a decay is not from 0 to 1.
+
+    Example:
+        >>> from fastema import schedules
+        >>> schedules.over(0.5, 0, 3), schedules.over(lambda step: 1 - 1 / step, 3, 6)
+        (0.125, 0.5)
+    """
+    if isinstance(decay, Schedule):
+        return decay.over(t0, t1)
+    number = check_decay(decay)
+    if not callable(number):
+        return constant(number).over(t0, t1)
+    steps = range(math.floor(t0) + 1, math.floor(t1) + 1)
+    return math.prod(check_share(number(step), f"decay({step})") for step in steps)
+
+
+_BLOCK = 1 << 14  # steps whose decays are computed at once
+
+
+def _product(factors: _Scalar) -> _Scalar:
+    """Multiply all elements of a vector, by halves: in the same order in every array library."""
+    size, rest = int(factors.shape[0]), 1.0
+    while size > 1:
+        half = size // 2
+        if size % 2:
+            rest = factors[-1] * rest
+        factors, size = factors[:half] * factors[half : 2 * half], half
+    return factors[0] * rest
 
 
 def compound(decay: _Scalar, updates: int) -> _Scalar:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema import EMA, _shards
-from fastema._shards import Block, Pieces
+from fastema._arrays.shards import Block
+from fastema._shards import Pieces
 
 CUTS = st.lists(st.integers(0, 6), max_size=3).map(sorted)
 

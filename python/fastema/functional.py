@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from . import _core
-from ._arrays import as_list, interleaved, is_movable, is_on_cuda, packed_copies, views
+from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, views, watch
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -186,7 +186,7 @@ class Pairs:
         array([0.75, 0.75, 0.75])
     """
 
-    __slots__ = ("_addresses", "_compensated", "_movable", "_native")
+    __slots__ = ("_compensated", "_native", "_watched")
 
     def __init__(self, averages: Any, values: Any, *, carries: Any = None) -> None:
         self._set_up([averages], values, None if carries is None else [carries])
@@ -226,16 +226,16 @@ class Pairs:
         single = single and lists == 1 and len(a) == 1
         self._native = _paired(a, b, c, ("averages", "values", single, lists), exchanged=False)
         self._compensated = bool(c)
-        self._movable = [x for x in (*a, *b, *c) if is_movable(x)]
-        self._addresses = [x.data_ptr() for x in self._movable]
+        self._watched = watch((*a, *b, *c))
 
     def _check_unmoved(self) -> None:
-        addresses = [x.data_ptr() for x in self._movable]
-        if addresses != self._addresses:
-            if isinstance(self._native, _core.Pairs):
-                raise ValueError("a tensor was given other memory after it was paired; make the pairs anew")
+        if self._watched is None:
+            return
+        if isinstance(self._native, _core.Pairs):
+            self._watched.check("pairs")
+        elif self._watched.moved():
             self._native.follow()
-            self._addresses = addresses
+            self._watched.accept()
 
     def __len__(self) -> int:
         return len(self._native)
@@ -261,7 +261,7 @@ class Pairs:
             check: Whether to ask tensors if they were given other memory. Without, that goes unnoticed
                 and other memory is written: for graphs captured on a CUDA device, whose addresses stay.
         """
-        if check and self._movable:
+        if check and self._watched is not None:
             self._check_unmoved()
         if rounding == "nearest" and seed == step == 0:
             self._native.update_plainly(decay, threads)
@@ -279,6 +279,6 @@ class Pairs:
             TypeError: A pair's types differ, or its average is compensated.
             ValueError: A value is read-only, or shares memory with another.
         """
-        if self._movable:
+        if self._watched is not None:
             self._check_unmoved()
         self._native.swap(threads)

@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import _core
 from . import _driver, _plan
-from ._arrays import Group
+from ._arrays import Group, checked_as
 from ._schedule import Schedule
 from ._source import DECAYS, LISTS, ROUNDINGS, SWAP, update_name
 
@@ -54,21 +54,21 @@ class Pairs:
             self._build()
 
     def __len__(self) -> int:
-        return len(self._group.faces[1])
+        return len(self._group.arrays[1])
 
     # --- the plan ---------------------------------------------------------------------------------
 
     def _seen(self, exchanged: bool) -> Group:
         """See where the arrays lie, and have the core check them."""
         group = Group(self._arguments, self._named[2])
-        a, b, carries = group.faces
+        a, b, carries = map(checked_as, group.arrays)
         _core.Pairs(a, b, carries, *self._named, exchanged)
         return group
 
     def _build(self) -> None:
         driver, device, lists = self._driver, self._group.device, self._named[3]
         self._tables = _tables(self._group)
-        sizes = np.array([value.size for value in self._group.faces[1]], np.int64)
+        sizes = np.array([value.size for value in self._group.arrays[1]], np.int64)
         chunk = _plan.chunk_size(int(sizes.sum()), driver.multiprocessors(device))
         chunks = _plan.chunk_table(sizes, chunk)
         self._blocks = len(chunks)
@@ -88,7 +88,7 @@ class Pairs:
         for table in tables[:-1]:
             begins.append(begins[-1] + table.nbytes)
         tensors, carries, places = begins
-        compensated = carries if self._group.faces[2] else 0
+        compensated = carries if self._group.arrays[2] else 0
         fixed = {"tensors": tensors, "carries": compensated, "chunks": places, "chunk": chunk, "lists": lists}
         for name, value in fixed.items():
             self._update_arguments[name] = value
@@ -143,7 +143,7 @@ class Pairs:
         else:
             self._numbers.update([0.0] * lists if lists > 1 else 0.0, threads, stochastic, seed, step)
         self._seed[0], self._step[0] = seed, step
-        rounding = "compensated" if self._group.faces[2] else "stochastic" if stochastic else "nearest"
+        rounding = "compensated" if self._group.arrays[2] else "stochastic" if stochastic else "nearest"
         self._launch(self._entries[rounding], self._update_arguments, schedule)
 
     def swap(self, threads: int) -> None:
@@ -155,7 +155,7 @@ class Pairs:
             self._launch(SWAP, self._swap_arguments, None)
 
     def _check_exchangeable(self) -> None:
-        a, b, carries = self._group.faces
+        a, b, carries = map(checked_as, self._group.arrays)
         _core.Pairs(_empty(a), _empty(b), _empty(carries), *self._named, False).swap(0)
         _core.Pairs(a, b, [], *self._named, True)  # no two may overlap
         self._exchangeable = True
@@ -181,8 +181,8 @@ class Pairs:
 
 
 def _tables(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    a, b, carries = group.faces
-    return _plan.tensor_table(a, b), np.array([carry.ctypes.data for carry in carries], np.uint64)
+    a, b, carries = group.arrays
+    return _plan.tensor_table(a, b), np.array([carry.address for carry in carries], np.uint64)
 
 
 def _empty(arrays: list[np.ndarray]) -> list[np.ndarray]:

@@ -56,19 +56,18 @@ void for_each_part(const Groups& groups, Pieces& pieces, const Body& body) noexc
   for (std::size_t piece; pieces.take(piece);) {
     const std::size_t from = piece * kPiece;
     const std::size_t to = from + kPiece;
-    while (index < groups.size() && begin + extent_of(groups[index]) <= from) {
-      begin += extent_of(groups[index++]);
-    }
-    while (index < groups.size()) {
+    for (; index < groups.size(); ++index) {
       const Span& average = groups[index].average;
+      const std::size_t end = begin + bytes_of(average);
+      const std::size_t next = begin + extent_of(groups[index]);
       const std::size_t first = std::max(from, begin);
-      const std::size_t last = std::min(to, begin + bytes_of(average));
+      const std::size_t last = std::min(to, end);
       if (first < last) {
         const std::size_t element = size_of(average.dtype);
         body(index, (first - begin) / element, (last - first) / element);
       }
-      if (begin + extent_of(groups[index]) > to) break;  // the next piece continues here
-      begin += extent_of(groups[index++]);
+      if (next > to) break;  // the next piece continues here
+      begin = next;
     }
   }
 }

@@ -245,10 +245,11 @@ class Checker {
     }
     checked_.pairs.reserve(averages.size());
     extents_.reserve(averages.size() + values.size() + carries.size());
+    const bool compensated = !carries.empty();
     for (std::size_t i = 0; i < averages.size(); ++i) {
-      const Array average = array_of(averages[i], {&terms_.averages, i}, described_);
-      add(average, values[i / each], i);
-      if (!carries.empty()) add_carry(average, carries[i], i);
+      const Array average = array_of(item(averages, i), {&terms_.averages, i}, described_);
+      add(average, item(values, i / each), i);
+      if (compensated) add_carry(average, item(carries, i), i);
     }
     std::sort(extents_.begin(), extents_.end(),
               [](const Extent& x, const Extent& y) { return x.begin < y.begin; });

@@ -49,6 +49,11 @@ struct Terms {
   explicit Terms(const py::kwargs& given);
 };
 
+// Borrowed, which is cheaper than list[i].
+inline py::handle item(const py::list& list, std::size_t i) {
+  return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i));
+}
+
 // Lists that were checked.
 struct Checked {
   std::vector<fastema::Pair> pairs;

@@ -21,9 +21,9 @@ class Pairs {
     const std::size_t each = terms_.averages_per_value;
     held_.reserve(2 * averages.size() + carries.size());
     for (std::size_t i = 0; i < averages.size(); ++i) {
-      hold(averages[i], {&terms_.averages, i});
-      hold(values[i / each], {&terms_.values, i / each});
-      if (!carries.empty()) hold(carries[i], {&terms_.carries, i});
+      hold(item(averages, i), {&terms_.averages, i});
+      hold(item(values, i / each), {&terms_.values, i / each});
+      if (!carries.empty()) hold(item(carries, i), {&terms_.carries, i});
     }
   }
   Pairs(const Pairs&) = delete;  // labels point into it

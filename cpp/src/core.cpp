@@ -104,7 +104,7 @@ struct Updater {
   std::span<const Pair> pairs;
   std::span<const double> decays;
   const Options& options;
-  bool far;
+  bool beyond_caches;
 
   void operator()(std::size_t group, std::size_t first, std::size_t size) const noexcept {
     for (std::size_t k = 0; k < decays.size(); ++k) {
@@ -118,15 +118,15 @@ struct Updater {
     const Pair& pair = pairs[index];
     const Loops& loops = loops_of(kernels, pair.average.dtype, pair.value.dtype);
     Run run{.average = at(pair.average, first),
-            .into = nullptr,
+            .output = nullptr,
             .carry = nullptr,
             .value = at(pair.value, first),
             .size = size,
             .decay = decay,
             .noise = {},
-            .far = far};
+            .beyond_caches = beyond_caches};
     if (pair.into != nullptr) {
-      run.into = static_cast<std::byte*>(pair.into) + first * size_of(pair.average.dtype);
+      run.output = static_cast<std::byte*>(pair.into) + first * size_of(pair.average.dtype);
     }
     if (pair.carry != nullptr) {
       const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
@@ -179,8 +179,8 @@ std::size_t carry_size(DType average, DType value) noexcept {
 void update(std::span<const Pair> pairs, std::span<const double> decays,
             const Options& options) noexcept {
   const Groups groups{pairs, decays.size()};
-  const bool far = count_pieces(groups) > kCached / kPiece;
-  run(groups, options.threads, Updater{active(), pairs, decays, options, far});
+  const bool beyond_caches = count_pieces(groups) > kCached / kPiece;
+  run(groups, options.threads, Updater{active(), pairs, decays, options, beyond_caches});
 }
 
 void swap(std::span<const Pair> pairs, int threads) noexcept {

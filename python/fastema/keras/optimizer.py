@@ -127,9 +127,9 @@ class ExponentialMovingAverage(
         """Make the wrapper that is of the same Keras as the optimizer within."""
         of_tf_keras = any(kind.__module__.split(".")[0] == "tf_keras" for kind in type(optimizer).__mro__)
         if cls is ExponentialMovingAverage and of_tf_keras:
-            from . import legacy  # noqa: PLC0415 - tf_keras is not needed otherwise
+            from . import tf_keras  # noqa: PLC0415 - tf_keras is not needed otherwise
 
-            return legacy.wrap(optimizer, *args, **kwargs)
+            return tf_keras.wrap(optimizer, *args, **kwargs)
         return super().__new__(cls)
 
     def __init__(  # noqa: PLR0917 - the documented signature

@@ -1,0 +1,657 @@
+"""The wrapper for optimizers of tf_keras, which is Keras 2: legacy ones, and those that follow Keras 3's.
+
+It is imported only where there is one, and shares with Keras 3's wrapper all that is not about tf_keras:
+the averages, and how they and the weights change places.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, Literal
+
+import tensorflow as tf
+import tf_keras
+from tensorflow.python.eager.context import eager_mode
+from tf_keras import optimizers
+from tf_keras.mixed_precision import LossScaleOptimizer
+from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key  # what identifies slots of a variable
+
+from . import backends
+from . import optimizer as keras3
+from .averages import Averages, Settings
+from .backends.base import Engine
+
+
+def wrap(optimizer: Any, *args: Any, **kwargs: Any) -> "_Shell":
+    """Return the wrapper that is an optimizer of the same kind as the one within."""
+    legacy = isinstance(optimizer, optimizers.legacy.Optimizer)
+    kind = LegacyExponentialMovingAverage if legacy else ExponentialMovingAverage
+    return kind(optimizer, *args, **kwargs)
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return the optimizer that does the work, below those that scale the loss."""
+    while isinstance(optimizer, LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def _delegated(name: str) -> property:
+    """Delegate an attribute to the optimizer that does the work."""
+
+    def get(self: "_Shell") -> Any:  # tf_keras' constructors assign, and read, before there is one
+        return getattr(_innermost(self._optimizer), name) if "_optimizer" in self.__dict__ else None
+
+    def put(self: "_Shell", value: Any) -> None:
+        if "_optimizer" in self.__dict__:
+            setattr(_innermost(self._optimizer), name, value)
+
+    return property(get, put, doc=f"``{name}`` of the wrapped optimizer.")
+
+
+class _Shell:
+    """What both kinds share. Members without a docstring are as in `keras3.ExponentialMovingAverage`."""
+
+    clipnorm = _delegated("clipnorm")
+    clipvalue = _delegated("clipvalue")
+    global_clipnorm = _delegated("global_clipnorm")
+
+    _averages: Averages
+    _backend: backends.Backend
+    _name: str
+    _optimizer: Any
+    _swapped: Any
+
+    def __init__(  # noqa: PLR0917 - the documented signature
+        self,
+        optimizer: Any,
+        trainable_weights_only: bool = True,
+        average_decay: float = 0.99,
+        start_step: int = 0,
+        dynamic_decay: bool = True,
+        name: str | None = "moving_average",
+        *,
+        initial_average: Literal["zeros", "weights"] = "zeros",
+        average_dtype: str | None = None,
+        update_every: int = 1,
+        engine: Engine = "auto",
+        **kwargs: Any,
+    ) -> None:
+        settings = Settings(
+            trainable_weights_only=trainable_weights_only,
+            average_decay=average_decay,
+            start_step=start_step,
+            dynamic_decay=dynamic_decay,
+            initial_average=initial_average,
+            average_dtype=average_dtype,
+            update_every=update_every,
+            engine=engine,
+        )
+        optimizer = _with_keywords(optimizer, kwargs)
+        super().__init__(name)  # type: ignore[call-arg]  # tf_keras' optimizer, of either kind
+        self._optimizer = optimizer
+        self._backend = backends.load("tensorflow")
+        self._averages = Averages(settings, self._backend, self._create_average, _var_key)
+        with tf.init_scope():
+            self._swapped = tf.Variable(0, trainable=False, name="swapped")
+        keras3.warn_of(settings, optimizer)
+
+    # --- the same as Keras 3's --------------------------------------------------------------------
+
+    _refusing_while_swapped: Any = keras3.ExponentialMovingAverage._refusing_while_swapped
+    assign_average_vars = keras3.ExponentialMovingAverage.assign_average_vars
+    averaged_weights = keras3.ExponentialMovingAverage.averaged_weights
+    engine = keras3.ExponentialMovingAverage.engine
+    has_shadow_copy = keras3.ExponentialMovingAverage.has_shadow_copy
+    is_swapped = keras3.ExponentialMovingAverage.is_swapped
+    swap_weights = keras3.ExponentialMovingAverage.swap_weights
+    _load_averages = keras3.ExponentialMovingAverage._load_averages
+    _state_of_averages = keras3.ExponentialMovingAverage._state_of_averages
+
+    # --- building ---------------------------------------------------------------------------------
+
+    def shadow_copy(self, model: Any) -> None:
+        with tf.init_scope():
+            self._averages.shadow(model)
+
+    def _scope(self) -> Any:
+        return nullcontext()
+
+    def _create_average(self, variable: Any, dtype: str) -> Any:
+        """Make the variable that holds an average."""
+        start = variable if self._averages.settings.initial_average == "weights" else tf.zeros(variable.shape)
+        with self._scope(), self._backend.colocated(variable):
+            average = tf.Variable(
+                tf.cast(start, dtype), trainable=False, name=f"{variable._shared_name}/average"
+            )
+        self._own(variable, "average", average)
+        return average
+
+    def _own(self, variable: Any, slot_name: str, slot: Any) -> None:
+        """Keep a variable that belongs to one of the model, restored where a checkpoint has it."""
+        raise NotImplementedError
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def _scaler(self) -> Any:
+        """The wrapped optimizer where it scales the loss and nothing outside does; else None.
+
+        ``compile`` wraps whatever does not scale the loss itself; it would be scaled twice then.
+        """
+        outer = getattr(self, "_is_wrapped_by_loss_scale_optimizer", False)
+        return self._optimizer if isinstance(self._optimizer, LossScaleOptimizer) and not outer else None
+
+    def _working(self) -> Any:
+        """The optimizer that applies the gradients."""
+        return self._scaler() or _innermost(self._optimizer)
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+        skip_gradients_aggregation: bool = False,
+    ) -> Any:
+        """Apply gradients with the wrapped optimizer, then average.
+
+        Args:
+            grads_and_vars: (gradient, variable) pairs. None of them: nothing happens.
+            name: Passed on to the wrapped optimizer.
+            experimental_aggregate_gradients: Whether to sum the gradients of all replicas.
+            skip_gradients_aggregation: The same, the other way round, as newer optimizers have it.
+
+        Returns:
+            What the wrapped optimizer returns; in a graph of TensorFlow 1, an operation.
+
+        Raises:
+            TypeError: `grads_and_vars` is malformed.
+            ValueError: No variable has a gradient.
+            RuntimeError: Called in the cross-replica context of a strategy.
+        """
+        self._backend.check_apply()
+        try:
+            pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"grads_and_vars must be (gradient, variable) pairs, got {grads_and_vars!r}"
+            ) from None
+        if not pairs:
+            return tf.no_op()
+        if all(gradient is None for gradient, _ in pairs):
+            names = [backends.name_of(variable) for _, variable in pairs]
+            raise ValueError(f"No gradients provided for any variable: {names}")
+        with tf.init_scope():
+            self._build_for([variable for _, variable in pairs])
+        summed = not experimental_aggregate_gradients or skip_gradients_aggregation
+
+        def step() -> Any:
+            with self._refusing_while_swapped("train"):
+                when = _applied(self._scaler())
+                applied = self._working().apply_gradients(pairs, **self._arguments(name, summed))
+            self._averages.update(self._backend.count(self.iterations), when())
+            return applied
+
+        if tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function:
+            return step()
+
+        # a graph of TensorFlow 1: one operation has to stand for all
+        @tf.function  # type: ignore[untyped-decorator]
+        def whole_step() -> Any:
+            step()
+            return self._backend.count(self.iterations)
+
+        return whole_step().op
+
+    def _build_for(self, variables: Sequence[Any]) -> None:
+        """Create the state for these variables, where there is none yet."""
+        raise NotImplementedError
+
+    def _arguments(self, name: str | None, summed: bool) -> dict[str, Any]:
+        """Return the arguments of the wrapped `apply_gradients`; optimizers of others may know few."""
+        raise NotImplementedError
+
+    def update_average(self, strategy: Any = None) -> None:  # noqa: ARG002 - of the original's signature
+        """Average once, with the decay of the current `iterations`."""
+        with self._refusing_while_swapped("average"):
+            self._averages.update(self._backend.count(self.iterations))
+
+    # --- what tf_keras asks of an optimizer -------------------------------------------------------
+
+    @property
+    def iterations(self) -> Any:
+        """The number of steps so far: those of the wrapped optimizer."""
+        return self._optimizer.iterations
+
+    @iterations.setter
+    def iterations(self, variable: Any) -> None:
+        self._optimizer.iterations = self._iterations = variable
+
+    @property
+    def learning_rate(self) -> Any:
+        """The wrapped optimizer's learning rate."""
+        return self._optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self._optimizer.learning_rate = value
+
+    lr = learning_rate
+
+    @property
+    def variables(self) -> Any:
+        """`iterations`, the wrapped optimizer's state, then the averages, as they were created."""
+        if "_optimizer" not in self.__dict__:
+            return keras3._Variables()
+        inner = self._optimizer.variables
+        inner = list(inner() if callable(inner) else inner)
+        own = self._own_variables()
+        if inner or own:  # a restored legacy optimizer may have made its counter later, or not yet
+            counter = self.iterations
+            inner = [counter, *(variable for variable in inner if variable is not counter)]
+        return keras3._Variables([*inner, *own])
+
+    weights = variables
+
+    def _own_variables(self) -> list[Any]:
+        raise NotImplementedError
+
+    def get_weights(self) -> list[Any]:
+        """Return the values of `variables`: the first is that of `iterations`."""
+        values: list[Any] = tf_keras.backend.batch_get_value(self.variables)
+        return values
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set what `get_weights` returned, or only the part that is the wrapped optimizer's.
+
+        Raises:
+            ValueError: The number of values or a shape does not fit. Nothing is changed then.
+        """
+        variables = list(self.variables)
+        inner = len(variables) - len(self._own_variables())
+        if len(weights) not in (len(variables), inner):
+            raise ValueError(
+                f"weights must hold {len(variables)} values, or {inner} without the averages, "
+                f"got {len(weights)}"
+            )
+        pairs = list(zip(variables, weights, strict=False))
+        for i, (variable, value) in enumerate(pairs):
+            if tuple(variable.shape) != tuple(value.shape):
+                raise ValueError(
+                    f"weights[{i}] must have the shape {tuple(variable.shape)} of {variable.name}, "
+                    f"got {tuple(value.shape)}"
+                )
+        tf_keras.backend.batch_set_value(pairs)
+
+    def get_gradients(self, loss: Any, params: Any) -> list[Any]:
+        """Return the gradients of a loss; in a graph only, of TensorFlow 1.
+
+        Raises:
+            RuntimeError: This is no graph.
+            ValueError: A gradient cannot be computed.
+        """
+        if tf.executing_eagerly():
+            raise RuntimeError("get_gradients works in a graph only: use tf.GradientTape in eager code")
+        gradients: list[Any] = optimizers.legacy.Optimizer.get_gradients(self, loss, params)
+        return gradients
+
+    def get_updates(self, loss: Any, params: Any) -> list[Any]:
+        """Return the operations of one step, averaging included; in a graph only, of TensorFlow 1."""
+        return [self.apply_gradients(list(zip(self.get_gradients(loss, params), params, strict=True)))]
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor as plain values."""
+        return {
+            "optimizer": optimizers.serialize(self._optimizer),
+            "name": self._name,
+            **asdict(self._averages.settings),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """Make an optimizer from what `get_config` returned, which is left as it is."""
+        config = dict(config)
+        if isinstance(config["optimizer"], dict):
+            config["optimizer"] = optimizers.deserialize(
+                copy.deepcopy(config["optimizer"]), custom_objects=custom_objects
+            )
+        return cls(**config)
+
+
+@keras3.ExponentialMovingAverage.register
+@tf_keras.saving.register_keras_serializable(package="fastema")
+class LegacyExponentialMovingAverage(_Shell, optimizers.legacy.Optimizer):  # type: ignore[misc]
+    """The wrapper of a ``tf_keras.optimizers.legacy`` optimizer, which is one itself.
+
+    Averages are slots named ``average``, and the wrapped optimizer is tracked as ``base_optimizer``: this
+    is the layout of checkpoints of TensorFlow Model Garden's original, which can be restored here.
+    """
+
+    _HAS_AGGREGATE_GRAD = True
+
+    def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(optimizer, *args, **kwargs)
+        super()._track_trackable(self._optimizer, "base_optimizer")
+        self._trained: dict[Any, Any] = {}
+
+    def _track_trackable(self, trackable: Any, name: str, overwrite: bool = False) -> Any:
+        if name == "base_optimizer":  # of a LossScaleOptimizer around, for checkpoints of TensorFlow 2.2
+            return trackable
+        return super()._track_trackable(trackable, name, overwrite)
+
+    def _scope(self) -> Any:
+        return self._distribution_strategy_scope()
+
+    def _build_for(self, variables: Sequence[Any]) -> None:
+        self._create_all_weights(variables)
+
+    def _create_all_weights(self, var_list: Sequence[Any]) -> None:
+        self._optimizer._create_all_weights(var_list)
+        known = len(self._trained)
+        for variable in var_list:  # each call may bring others
+            self._trained.setdefault(_var_key(variable), variable)
+        if len(self._trained) > known:
+            self._averages.train(list(self._trained.values()))
+
+    def _own(self, variable: Any, slot_name: str, slot: Any) -> None:
+        if slot_name not in self._slot_names:
+            self._slot_names.append(slot_name)
+        self._slots.setdefault(_var_key(variable), {})[slot_name] = slot
+        self._restore_slot_variable(slot_name, variable, slot)
+        self._weights.append(slot)
+
+    def _own_variables(self) -> list[Any]:
+        return list(self._weights)
+
+    def _arguments(self, name: str | None, summed: bool) -> dict[str, Any]:
+        return {"name": name, **({"experimental_aggregate_gradients": False} if summed else {})}
+
+    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Any = None) -> Any:
+        """Return the variable of this name that belongs to a model's, made now if there is none.
+
+        Slots named ``average`` are averages: these start as this optimizer was told.
+        """
+        if slot_name == "average":
+            return self._averages.find_or_create(var)
+        return super().add_slot(var, slot_name, initializer, shape)
+
+    def get_slot(self, var: Any, slot_name: str) -> Any:
+        """Return the variable of this name that belongs to a model's: an average, or the wrapped optimizer's.
+
+        Raises:
+            KeyError: There is none.
+        """
+        if slot_name in self._slots.get(_var_key(var), {}):
+            return super().get_slot(var, slot_name)
+        return self._optimizer.get_slot(var, slot_name)
+
+    def get_slot_names(self) -> list[str]:
+        """Return the names of this optimizer's own slots: checkpoints keep those of the wrapped one apart."""
+        names: list[str] = super().get_slot_names()
+        return names
+
+    # Whether the weights are swapped is a value of this optimizer, not a variable that it tracks: then
+    # checkpoints of the original lack no object.
+
+    def _serialize_to_tensors(self) -> dict[str, Any]:
+        if not self._is_exported():
+            return {"swapped": self._swapped.read_value()}
+        with eager_mode():
+            return {"swapped": self._swapped.numpy()}
+
+    def _restore_from_tensors(self, restored_tensors: dict[str, Any]) -> Any:
+        return tf.no_op() if self._is_exported() else self._swapped.assign(restored_tensors["swapped"])
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        children: dict[str, Any] = super()._trackable_children(save_type, **kwargs)
+        return children | ({"swapped": self._swapped} if save_type == "savedmodel" else {})
+
+    def _is_exported(self) -> bool:
+        """Tell whether a SavedModel is written now, in a graph of its own that knows no variables of here."""
+        with tf.init_scope():
+            return not tf.executing_eagerly() and not self._swapped._in_graph_mode
+
+    # for wrappers around, and for minimize
+
+    def _compute_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        scaler = self._scaler()
+        compute = scaler._compute_gradients if scaler else super()._compute_gradients
+        return compute(*args, **kwargs)
+
+    def _transform_unaggregated_gradients(self, grads_and_vars: Any) -> Any:
+        return self._working()._transform_unaggregated_gradients(grads_and_vars)
+
+    def _aggregate_gradients(self, grads_and_vars: Any) -> Any:
+        return self._working()._aggregate_gradients(grads_and_vars)
+
+    def _create_hypers(self) -> None:
+        self._optimizer._create_hypers()
+
+    def _create_slots(self, var_list: Any) -> None:
+        self._optimizer._create_slots(var_list)
+
+    def _prepare(self, var_list: Any) -> Any:
+        return self._working()._prepare(var_list)
+
+    def _resource_apply_dense(self, grad: Any, handle: Any, **kwargs: Any) -> Any:
+        return self._working()._resource_apply_dense(grad, handle, **kwargs)
+
+    def _resource_apply_sparse(self, grad: Any, handle: Any, indices: Any, **kwargs: Any) -> Any:
+        return self._working()._resource_apply_sparse(grad, handle, indices, **kwargs)
+
+    def _resource_apply_sparse_duplicate_indices(
+        self, grad: Any, handle: Any, indices: Any, **kwargs: Any
+    ) -> Any:
+        return self._working()._resource_apply_sparse_duplicate_indices(grad, handle, indices, **kwargs)
+
+
+@keras3.ExponentialMovingAverage.register
+@tf_keras.saving.register_keras_serializable(package="fastema")
+class ExponentialMovingAverage(_Shell, optimizers.Optimizer):  # type: ignore[misc]
+    """The wrapper of a ``tf_keras.optimizers`` optimizer, which is one itself."""
+
+    weight_decay = _delegated("weight_decay")
+    use_ema = _delegated("use_ema")
+    ema_momentum = _delegated("ema_momentum")
+    ema_overwrite_frequency = _delegated("ema_overwrite_frequency")
+    jit_compile = _delegated("jit_compile")
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the averages and whether the weights are swapped."""
+        for key, value in self._state_of_averages().items():
+            store[key] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read what `save_own_variables` wrote."""
+        self._load_averages(keras3.arrays_in(store))
+
+    def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(optimizer, *args, **kwargs)
+        self._iterations = self._optimizer.iterations  # SavedModel expects it by this name
+        # not tracked by this name: they are in _variables
+        self._slots: dict[tuple[Any, str], Any] = self._no_dependency({})
+
+    def __dir__(self) -> list[str]:
+        # By this name a checkpoint tells optimizers whose slots it has to save apart.
+        return [name for name in super().__dir__() if name != "get_slot_names"]
+
+    @property
+    def _name(self) -> str:  # type: ignore[override]
+        return str(self.name)
+
+    def _create_iteration_variable(self) -> None:
+        """Create none: `iterations` are the wrapped optimizer's."""
+
+    def _build_for(self, variables: Sequence[Any]) -> None:
+        self.build(variables)
+
+    def build(self, var_list: Sequence[Any]) -> None:
+        """Create the state for these variables: the wrapped optimizer's, then an average each."""
+        if getattr(self, "_built", False):
+            return
+        self._optimizer.build(var_list)
+        self._built = True
+        self._averages.train(var_list)
+
+    def _own(self, variable: Any, slot_name: str, slot: Any) -> None:
+        self._slots[_var_key(variable), slot_name] = slot
+        self._variables.append(slot)
+
+    def _own_variables(self) -> list[Any]:
+        return list(self._variables)
+
+    def _arguments(self, name: str | None, summed: bool) -> dict[str, Any]:
+        # a LossScaleOptimizer takes no name
+        named = {} if name is None else {"name": name}
+        return {**named, **({"skip_gradients_aggregation": True} if summed else {})}
+
+    def minimize(
+        self, loss: Any, var_list: Any, grad_loss: Any = None, name: str | None = None, tape: Any = None
+    ) -> Any:
+        """Compute the gradients of a loss and apply them.
+
+        Args:
+            loss: A function that returns it, or a tensor.
+            var_list: The variables, or a function that returns them.
+            grad_loss: The gradient of the loss.
+            name: Passed on to `apply_gradients`.
+            tape: The ``tf.GradientTape`` that recorded the loss, if it is a tensor.
+
+        Returns:
+            What `apply_gradients` returns.
+
+        Raises:
+            ValueError: `loss` is a tensor and there is no `tape`.
+        """
+        if grad_loss is not None:
+            # the gradients of this sum are those of the loss, times grad_loss
+            tape = tape or tf.GradientTape()
+            if callable(loss):
+                compute, loss = loss, lambda: tf.reduce_sum(compute() * grad_loss)
+            else:
+                with tape:
+                    loss = tf.reduce_sum(loss * grad_loss)
+        return self.apply_gradients(self.compute_gradients(loss, var_list, tape), name=name)
+
+    def compute_gradients(self, loss: Any, var_list: Any, tape: Any = None) -> Any:
+        """Return (gradient, variable) pairs, as `apply_gradients` takes them."""
+        return self._working().compute_gradients(loss, var_list, tape)
+
+    def aggregate_gradients(self, grads_and_vars: Any) -> Any:
+        """Sum the gradients of all replicas, as the wrapped optimizer does."""
+        return self._working().aggregate_gradients(grads_and_vars)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Exclude variables from the wrapped optimizer's weight decay."""
+        _innermost(self._optimizer).exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        """Do what the wrapped optimizer does at the end of training; the averages stay aside."""
+        self._optimizer.finalize_variable_values(var_list)
+
+    def add_weight(  # noqa: PLR0917 - the documented signature
+        self,
+        name: str,
+        shape: Any,
+        dtype: Any = None,
+        initializer: Any = "zeros",
+        trainable: bool | None = None,
+        synchronization: Any = tf.VariableSynchronization.AUTO,
+        aggregation: Any = tf.VariableAggregation.NONE,
+    ) -> Any:
+        """Return a new variable of this optimizer."""
+        with tf.init_scope():
+            weight = tf.Variable(
+                _initial(initializer, shape, dtype or tf.float32),
+                trainable=trainable,
+                name=name,
+                synchronization=synchronization,
+                aggregation=aggregation,
+            )
+        self._variables.append(weight)
+        return weight
+
+    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Any = None) -> Any:
+        """Return the variable of this name that belongs to a model's, made now if there is none.
+
+        Slots named ``average`` are averages: these start as this optimizer was told.
+        """
+        if slot_name == "average":
+            return self._averages.find_or_create(var)
+        if (_var_key(var), slot_name) not in self._slots:
+            with tf.init_scope(), self._backend.colocated(var):
+                slot = tf.Variable(
+                    _initial(initializer, var.shape if shape is None else shape, var.dtype),
+                    trainable=False,
+                    name=f"{var._shared_name}/{slot_name}",
+                )
+            self._own(var, slot_name, slot)
+        return self._slots[_var_key(var), slot_name]
+
+    def get_slot(self, var: Any, slot_name: str) -> Any:
+        """Return the variable of this name that belongs to a model's: an average, or the wrapped optimizer's.
+
+        Raises:
+            KeyError: There is none.
+        """
+        own = self._slots.get((_var_key(var), slot_name))
+        if own is not None:
+            return own
+        for variable in self._optimizer.variables:
+            if variable.name.partition(":")[0] == f"{slot_name}/{var._shared_name}":
+                return variable
+        raise KeyError(slot_name)
+
+    def get_slot_names(self) -> list[str]:
+        """Return the names that `get_slot` knows."""
+        names = dict.fromkeys(name for _, name in self._slots)
+        trained = getattr(_innermost(self._optimizer), "_index_dict", {})
+        if trained:
+            names |= dict.fromkeys(
+                v.name.partition("/")[0] for v in self._optimizer.variables if "/" in v.name
+            )
+        return list(names)
+
+
+def _initial(initializer: Any, shape: Any, dtype: Any) -> Any:
+    if isinstance(initializer, str) or callable(initializer):
+        return tf_keras.initializers.get(initializer)(shape, dtype)
+    return tf.cast(initializer, dtype)
+
+
+def _applied(scaler: Any) -> Callable[[], Any]:
+    """Return what tells, after a step, whether it was skipped: None where none is, or a condition.
+
+    A LossScaleOptimizer counts its skipped steps. What tells them is that it also halves its scale and
+    starts counting good steps from zero; after a good step it counts on, or doubles the scale.
+    """
+    if scaler is None or not scaler.dynamic:
+        return lambda: None
+    before = tf.identity(scaler.loss_scale)
+    return lambda: (tf.identity(scaler.dynamic_counter) > 0) | (scaler.loss_scale > before)
+
+
+def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:
+    """Set the documented keywords on the optimizer that does the work, or on a new one like it."""
+    inner = _innermost(optimizer)
+    given = keras3.check_keywords(inner, kwargs)
+    legacy = isinstance(inner, optimizers.legacy.Optimizer)
+    if "decay" in given and not legacy and (getattr(inner, "_built", False) or inner is not optimizer):
+        raise ValueError("decay can only be set on an optimizer that is not built, nor wrapped itself")
+    for name in keras3._CLIPPING:
+        if name in given:
+            setattr(inner, name, float(given[name]))
+    if "lr" in given:
+        optimizer.learning_rate = given["lr"]
+    if "decay" in given and legacy:
+        inner._initial_decay = given["decay"]
+        inner._set_hyper("decay", given["decay"])
+    elif "decay" in given:
+        config = optimizer.get_config()
+        config["learning_rate"] = optimizers.schedules.InverseTimeDecay(
+            config["learning_rate"], decay_steps=1, decay_rate=given["decay"]
+        )
+        optimizer = type(optimizer).from_config(config)
+    return optimizer

@@ -14,8 +14,10 @@ import numpy as np
 from . import backends
 from .averages import Averages, Settings
 from .backends.base import Carrier, Engine
-from .documented import Added, DocumentedMembers
+from .gradients import GradientMembers
+from .slots import Added, SlotMembers
 from .waiting import Waiting
+from .weights import WeightMembers
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KWARGS = (*_CLIPPING, "lr", "decay")
@@ -50,7 +52,9 @@ def _delegated(name: str) -> property:
 
 @keras.saving.register_keras_serializable(package="fastema")
 class ExponentialMovingAverage(
-    DocumentedMembers,
+    SlotMembers,
+    WeightMembers,
+    GradientMembers,
     keras.optimizers.Optimizer,  # type: ignore[misc]  # Keras is untyped
     metaclass=ABCMeta,  # wrappers of tf_keras' optimizers are registered as instances
 ):

@@ -1,4 +1,4 @@
-"""The documented members that Keras 3's optimizers do not have: slots, weights as arrays, minimize."""
+"""Variables that belong to others: what `add_slot` and `get_slot` are on Keras 3, which has none."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -88,29 +88,21 @@ class Added:
             raise ValueError(f"{name} must have shape {shape}, got {value.shape} from the file")
 
 
-class DocumentedMembers:
-    """Members of the documented API, for the optimizer that inherits them."""
+class SlotMembers:
+    """The documented members about slots, for the optimizer that inherits them."""
 
-    name: str
-    built: bool
     _optimizer: Any
     _backend: Backend
     _averages: Averages
     _added: Added
     _slots: dict[tuple[Any, str], tuple[Any, Any]]  # (key, name): (variable, slot)
     _trainable_variables: Sequence[Any]
-    _iterations: Any
     add_variable: Callable[..., Any]
-    apply_gradients: Callable[..., Any]
-    scale_loss: Callable[[Any], Any]
-    _refusing_while_swapped: Callable[[str], Any]
     _var_key: Callable[[Any], Any]
 
     def __dir__(self) -> Iterable[str]:
         # tf.train.Checkpoint looks here for optimizers whose slots are nobody's children, and refuses ours
         return [name for name in super().__dir__() if name != "get_slot_names"]
-
-    # --- slots ------------------------------------------------------------------------------------
 
     def add_slot(
         self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Sequence[int] | None = None
@@ -191,45 +183,6 @@ class DocumentedMembers:
                 slot.setdefault(next(free, None), inner)
         return slots
 
-    # --- weights ----------------------------------------------------------------------------------
-
-    def add_weight(  # noqa: PLR0917 - the documented signature
-        self,
-        name: str,
-        shape: Sequence[int],
-        dtype: Any = None,
-        initializer: Any = "zeros",
-        trainable: bool | None = None,  # noqa: ARG002 - of the documented API: Keras 3's are never trained
-        synchronization: Any = None,
-        aggregation: Any = "none",
-    ) -> Any:
-        """Add a variable to the optimizer; it is saved and loaded with it.
-
-        Args:
-            name: The variable's name.
-            shape: Its shape.
-            dtype: Its type; None: float32.
-            initializer: A name, an initializer, or a tensor with the first value.
-            trainable: Ignored: an optimizer's variables are not trained.
-            synchronization: Not ``tf.VariableSynchronization.ON_READ``, which Keras 3 does not offer.
-            aggregation: ``"none"``, ``"mean"``, ``"sum"`` or ``"only_first_replica"``, or
-                TensorFlow's constant of that name.
-
-        Raises:
-            ValueError: An argument is not among these.
-        """
-        if _word(synchronization) == "on_read":
-            raise ValueError("synchronization must not be ON_READ: Keras 3 offers no such variables")
-        with self._backend.creation():
-            return self._add(
-                f"weight_{name}",
-                name=name,
-                shape=tuple(shape),
-                dtype=dtype or "float32",
-                initializer=initializer,
-                aggregation=_word(aggregation),
-            )
-
     def _add(self, kind: str, *, shape: tuple[int, ...], initializer: Any, **arguments: Any) -> Any:
         def create() -> Any:
             if not _is_value(initializer):
@@ -244,127 +197,6 @@ class DocumentedMembers:
                 f"got a tensor of shape {_shape(initializer)}"
             )
         return self._added.add(kind, shape, create)
-
-    def get_weights(self) -> list[np.ndarray]:
-        """Return the optimizer's state as a list of arrays.
-
-        `iterations`, the wrapped optimizer's state, the averages, then what `add_slot` and
-        `add_weight` added; the learning rate is not among them. (Where gradients accumulate, the
-        first counts them, not the updates.)
-
-        Raises:
-            RuntimeError: The weights are swapped: they stand where the averages should.
-        """
-        with self._refusing_while_swapped("get weights"):
-            return [self._backend.numpy(variable) for variable in self._state()]
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set the optimizer's state.
-
-        Args:
-            weights: What `get_weights` returned. Or the values of `variables`, as Keras has them, with
-                the learning rate. Or the list without the averages, as the original has it: the
-                averages then stay as they are, and if they start at zero they need about
-                ``1 / (1 - average_decay)`` steps; give such an optimizer ``initial_average="weights"``.
-
-        Raises:
-            ValueError: The list has another length, or one of its arrays another shape. Nothing is
-                changed then.
-            RuntimeError: The weights are swapped: they stand where the averages should.
-        """
-        state = self._state()
-        everything = [*self._optimizer.variables, *self._averages, *self._added]
-        cold = [*self._inner_state(), *self._added]
-        targets = next((x for x in (state, everything, cold) if len(x) == len(weights)), None)
-        if targets is None and not self.built:
-            raise ValueError(
-                "You are calling set_weights() on an optimizer that is not built: call build(variables) first"
-            )
-        if targets is None:
-            raise ValueError(
-                f"weights must have {len(state)} arrays as from get_weights(), {len(everything)} with the "
-                f"learning rate or {len(cold)} without the averages, got {len(weights)}"
-            )
-        arrays = [np.asarray(weight) for weight in weights]
-        for i, (variable, array) in enumerate(zip(targets, arrays, strict=True)):
-            if array.shape != tuple(variable.shape):
-                raise ValueError(
-                    f"weights[{i}] must have the shape of {name_of(variable)}, {tuple(variable.shape)}, "
-                    f"got {array.shape}"
-                )
-        with self._refusing_while_swapped("set weights"):
-            for variable, array in zip(targets, arrays, strict=True):
-                self._backend.assign(variable, array)
-
-    def _state(self) -> list[Any]:
-        return [*self._inner_state(), *self._averages, *self._added]
-
-    def _inner_state(self) -> list[Any]:
-        count = self._iterations  # `iterations` is no variable where gradients accumulate
-        return [
-            count,
-            *(v for v in self._optimizer.variables if v is not count and v.name != "learning_rate"),
-        ]
-
-    # --- gradients --------------------------------------------------------------------------------
-
-    def minimize(
-        self, loss: Any, var_list: Any, grad_loss: Any = None, name: str | None = None, tape: Any = None
-    ) -> Any:
-        """Compute the gradients of a loss and apply them.
-
-        With TensorFlow and torch; with JAX, whose gradients are those of a function, compute them with
-        ``jax.grad`` and call `apply` or `stateless_apply`.
-
-        Args:
-            loss: A callable without arguments that returns the loss; or the loss. The wrapped
-                optimizer scales it, where it does.
-            var_list: A list of variables, or a callable that returns it after `loss` was called.
-            grad_loss: The gradient of the loss; None: one.
-            name: Ignored.
-            tape: With TensorFlow, the ``tf.GradientTape`` that recorded the loss, where that is none
-                to call.
-
-        Returns:
-            `iterations`.
-
-        Raises:
-            ValueError: Among `var_list` is what is no variable, or `tape` is missing.
-            NotImplementedError: The backend is JAX.
-        """
-        pairs = self._backend.gradients(loss, var_list, grad_loss, tape, self.scale_loss)
-        with self._backend.unrecorded():
-            return self.apply_gradients(pairs, name=name)
-
-    def get_gradients(self, loss: Any, params: Iterable[Any]) -> list[Any]:
-        """Return the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
-
-        Args:
-            loss: A tensor of the graph.
-            params: Variables.
-
-        Raises:
-            ValueError: A variable has no gradient.
-            RuntimeError: This is not graph mode.
-        """
-        return self._backend.graph_gradients(loss, list(params))
-
-    def get_updates(self, loss: Any, params: Iterable[Any]) -> list[Any]:
-        """Apply the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
-
-        Args:
-            loss: A tensor of the graph.
-            params: Variables.
-
-        Returns:
-            A list of what `apply_gradients` returns.
-
-        Raises:
-            ValueError: A variable has no gradient.
-            RuntimeError: This is not graph mode.
-        """
-        params = list(params)
-        return [self.apply_gradients(zip(self.get_gradients(loss, params), params, strict=True))]
 
 
 def _prefix(variable: Any) -> str:
@@ -381,8 +213,3 @@ def _is_value(initializer: Any) -> bool:
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(np.shape(native(value)))
-
-
-def _word(constant: Any) -> str:
-    """Return Keras' word for one of TensorFlow's constants."""
-    return str(getattr(constant, "name", constant)).lower()

@@ -12,9 +12,7 @@ import numpy as np
 
 from .. import schedules
 from .backends import Backend, dtype_of, is_floating, name_of
-from .backends.base import Carrier, Engine
-
-Key = Any  # what identifies a variable, also across the replicas of a strategy
+from .backends.base import Carrier, Engine, Key
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from . import backends
-from .optimizer import ExponentialMovingAverage
+from .wrapper import Wrapper
 
 _Pairs = list[tuple[Any, Any]]  # (variable, average)
 
@@ -193,7 +193,7 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[m
 
 def _averaging(optimizer: Any) -> list[Any]:
     """Return the optimizers that average, within those that scale the loss or share out variables."""
-    if isinstance(optimizer, ExponentialMovingAverage):
+    if isinstance(optimizer, Wrapper):
         return [optimizer]
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return _averaging(optimizer.inner_optimizer)
@@ -214,18 +214,18 @@ def _prepare(model: Any, callback: str) -> None:
             f"around its optimizer, or with an optimizer that has use_ema=True; got {got}"
         )
     for one in averaging:
-        if isinstance(one, ExponentialMovingAverage) and one._averages.lack_a_model:
+        if isinstance(one, Wrapper) and one._averages.lack_a_model:
             one.shadow_copy(model)
 
 
 def _unswap(model: Any) -> None:
     for optimizer in _averaging(model.optimizer):
-        if isinstance(optimizer, ExponentialMovingAverage) and optimizer.is_swapped:
+        if isinstance(optimizer, Wrapper) and optimizer.is_swapped:
             optimizer.swap_weights()
 
 
 def _pairs(optimizer: Any) -> _Pairs:
-    if isinstance(optimizer, ExponentialMovingAverage):
+    if isinstance(optimizer, Wrapper):
         return optimizer._averages.pairs
     averages = getattr(optimizer, "_model_variables_moving_average", ())
     variables = optimizer._trainable_variables if averages else ()
@@ -251,13 +251,13 @@ class _Averaged:
         optimizers = _averaging(model.optimizer)
         if not any(_pairs(optimizer) for optimizer in optimizers):
             raise RuntimeError("there are no averages yet: train a step, or call shadow_copy(model)")
-        swapped = [o for o in optimizers if isinstance(o, ExponentialMovingAverage) and o.is_swapped]
+        swapped = [o for o in optimizers if isinstance(o, Wrapper) and o.is_swapped]
         if swapped and not swap:
             raise RuntimeError("update_weights=True needs weights that are not swapped")
         self._model = model
         self._undo = [
             _swap(optimizer)
-            if swap and isinstance(optimizer, ExponentialMovingAverage)
+            if swap and isinstance(optimizer, Wrapper)
             else _assign_averages(_pairs(optimizer))
             for optimizer in optimizers
             if optimizer not in swapped  # by somebody else, who will swap them back
@@ -273,7 +273,7 @@ class _Averaged:
         _tell_trainer(self._model)
 
 
-def _swap(optimizer: ExponentialMovingAverage) -> Callable[[], None]:
+def _swap(optimizer: Wrapper) -> Callable[[], None]:
     optimizer.swap_weights()
 
     def undo() -> None:

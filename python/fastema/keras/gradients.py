@@ -1,20 +1,58 @@
-"""Gradients computed by the optimizer: `minimize` and what graphs of TensorFlow 1 had besides."""
+"""Gradients computed by the optimizer: `minimize`, and what there is for graphs of TensorFlow 1."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .backends import Backend
+from .backends.base import Tape, Tensor, Variable, VariableList
+from .wrapper import Wrapper
 
 
-class GradientMembers:
-    """The documented members about gradients, for the optimizer that inherits them."""
+class GraphGradientMembers(Wrapper):
+    """The documented members that compute gradients in TensorFlow's graph mode."""
 
-    _backend: Backend
-    apply_gradients: Callable[..., Any]
-    scale_loss: Callable[[Any], Any]
+    def get_gradients(self, loss: Tensor, params: Iterable[Variable]) -> list[Any]:
+        """Return the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
+
+        Args:
+            loss: A tensor of the graph.
+            params: Variables.
+
+        Raises:
+            ValueError: A variable has no gradient.
+            RuntimeError: This is not graph mode.
+        """
+        return self._backend.graph_gradients(loss, list(params))
+
+    def get_updates(self, loss: Tensor, params: Iterable[Variable]) -> list[Any]:
+        """Apply the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
+
+        Args:
+            loss: A tensor of the graph.
+            params: Variables.
+
+        Returns:
+            A list of what `apply_gradients` returns.
+
+        Raises:
+            ValueError: A variable has no gradient.
+            RuntimeError: This is not graph mode.
+        """
+        params = list(params)
+        return [self.apply_gradients(zip(self.get_gradients(loss, params), params, strict=True))]
+
+
+class GradientMembers(GraphGradientMembers):
+    """These, and the one that works in eager code."""
+
+    scale_loss: Callable[[Tensor], Tensor]
 
     def minimize(
-        self, loss: Any, var_list: Any, grad_loss: Any = None, name: str | None = None, tape: Any = None
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        var_list: VariableList,
+        grad_loss: Tensor = None,
+        name: str | None = None,
+        tape: Tape = None,
     ) -> Any:
         """Compute the gradients of a loss and apply them.
 
@@ -40,33 +78,3 @@ class GradientMembers:
         pairs = self._backend.gradients(loss, var_list, grad_loss, tape, self.scale_loss)
         with self._backend.unrecorded():
             return self.apply_gradients(pairs, name=name)
-
-    def get_gradients(self, loss: Any, params: Iterable[Any]) -> list[Any]:
-        """Return the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
-
-        Args:
-            loss: A tensor of the graph.
-            params: Variables.
-
-        Raises:
-            ValueError: A variable has no gradient.
-            RuntimeError: This is not graph mode.
-        """
-        return self._backend.graph_gradients(loss, list(params))
-
-    def get_updates(self, loss: Any, params: Iterable[Any]) -> list[Any]:
-        """Apply the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
-
-        Args:
-            loss: A tensor of the graph.
-            params: Variables.
-
-        Returns:
-            A list of what `apply_gradients` returns.
-
-        Raises:
-            ValueError: A variable has no gradient.
-            RuntimeError: This is not graph mode.
-        """
-        params = list(params)
-        return [self.apply_gradients(zip(self.get_gradients(loss, params), params, strict=True))]

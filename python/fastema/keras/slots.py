@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .averages import Averages
 from .backends import Backend, dtype_of, name_of, native
+from .wrapper import Wrapper
 
 # What legacy optimizers called the slots of those in Keras 3.
 _LEGACY_SLOTS = {
@@ -88,17 +88,13 @@ class Added:
             raise ValueError(f"{name} must have shape {shape}, got {value.shape} from the file")
 
 
-class SlotMembers:
-    """The documented members about slots, for the optimizer that inherits them."""
+class SlotMembers(Wrapper):
+    """The documented members about slots."""
 
-    _optimizer: Any
-    _backend: Backend
-    _averages: Averages
     _added: Added
     _slots: dict[tuple[Any, str], tuple[Any, Any]]  # (key, name): (variable, slot)
     _trainable_variables: Sequence[Any]
     add_variable: Callable[..., Any]
-    _var_key: Callable[[Any], Any]
 
     def __dir__(self) -> Iterable[str]:
         # tf.train.Checkpoint looks here for optimizers whose slots are nobody's children, and refuses ours
@@ -118,7 +114,7 @@ class SlotMembers:
         Returns:
             The slot: a new one, or that which has this name already.
         """
-        key = (self._var_key(var), slot_name)
+        key = (self._key_of(var), slot_name)
         if key not in self._slots:
             if shape is None and _is_value(initializer):
                 shape = _shape(initializer)
@@ -146,7 +142,7 @@ class SlotMembers:
         Raises:
             KeyError: `var` has no such slot.
         """
-        key = self._var_key(var)
+        key = self._key_of(var)
         if (key, slot_name) in self._slots:
             return self._slots[key, slot_name][1]
         if slot_name == "average" and (average := self._averages.of(var)) is not None:
@@ -172,7 +168,7 @@ class SlotMembers:
         """
         owners: dict[str, list[Any]] = {}  # of one path there may be several variables
         for variable in self._trainable_variables:
-            owners.setdefault(_prefix(variable), []).append(self._var_key(variable))
+            owners.setdefault(_prefix(variable), []).append(self._key_of(variable))
         slots: dict[str, dict[Any, Any]] = {}
         for inner in self._optimizer.variables:
             ends = [i for i, letter in enumerate(inner.name, 1) if letter == "_"]

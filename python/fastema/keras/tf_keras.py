@@ -1,14 +1,11 @@
-"""The wrapper for optimizers of tf_keras, which is Keras 2: legacy ones, and those that follow Keras 3's.
+"""The wrappers for optimizers of tf_keras, which is Keras 2: legacy ones, and those that follow Keras 3's.
 
-It is imported only where there is one, and shares with Keras 3's wrapper all that is not about tf_keras:
-the averages, and how they and the weights change places.
+Imported only where such an optimizer is wrapped, or a file that names one is loaded.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import tensorflow as tf
 import tf_keras
@@ -18,102 +15,39 @@ from tf_keras.mixed_precision import LossScaleOptimizer
 from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key  # what identifies slots of a variable
 
 from . import backends
-from . import optimizer as keras3
-from .averages import Averages, Settings
-from .backends.base import Engine
+from .backends.base import Key, Optimizer
+from .gradients import GraphGradientMembers
+from .waiting import arrays_in
+from .weights import check_shapes
+from .wrapper import Library, Variables, as_pairs, delegated
 
 
-def wrap(optimizer: Any, *args: Any, **kwargs: Any) -> "_Shell":
+def wrap(optimizer: Optimizer, *args: Any, **kwargs: Any) -> "TfKerasWrapper":
     """Return the wrapper that is an optimizer of the same kind as the one within."""
     legacy = isinstance(optimizer, optimizers.legacy.Optimizer)
     kind = LegacyExponentialMovingAverage if legacy else ExponentialMovingAverage
     return kind(optimizer, *args, **kwargs)
 
 
-def _innermost(optimizer: Any) -> Any:
-    """Return the optimizer that does the work, below those that scale the loss."""
-    while isinstance(optimizer, LossScaleOptimizer):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
+class TfKerasWrapper(GraphGradientMembers):
+    """What the wrappers of both kinds share."""
 
+    _keras = Library(
+        backend=tf_keras.backend.backend,
+        scaler=LossScaleOptimizer,
+        inverse_time_decay=optimizers.schedules.InverseTimeDecay,
+        serialize=optimizers.serialize,
+        deserialize=optimizers.deserialize,
+    )
 
-def _delegated(name: str) -> property:
-    """Delegate an attribute to the optimizer that does the work."""
+    def _key_of(self, variable: tf.Variable) -> Key:
+        return _var_key(variable)
 
-    def get(self: "_Shell") -> Any:  # tf_keras' constructors assign, and read, before there is one
-        return getattr(_innermost(self._optimizer), name) if "_optimizer" in self.__dict__ else None
-
-    def put(self: "_Shell", value: Any) -> None:
-        if "_optimizer" in self.__dict__:
-            setattr(_innermost(self._optimizer), name, value)
-
-    return property(get, put, doc=f"``{name}`` of the wrapped optimizer.")
-
-
-class _Shell:
-    """What both kinds share. Members without a docstring are as in `keras3.ExponentialMovingAverage`."""
-
-    clipnorm = _delegated("clipnorm")
-    clipvalue = _delegated("clipvalue")
-    global_clipnorm = _delegated("global_clipnorm")
-
-    _averages: Averages
-    _backend: backends.Backend
-    _name: str
-    _optimizer: Any
-    _swapped: Any
-
-    def __init__(  # noqa: PLR0917 - the documented signature
-        self,
-        optimizer: Any,
-        trainable_weights_only: bool = True,
-        average_decay: float = 0.99,
-        start_step: int = 0,
-        dynamic_decay: bool = True,
-        name: str | None = "moving_average",
-        *,
-        initial_average: Literal["zeros", "weights"] = "zeros",
-        average_dtype: str | None = None,
-        update_every: int = 1,
-        engine: Engine = "auto",
-        **kwargs: Any,
-    ) -> None:
-        settings = Settings(
-            trainable_weights_only=trainable_weights_only,
-            average_decay=average_decay,
-            start_step=start_step,
-            dynamic_decay=dynamic_decay,
-            initial_average=initial_average,
-            average_dtype=average_dtype,
-            update_every=update_every,
-            engine=engine,
-        )
-        optimizer = _with_keywords(optimizer, kwargs)
-        super().__init__(name)  # type: ignore[call-arg]  # tf_keras' optimizer, of either kind
-        self._optimizer = optimizer
-        self._backend = backends.load("tensorflow")
-        self._averages = Averages(settings, self._backend, self._create_average, _var_key)
+    def _create_swapped(self) -> tf.Variable:
         with tf.init_scope():
-            self._swapped = tf.Variable(0, trainable=False, name="swapped")
-        keras3.warn_of(settings, optimizer)
-
-    # --- the same as Keras 3's --------------------------------------------------------------------
-
-    _refusing_while_swapped: Any = keras3.ExponentialMovingAverage._refusing_while_swapped
-    assign_average_vars = keras3.ExponentialMovingAverage.assign_average_vars
-    averaged_weights = keras3.ExponentialMovingAverage.averaged_weights
-    engine = keras3.ExponentialMovingAverage.engine
-    has_shadow_copy = keras3.ExponentialMovingAverage.has_shadow_copy
-    is_swapped = keras3.ExponentialMovingAverage.is_swapped
-    swap_weights = keras3.ExponentialMovingAverage.swap_weights
-    _load_averages = keras3.ExponentialMovingAverage._load_averages
-    _state_of_averages = keras3.ExponentialMovingAverage._state_of_averages
+            return tf.Variable(0, trainable=False, name="swapped")
 
     # --- building ---------------------------------------------------------------------------------
-
-    def shadow_copy(self, model: Any) -> None:
-        with tf.init_scope():
-            self._averages.shadow(model)
 
     def _scope(self) -> Any:
         return nullcontext()
@@ -144,7 +78,7 @@ class _Shell:
 
     def _working(self) -> Any:
         """The optimizer that applies the gradients."""
-        return self._scaler() or _innermost(self._optimizer)
+        return self._scaler() or self._innermost()
 
     def apply_gradients(
         self,
@@ -170,12 +104,7 @@ class _Shell:
             RuntimeError: Called in the cross-replica context of a strategy.
         """
         self._backend.check_apply()
-        try:
-            pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"grads_and_vars must be (gradient, variable) pairs, got {grads_and_vars!r}"
-            ) from None
+        pairs = as_pairs(grads_and_vars)
         if not pairs:
             return tf.no_op()
         if all(gradient is None for gradient, _ in pairs):
@@ -211,45 +140,29 @@ class _Shell:
         """Return the arguments of the wrapped `apply_gradients`; optimizers of others may know few."""
         raise NotImplementedError
 
-    def update_average(self, strategy: Any = None) -> None:  # noqa: ARG002 - of the original's signature
-        """Average once, with the decay of the current `iterations`."""
-        with self._refusing_while_swapped("average"):
-            self._averages.update(self._backend.count(self.iterations))
-
     # --- what tf_keras asks of an optimizer -------------------------------------------------------
 
     @property
-    def iterations(self) -> Any:
+    def iterations(self) -> tf.Variable:
         """The number of steps so far: those of the wrapped optimizer."""
         return self._optimizer.iterations
 
     @iterations.setter
-    def iterations(self, variable: Any) -> None:
+    def iterations(self, variable: tf.Variable) -> None:
         self._optimizer.iterations = self._iterations = variable
-
-    @property
-    def learning_rate(self) -> Any:
-        """The wrapped optimizer's learning rate."""
-        return self._optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
-        self._optimizer.learning_rate = value
-
-    lr = learning_rate
 
     @property
     def variables(self) -> Any:
         """`iterations`, the wrapped optimizer's state, then the averages, as they were created."""
         if "_optimizer" not in self.__dict__:
-            return keras3._Variables()
+            return Variables()
         inner = self._optimizer.variables
         inner = list(inner() if callable(inner) else inner)
         own = self._own_variables()
         if inner or own:  # a restored legacy optimizer may have made its counter later, or not yet
             counter = self.iterations
             inner = [counter, *(variable for variable in inner if variable is not counter)]
-        return keras3._Variables([*inner, *own])
+        return Variables([*inner, *own])
 
     weights = variables
 
@@ -274,55 +187,12 @@ class _Shell:
                 f"weights must hold {len(variables)} values, or {inner} without the averages, "
                 f"got {len(weights)}"
             )
-        pairs = list(zip(variables, weights, strict=False))
-        for i, (variable, value) in enumerate(pairs):
-            if tuple(variable.shape) != tuple(value.shape):
-                raise ValueError(
-                    f"weights[{i}] must have the shape {tuple(variable.shape)} of {variable.name}, "
-                    f"got {tuple(value.shape)}"
-                )
-        tf_keras.backend.batch_set_value(pairs)
-
-    def get_gradients(self, loss: Any, params: Any) -> list[Any]:
-        """Return the gradients of a loss; in a graph only, of TensorFlow 1.
-
-        Raises:
-            RuntimeError: This is no graph.
-            ValueError: A gradient cannot be computed.
-        """
-        if tf.executing_eagerly():
-            raise RuntimeError("get_gradients works in a graph only: use tf.GradientTape in eager code")
-        gradients: list[Any] = optimizers.legacy.Optimizer.get_gradients(self, loss, params)
-        return gradients
-
-    def get_updates(self, loss: Any, params: Any) -> list[Any]:
-        """Return the operations of one step, averaging included; in a graph only, of TensorFlow 1."""
-        return [self.apply_gradients(list(zip(self.get_gradients(loss, params), params, strict=True)))]
-
-    # --- saving -----------------------------------------------------------------------------------
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments of the constructor as plain values."""
-        return {
-            "optimizer": optimizers.serialize(self._optimizer),
-            "name": self._name,
-            **asdict(self._averages.settings),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-        """Make an optimizer from what `get_config` returned, which is left as it is."""
-        config = dict(config)
-        if isinstance(config["optimizer"], dict):
-            config["optimizer"] = optimizers.deserialize(
-                copy.deepcopy(config["optimizer"]), custom_objects=custom_objects
-            )
-        return cls(**config)
+        check_shapes(variables[: len(weights)], weights)
+        tf_keras.backend.batch_set_value(list(zip(variables, weights, strict=False)))
 
 
-@keras3.ExponentialMovingAverage.register
 @tf_keras.saving.register_keras_serializable(package="fastema")
-class LegacyExponentialMovingAverage(_Shell, optimizers.legacy.Optimizer):  # type: ignore[misc]
+class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer):  # type: ignore[misc]
     """The wrapper of a ``tf_keras.optimizers.legacy`` optimizer, which is one itself.
 
     Averages are slots named ``average``, and the wrapped optimizer is tracked as ``base_optimizer``: this
@@ -331,10 +201,24 @@ class LegacyExponentialMovingAverage(_Shell, optimizers.legacy.Optimizer):  # ty
 
     _HAS_AGGREGATE_GRAD = True
 
-    def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(optimizer, *args, **kwargs)
+    def _initialize(self, name: str | None) -> None:
+        optimizers.legacy.Optimizer.__init__(self, name)
+
+    def _set_up(self) -> None:
         super()._track_trackable(self._optimizer, "base_optimizer")
-        self._trained: dict[Any, Any] = {}
+        self._trained: dict[Key, tf.Variable] = {}
+
+    def _can_decay(self, optimizer: Optimizer) -> bool:  # noqa: ARG002
+        return True
+
+    def _with_decay(self, optimizer: Optimizer, decay: float) -> Optimizer:
+        inner = self._keras.innermost(optimizer)
+        inner._initial_decay = decay
+        inner._set_hyper("decay", decay)
+        return optimizer
+
+    def _own_name(self) -> str:
+        return str(self._name)
 
     def _track_trackable(self, trackable: Any, name: str, overwrite: bool = False) -> Any:
         if name == "base_optimizer":  # of a LossScaleOptimizer around, for checkpoints of TensorFlow 2.2
@@ -447,16 +331,15 @@ class LegacyExponentialMovingAverage(_Shell, optimizers.legacy.Optimizer):  # ty
         return self._working()._resource_apply_sparse_duplicate_indices(grad, handle, indices, **kwargs)
 
 
-@keras3.ExponentialMovingAverage.register
 @tf_keras.saving.register_keras_serializable(package="fastema")
-class ExponentialMovingAverage(_Shell, optimizers.Optimizer):  # type: ignore[misc]
+class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: ignore[misc]
     """The wrapper of a ``tf_keras.optimizers`` optimizer, which is one itself."""
 
-    weight_decay = _delegated("weight_decay")
-    use_ema = _delegated("use_ema")
-    ema_momentum = _delegated("ema_momentum")
-    ema_overwrite_frequency = _delegated("ema_overwrite_frequency")
-    jit_compile = _delegated("jit_compile")
+    weight_decay = delegated("weight_decay")
+    use_ema = delegated("use_ema")
+    ema_momentum = delegated("ema_momentum")
+    ema_overwrite_frequency = delegated("ema_overwrite_frequency")
+    jit_compile = delegated("jit_compile")
 
     def save_own_variables(self, store: Any) -> None:
         """Write the averages and whether the weights are swapped."""
@@ -465,21 +348,19 @@ class ExponentialMovingAverage(_Shell, optimizers.Optimizer):  # type: ignore[mi
 
     def load_own_variables(self, store: Any) -> None:
         """Read what `save_own_variables` wrote."""
-        self._load_averages(keras3.arrays_in(store))
+        self._load_averages(arrays_in(store))
 
-    def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(optimizer, *args, **kwargs)
+    def _initialize(self, name: str | None) -> None:
+        optimizers.Optimizer.__init__(self, name)
+
+    def _set_up(self) -> None:
         self._iterations = self._optimizer.iterations  # SavedModel expects it by this name
         # not tracked by this name: they are in _variables
-        self._slots: dict[tuple[Any, str], Any] = self._no_dependency({})
+        self._slots: dict[tuple[Key, str], tf.Variable] = self._no_dependency({})
 
     def __dir__(self) -> list[str]:
         # By this name a checkpoint tells optimizers whose slots it has to save apart.
         return [name for name in super().__dir__() if name != "get_slot_names"]
-
-    @property
-    def _name(self) -> str:  # type: ignore[override]
-        return str(self.name)
 
     def _create_iteration_variable(self) -> None:
         """Create none: `iterations` are the wrapped optimizer's."""
@@ -545,7 +426,7 @@ class ExponentialMovingAverage(_Shell, optimizers.Optimizer):  # type: ignore[mi
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Exclude variables from the wrapped optimizer's weight decay."""
-        _innermost(self._optimizer).exclude_from_weight_decay(var_list, var_names)
+        self._innermost().exclude_from_weight_decay(var_list, var_names)
 
     def finalize_variable_values(self, var_list: Any) -> None:
         """Do what the wrapped optimizer does at the end of training; the averages stay aside."""
@@ -607,7 +488,7 @@ class ExponentialMovingAverage(_Shell, optimizers.Optimizer):  # type: ignore[mi
     def get_slot_names(self) -> list[str]:
         """Return the names that `get_slot` knows."""
         names = dict.fromkeys(name for _, name in self._slots)
-        trained = getattr(_innermost(self._optimizer), "_index_dict", {})
+        trained = getattr(self._innermost(), "_index_dict", {})
         if trained:
             names |= dict.fromkeys(
                 v.name.partition("/")[0] for v in self._optimizer.variables if "/" in v.name
@@ -631,27 +512,3 @@ def _applied(scaler: Any) -> Callable[[], Any]:
         return lambda: None
     before = tf.identity(scaler.loss_scale)
     return lambda: (tf.identity(scaler.dynamic_counter) > 0) | (scaler.loss_scale > before)
-
-
-def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:
-    """Set the documented keywords on the optimizer that does the work, or on a new one like it."""
-    inner = _innermost(optimizer)
-    given = keras3.check_keywords(inner, kwargs)
-    legacy = isinstance(inner, optimizers.legacy.Optimizer)
-    if "decay" in given and not legacy and (getattr(inner, "_built", False) or inner is not optimizer):
-        raise ValueError("decay can only be set on an optimizer that is not built, nor wrapped itself")
-    for name in keras3._CLIPPING:
-        if name in given:
-            setattr(inner, name, float(given[name]))
-    if "lr" in given:
-        optimizer.learning_rate = given["lr"]
-    if "decay" in given and legacy:
-        inner._initial_decay = given["decay"]
-        inner._set_hyper("decay", given["decay"])
-    elif "decay" in given:
-        config = optimizer.get_config()
-        config["learning_rate"] = optimizers.schedules.InverseTimeDecay(
-            config["learning_rate"], decay_steps=1, decay_rate=given["decay"]
-        )
-        optimizer = type(optimizer).from_config(config)
-    return optimizer

@@ -6,6 +6,11 @@ from typing import Any
 import numpy as np
 
 
+def arrays_in(store: Any) -> dict[str, np.ndarray]:
+    """Return what a store of Keras' files holds."""
+    return {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - it is no dict
+
+
 class Waiting:
     """Keeps what Keras loads into unbuilt optimizers until they are built.
 
@@ -24,7 +29,7 @@ class Waiting:
             if not one.built and one not in self._covered:
 
                 def keep(store: Any, one: Any = one) -> None:
-                    self._values.append((one, {key: np.asarray(store[key]) for key in store.keys()}))  # noqa: SIM118 - no dict
+                    self._values.append((one, arrays_in(store)))
 
                 object.__setattr__(one, "load_own_variables", keep)
                 self._covered.append(one)

@@ -5,22 +5,19 @@ from typing import Any
 
 import numpy as np
 
-from .averages import Averages
-from .backends import Backend, name_of
+from .backends import name_of
+from .backends.base import Variable
 from .slots import Added
+from .wrapper import Wrapper
 
 
-class WeightMembers:
-    """The documented members about weights, for the optimizer that inherits them."""
+class WeightMembers(Wrapper):
+    """The documented members about weights."""
 
     built: bool
-    _optimizer: Any
-    _backend: Backend
-    _averages: Averages
     _added: Added
-    _iterations: Any
+    _iterations: Variable
     _add: Callable[..., Any]
-    _refusing_while_swapped: Callable[[str], Any]
 
     def add_weight(  # noqa: PLR0917 - the documented signature
         self,
@@ -100,12 +97,7 @@ class WeightMembers:
                 f"learning rate or {len(cold)} without the averages, got {len(weights)}"
             )
         arrays = [np.asarray(weight) for weight in weights]
-        for i, (variable, array) in enumerate(zip(targets, arrays, strict=True)):
-            if array.shape != tuple(variable.shape):
-                raise ValueError(
-                    f"weights[{i}] must have the shape of {name_of(variable)}, {tuple(variable.shape)}, "
-                    f"got {array.shape}"
-                )
+        check_shapes(targets, arrays)
         with self._refusing_while_swapped("set weights"):
             for variable, array in zip(targets, arrays, strict=True):
                 self._backend.assign(variable, array)
@@ -119,6 +111,20 @@ class WeightMembers:
             count,
             *(v for v in self._optimizer.variables if v is not count and v.name != "learning_rate"),
         ]
+
+
+def check_shapes(variables: Sequence[Variable], weights: Sequence[np.ndarray]) -> None:
+    """Refuse arrays that cannot be assigned to these variables.
+
+    Raises:
+        ValueError: An array has another shape than its variable.
+    """
+    for i, (variable, weight) in enumerate(zip(variables, weights, strict=True)):
+        if tuple(weight.shape) != tuple(variable.shape):
+            raise ValueError(
+                f"weights[{i}] must have the shape of {name_of(variable)}, {tuple(variable.shape)}, "
+                f"got {tuple(weight.shape)}"
+            )
 
 
 def _word(constant: Any) -> str:

@@ -6,6 +6,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+# The libraries of arrays and the kinds of Keras share no classes, and type checkers know neither.
+Variable = Any  # a keras.Variable, or the library's own: a tf.Variable, a torch.Tensor
+Tensor = Any  # a value of the library
+Optimizer = Any  # of Keras 3 or of tf_keras
+Tape = Any  # a tf.GradientTape, or None
+VariableList = Sequence[Variable] | Callable[[], Sequence[Variable]]  # or what returns it
+Key = Any  # identifies a variable, also across the replicas of a strategy
+Operation = Any  # of a graph of TensorFlow; None in eager code
+Context = AbstractContextManager[Any]
+
 Engine = Literal["auto", "native", "graph"]
 Carrier = Literal["native", "graph", "cuda"]  # what carries averaging out
 
@@ -146,8 +156,8 @@ class Backend:
         condition: Callable[[], bool],
         variable: Any,  # noqa: ARG002
         message: str,
-        changing: Sequence[Any] = (),  # noqa: ARG002
-    ) -> Any:
+        changing: Sequence[Variable] = (),  # noqa: ARG002
+    ) -> Context:
         """Return a context whose operations raise if the condition holds.
 
         Args:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from ... import tensorflow as engines
-from .base import Backend, Carrier, Engine, name_of, native, natives_of, variables_in
+from .base import Backend, Carrier, Context, Engine, name_of, native, natives_of, variables_in
 
 
 def _parts(variable: Any) -> list[Any]:
@@ -138,7 +138,7 @@ class TensorFlow(Backend):
 
     def refusing(
         self, condition: Callable[[], bool], variable: Any, message: str, changing: Sequence[Any] = ()
-    ) -> Any:
+    ) -> Context:
         if tf.executing_eagerly():
             return super().refusing(condition, variable, message)
 
@@ -147,7 +147,8 @@ class TensorFlow(Backend):
             return tf.raw_ops.Assert(condition=tf.equal(native(variable), 0), data=[message])
 
         if not changing or tf.distribute.has_strategy():
-            return tf.control_dependencies([check()])
+            checked: Context = tf.control_dependencies([check()])
+            return checked
 
         # A control dependency of every operation keeps TensorFlow from folding the constants of a rate:
         # training would differ by a rounding. A branch that seems to assign the variables comes before

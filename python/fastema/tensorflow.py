@@ -16,6 +16,7 @@ from typing import Any, Literal
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from . import _formula
 from ._build import OP_LIBRARY
 
 __all__ = ["swap", "update"]
@@ -273,18 +274,18 @@ def _buckets(sizes: list[int], limit: int) -> list[slice]:
 
 
 def _update_by_framework(averages: list[Any], values: list[Any], decay: Any, when: Any) -> None:
-    weight = 1.0 - decay
+    weight, copies = 1.0 - decay, tf.equal(decay, 0.0)
 
-    def update_one(average: Any, value: Any, decay: Any, weight: Any) -> None:
+    def update_one(average: Any, value: Any, weight: Any, copies: Any) -> None:
         compute = _compute_type(average.dtype)
-        old, new = tf.cast(average, compute), tf.cast(value, compute)
-        blended = old + tf.cast(weight, compute) * (new - old)
-        average.assign(tf.cast(tf.where(tf.equal(decay, 0.0), new, blended), average.dtype))
+        average.assign(
+            _formula.blend(average, value, weight, copies, compute=compute, cast=tf.cast, where=tf.where)
+        )
 
     def update_all(strategy: Any, values: list[Any], when: Any) -> None:
         def update() -> None:
             for average, value in zip(averages, values, strict=True):
-                strategy.extended.update(average, update_one, args=(value, decay, weight), group=False)
+                strategy.extended.update(average, update_one, args=(value, weight, copies), group=False)
 
         # the condition is asked here: in a replica context no branch of one may wait for other replicas
         _do(update, None if when is None else strategy.experimental_local_results(when)[0])

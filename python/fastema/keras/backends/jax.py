@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from ... import _formula
 from .base import Backend, Carrier, Engine
 
 
@@ -19,13 +20,15 @@ def _blended(averages: list[Any], values: list[Any], weight: Any, copies: Any) -
 
 def _blend(average: Any, value: Any, weight: Any, copies: Any) -> Any:
     compute = jnp.float64 if average.dtype == jnp.float64 else jnp.float32
-    old, new = average.astype(compute), value.astype(compute)
     if value.dtype != compute:
         # XLA leaves out the rounding of a weight that was just computed: average the weight that stays
-        kind: Any = jax.numpy.finfo(value.dtype)  # type: ignore[no-untyped-call]
-        new = jax.lax.reduce_precision(new, kind.nexp, kind.nmant)
-    blended = old + jnp.asarray(weight).astype(compute) * (new - old)
-    return jnp.where(copies, new, blended).astype(average.dtype)
+        kind: Any = jnp.finfo(value.dtype)  # type: ignore[no-untyped-call]
+        value = jax.lax.reduce_precision(value.astype(compute), kind.nexp, kind.nmant)
+    return _formula.blend(average, value, weight, copies, compute=compute, cast=_cast, where=jnp.where)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    return jnp.asarray(x).astype(dtype)
 
 
 def _array(x: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ... import _formula
 from ..._arrays import as_view
 from ...functional import Pairs, swap
 from .base import Backend, Carrier, Engine, is_floating, native, natives_of, variables_in
@@ -128,5 +129,15 @@ def _reason(tensors: list[torch.Tensor]) -> str:
 
 def _blended(average: torch.Tensor, value: torch.Tensor, decay: float) -> torch.Tensor:
     compute = torch.float64 if average.dtype == torch.float64 else torch.float32
-    old, new = average.to(compute), value.to(compute)
-    return (new if decay == 0.0 else old + (new - old) * (1.0 - decay)).to(average.dtype)
+    blended: torch.Tensor = _formula.blend(
+        average, value, 1.0 - decay, decay == 0.0, compute=compute, cast=_cast, where=_where
+    )
+    return blended
+
+
+def _cast(x: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.as_tensor(x, dtype=dtype)
+
+
+def _where(condition: bool, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x if condition else y

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal, TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
@@ -22,6 +23,7 @@ from ._build import OP_LIBRARY
 __all__ = ["swap", "update"]
 
 Engine = Literal["auto", "native", "graph"]
+Value: TypeAlias = tf.Variable | tf.Tensor
 
 _NATIVE_MIXES = {  # average and value
     *((dtype, dtype) for dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64)),
@@ -32,11 +34,11 @@ _NATIVE_MIXES = {  # average and value
 
 
 def update(
-    averages: Sequence[Any],
-    values: Sequence[Any],
-    decay: Any,
+    averages: Sequence[tf.Variable],
+    values: Sequence[tf.Variable | tf.Tensor],
+    decay: float | tf.Tensor,
     *,
-    when: Any = None,
+    when: tf.Tensor | None = None,
     engine: Engine = "auto",
     bucket_bytes: int = 1 << 30,
 ) -> Literal["native", "graph"]:
@@ -102,14 +104,14 @@ def update(
     return "native"
 
 
-def _do(action: Callable[[], None], when: Any) -> None:
+def _do(action: Callable[[], None], when: tf.Tensor | None) -> None:
     if when is None:
         action()
     else:
         tf.cond(when, action, lambda: None)
 
 
-def swap(a: Sequence[Any], b: Sequence[Any]) -> None:
+def swap(a: Sequence[tf.Variable], b: Sequence[tf.Variable]) -> None:
     """Exchange the contents of variables, bit for bit, by exchanging their buffers.
 
     Costs nothing that grows with the size. Works in eager code, in ``tf.function`` and across the
@@ -143,12 +145,12 @@ def swap(a: Sequence[Any], b: Sequence[Any]) -> None:
         strategy_of(x).extended.update(x, _exchange, args=(y,), group=False)
 
 
-def strategy_of(variable: Any) -> Any:
+def strategy_of(variable: tf.Variable) -> tf.distribute.Strategy:
     """Return the strategy that distributes this variable; the default one where none does."""
     return getattr(variable, "distribute_strategy", None) or tf.distribute.get_strategy()
 
 
-def _exchange(x: Any, y: Any) -> None:
+def _exchange(x: tf.Variable, y: tf.Variable) -> None:
     x_value, y_value = _read(x, _bytes(x)), _read(y, _bytes(y))
     _assign(x, y_value)
     _assign(y, x_value)
@@ -157,7 +159,7 @@ def _exchange(x: Any, y: Any) -> None:
 _LARGE = 1 << 20  # bytes, from which on a copy costs more than an operation
 
 
-def _read(value: Any, size: int) -> Any:
+def _read(value: Value, size: int) -> tf.Tensor:
     """Return a tensor that shares a variable's buffer; other values as tensors.
 
     By the operation itself, which costs a fifth of a variable's own method in eager code.
@@ -174,11 +176,11 @@ def _read(value: Any, size: int) -> Any:
     return tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
 
 
-def _assign(variable: Any, value: Any) -> Any:
+def _assign(variable: tf.Variable, value: tf.Tensor) -> tf.Operation | None:
     return tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
 
-def _bytes(variable: Any) -> int:
+def _bytes(variable: Value) -> int:
     return int((variable.shape.num_elements() or 0) * variable.dtype.size)
 
 
@@ -186,7 +188,7 @@ def _under_xla() -> bool:
     return not tf.executing_eagerly() and bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
 
-def _check_pairs(a: list[Any], b: list[Any], names: tuple[str, str]) -> None:
+def _check_pairs(a: list[Value], b: list[Value], names: tuple[str, str]) -> None:
     if len(a) != len(b):
         raise ValueError(f"{names[0]} and {names[1]} must have one length, got {len(a)} and {len(b)}")
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -196,7 +198,7 @@ def _check_pairs(a: list[Any], b: list[Any], names: tuple[str, str]) -> None:
             )
 
 
-def _check_distinct(variables: list[Any], names: str) -> None:
+def _check_distinct(variables: list[tf.Variable], names: str) -> None:
     first: dict[int, int] = {}
     for i, variable in enumerate(variables):
         if first.setdefault(id(variable), i) != i:
@@ -205,7 +207,7 @@ def _check_distinct(variables: list[Any], names: str) -> None:
             )
 
 
-def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
+def _obstacle(averages: list[tf.Variable], values: list[Value]) -> str | None:
     """Say what keeps native code from running here; None where nothing does."""
     if _under_xla():
         return "this is compiled by XLA (jit_compile=True)"
@@ -216,9 +218,10 @@ def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
             return f"averages[{i}] is {average.dtype.name}, values[{i}] {value.dtype.name}"
         if average.device and ("CPU" not in average.device or "/job:ps/" in average.device):
             return f"averages[{i}] lies on {average.device}"
-    if isinstance(_operations(), str):
-        _warn_once(_operations())
-        return str(_operations())
+    operations = _operations()
+    if isinstance(operations, str):
+        _warn_once(operations)
+        return operations
     return None
 
 
@@ -228,10 +231,10 @@ def _warn_once(reason: str) -> None:
 
 
 @cache
-def _operations() -> Any:
+def _operations() -> ModuleType | str:
     """Load the library of our op; return its Python module, or the reason why there is none."""
     try:
-        library = tf.load_op_library(str(OP_LIBRARY))
+        library: ModuleType = tf.load_op_library(str(OP_LIBRARY))
     except (tf.errors.OpError, OSError) as error:
         return f"{OP_LIBRARY.name} cannot be loaded: {error}"
     if not hasattr(library, "fastema_update"):
@@ -240,21 +243,25 @@ def _operations() -> Any:
     return library
 
 
-def _update_natively(averages: list[Any], values: list[Any], decay: Any, bucket_bytes: int) -> None:
+def _update_natively(
+    averages: list[tf.Variable], values: list[Value], decay: tf.Tensor, bucket_bytes: int
+) -> None:
     if not averages:
         return
     sizes = list(map(_bytes, averages))
-    if hasattr(_operations(), "fastema_update_in_place"):
-        _operations().fastema_update_in_place(
+    operations = _operations()
+    assert not isinstance(operations, str)  # `_obstacle` was asked before
+    if hasattr(operations, "fastema_update_in_place"):
+        operations.fastema_update_in_place(
             decay=decay,
             averages=[average.handle for average in averages],
             values=list(map(_read, values, sizes)),
         )
         return
-    done: list[Any] = []  # the assignments of one bucket, after which the next one begins
+    done: list[tf.Operation] = []  # the assignments of one bucket, after which the next one begins
     for bucket in _buckets(sizes, bucket_bytes):
         with tf.control_dependencies(done):
-            updated = _operations().fastema_update(
+            updated = operations.fastema_update(
                 decay=decay,
                 averages=list(map(_read, averages[bucket], sizes[bucket])),
                 values=list(map(_read, values[bucket], sizes[bucket])),
@@ -273,16 +280,18 @@ def _buckets(sizes: list[int], limit: int) -> list[slice]:
     return [slice(*bounds) for bounds in pairwise([*ends, len(sizes)])]
 
 
-def _update_by_framework(averages: list[Any], values: list[Any], decay: Any, when: Any) -> None:
-    weight, copies = 1.0 - decay, tf.equal(decay, 0.0)
+def _update_by_framework(
+    averages: list[tf.Variable], values: list[Value], decay: tf.Tensor, when: tf.Tensor | None
+) -> None:
+    weight, copies = _formula.weigh(decay, tf.equal)
 
-    def update_one(average: Any, value: Any, weight: Any, copies: Any) -> None:
+    def update_one(average: tf.Variable, value: Value, weight: tf.Tensor, copies: tf.Tensor) -> None:
         compute = _compute_type(average.dtype)
         average.assign(
             _formula.blend(average, value, weight, copies, compute=compute, cast=tf.cast, where=tf.where)
         )
 
-    def update_all(strategy: Any, values: list[Any], when: Any) -> None:
+    def update_all(strategy: tf.distribute.Strategy, values: list[Value], when: tf.Tensor | None) -> None:
         def update() -> None:
             for average, value in zip(averages, values, strict=True):
                 strategy.extended.update(average, update_one, args=(value, weight, copies), group=False)
@@ -305,7 +314,7 @@ def _compute_type(dtype: tf.DType) -> tf.DType:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def _agreed(values: list[Any]) -> list[Any]:
+def _agreed(values: list[Value]) -> list[Value]:
     """Replace variables that differ between replicas by their means; called in a replica context."""
     context = tf.distribute.get_replica_context()
     differing = [i for i, value in enumerate(values) if _differs(value)]
@@ -317,7 +326,7 @@ def _agreed(values: list[Any]) -> list[Any]:
     return [means.get(i, value) for i, value in enumerate(values)]
 
 
-def _differs(value: Any) -> bool:
+def _differs(value: Value) -> bool:
     """Tell whether replicas may hold different values: those that they assign each for itself."""
     return (
         isinstance(value, tf.distribute.DistributedValues)

@@ -1,16 +1,15 @@
 """Gradients computed by the optimizer: `minimize`, and what there is for graphs of TensorFlow 1."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from .backends.base import Tape, Tensor, Variable, VariableList
+from .backends.base import Loss, Operation, Tape, Tensor, Variable, VariableList
 from .wrapper import Wrapper
 
 
 class GraphGradientMembers(Wrapper):
     """The documented members that compute gradients in TensorFlow's graph mode."""
 
-    def get_gradients(self, loss: Tensor, params: Iterable[Variable]) -> list[Any]:
+    def get_gradients(self, loss: Tensor, params: Iterable[Variable]) -> list[Tensor]:
         """Return the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
 
         Args:
@@ -23,7 +22,7 @@ class GraphGradientMembers(Wrapper):
         """
         return self._backend.graph_gradients(loss, list(params))
 
-    def get_updates(self, loss: Tensor, params: Iterable[Variable]) -> list[Any]:
+    def get_updates(self, loss: Tensor, params: Iterable[Variable]) -> list[Operation]:
         """Apply the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
 
         Args:
@@ -48,12 +47,12 @@ class GradientMembers(GraphGradientMembers):
 
     def minimize(
         self,
-        loss: Tensor | Callable[[], Tensor],
+        loss: Loss,
         var_list: VariableList,
         grad_loss: Tensor = None,
         name: str | None = None,
         tape: Tape = None,
-    ) -> Any:
+    ) -> Operation:
         """Compute the gradients of a loss and apply them.
 
         With TensorFlow and torch; with JAX, whose gradients are those of a function, compute them with

@@ -11,10 +11,10 @@ from typing import Any
 import keras
 
 from . import backends
-from .backends.base import Key, Optimizer, Variable
+from .backends.base import Gradient, Key, Model, Optimizer, Tensor, Variable
 from .gradients import GradientMembers
 from .slots import Added, SlotMembers
-from .waiting import Waiting, arrays_in
+from .waiting import Store, Waiting, arrays_in
 from .weights import WeightMembers
 from .wrapper import Library, Variables, Wrapper, as_pairs, delegated
 
@@ -124,7 +124,7 @@ class ExponentialMovingAverage(
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
 
     def _set_up(self) -> None:
-        object.__setattr__(self, "_added", Added(self._backend))
+        object.__setattr__(self, "_added", Added(self._backend, self.add_variable))
         object.__setattr__(self, "_slots", {})
         object.__setattr__(self, "_waiting", Waiting())
 
@@ -143,7 +143,7 @@ class ExponentialMovingAverage(
             return super().__getattribute__(name)
         return getattr(self._optimizer, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         """Set in the wrapped optimizer what is not of the wrapper."""
         if "_optimizer" not in self.__dict__:
             super().__setattr__(name, value)
@@ -162,13 +162,13 @@ class ExponentialMovingAverage(
         else:
             setattr(self._optimizer, name, value)
 
-    def _training(self) -> Any:
+    def _training(self) -> Optimizer:
         """Return what takes the gradients: below its scaling of the loss, where that is done above."""
         return self._innermost() if self._scaled_above else self._optimizer
 
     # --- building -------------------------------------------------------------------------------
 
-    def build(self, variables: Sequence[Any]) -> None:
+    def build(self, variables: Sequence[Variable]) -> None:
         """Create the state for these variables: the wrapped optimizer's, then an average each."""
         if self.built:
             return
@@ -186,22 +186,12 @@ class ExponentialMovingAverage(
             self._waiting.load()
             self.built = True
 
-    def shadow_copy(self, model: Any) -> None:
-        """Create an average of every weight of a model, and average these from now on.
-
-        Not needed where the optimizer trains what it averages: averages are then created with its
-        other state. A model that is not built yet is remembered (weakly) and finished when the
-        optimizer is built.
-
-        Args:
-            model: A model, or a list of variables. Of a model, the trainable weights, or all
-                floating-point weights with ``trainable_weights_only=False``.
-        """
+    def _shadow(self, model: Model | Sequence[Variable]) -> None:
         before = [id(variable) for variable, _ in self._averages.pairs]
         with self._backend.creation(), keras.name_scope(self.name, caller=self):
             self._averages.shadow(model)
         if isinstance(model, keras.Model) and not self._averages.settings.trainable_weights_only:
-            reference: Callable[[], Any] = weakref.ref(model)
+            reference: Callable[[], Model] = weakref.ref(model)
             self._backend.watch(
                 model,
                 lambda own, before, after, values: self._moved(
@@ -211,12 +201,12 @@ class ExponentialMovingAverage(
         if self._backend.traced and before != [id(variable) for variable, _ in self._averages.pairs]:
             _trace_again(model)
 
-    def _create_average(self, variable: Any, dtype: str) -> Any:
+    def _create_average(self, variable: Variable, dtype: str) -> Variable:
         name = backends.name_of(variable).replace("/", "_").replace(":", "_")
         at_weight = self._averages.settings.initial_average == "weights"
         known = at_weight and self._backend.has_value(variable)
 
-        def weight(shape: Any, dtype: Any = None) -> Any:  # noqa: ARG001 - of an initializer
+        def weight(shape: Sequence[int], dtype: str | None = None) -> Tensor:  # noqa: ARG001 - of an initializer
             return keras.ops.copy(keras.ops.cast(backends.native(variable), dtype))
 
         with self._backend.colocated(variable):
@@ -236,10 +226,10 @@ class ExponentialMovingAverage(
 
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Any, Any]],
+        grads_and_vars: Iterable[Gradient],
         name: str | None = None,  # noqa: ARG002 - of the documented API: TensorFlow 2 names no operations
         experimental_aggregate_gradients: bool = True,
-    ) -> Any:
+    ) -> Variable:
         """Apply gradients with the wrapped optimizer, then average.
 
         Args:
@@ -265,7 +255,7 @@ class ExponentialMovingAverage(
                 self.apply(gradients, variables)
         return self.iterations
 
-    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+    def apply(self, grads: Iterable[Tensor], trainable_variables: Iterable[Variable] | None = None) -> None:
         """Apply gradients with the wrapped optimizer, then average."""
         grads = list(grads)
         if not grads:
@@ -282,8 +272,11 @@ class ExponentialMovingAverage(
         self._averages.update(step, None if self._always_advances() else step > before)
 
     def stateless_apply(
-        self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
-    ) -> tuple[list[Any], list[Any]]:
+        self,
+        optimizer_variables: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        trainable_variables: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return what `apply` would make of these values, without assigning anything.
 
         Args:
@@ -320,12 +313,12 @@ class ExponentialMovingAverage(
 
     def _moved(
         self,
-        own: Sequence[Any],
-        before: Sequence[Any],
-        after: Sequence[Any],
-        variables: Sequence[Any],
-        weights: Sequence[Any],
-    ) -> list[Any]:
+        own: Sequence[Variable],
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        variables: Sequence[Variable],
+        weights: Sequence[Tensor],
+    ) -> list[Tensor]:
         """Return the values `after` of variables of this optimizer (or one around it), averages moved."""
         places = {id(variable): i for i, variable in enumerate(own)}
         iterations = self._iterations  # as it counts accumulated gradients, too
@@ -355,7 +348,7 @@ class ExponentialMovingAverage(
     # --- what Keras asks of an optimizer ----------------------------------------------------------
 
     @property
-    def variables(self) -> Any:
+    def variables(self) -> Variables:
         """The wrapped optimizer's variables, the averages, then those added, each as they were created."""
         if "_optimizer" not in self.__dict__:
             return Variables()
@@ -363,33 +356,35 @@ class ExponentialMovingAverage(
 
     weights = variables
 
-    def scale_loss(self, loss: Any) -> Any:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """Scale a loss as the wrapped optimizer wants it."""
         return self._training().scale_loss(loss)
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+    def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
         """Update a variable as the wrapped optimizer does."""
         self._optimizer.update_step(gradient, variable, learning_rate)
 
-    def _apply_weight_decay(self, variables: Any) -> None:
+    def _apply_weight_decay(self, variables: Sequence[Variable]) -> None:
         self._optimizer._apply_weight_decay(variables)
 
-    def finalize_variable_values(self, var_list: Any) -> None:
+    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Do what the wrapped optimizer does at the end of training; the averages stay aside."""
         self._optimizer.finalize_variable_values(var_list)
 
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
         """Exclude variables from the wrapped optimizer's weight decay."""
         self._optimizer.exclude_from_weight_decay(var_list, var_names)
 
     # --- saving -----------------------------------------------------------------------------------
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: Store) -> None:
         """Write the averages and whether the weights are swapped; the wrapped optimizer writes itself."""
         for key, value in {**self._state_of_averages(), **self._added.state()}.items():
             store[key] = value
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Store) -> None:
         """Read what `save_own_variables` wrote; what comes before its variable waits for it.
 
         Raises:
@@ -403,7 +398,7 @@ class ExponentialMovingAverage(
             self._waiting.cover(self._optimizer)
 
 
-def _trace_again(model: Any) -> None:
+def _trace_again(model: Model) -> None:
     """Let what was traced before average what is paired now."""
     if getattr(model, "train_function", None) is not None:
         model.make_train_function(force=True)
@@ -411,5 +406,5 @@ def _trace_again(model: Any) -> None:
         warnings.warn(
             "functions that were traced before this shadow_copy go on averaging what they did: make them "
             "again, or call it before",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .backends import Backend, dtype_of, name_of, native
+from .backends.base import Initializer, Key, Tensor, Variable
 from .wrapper import Wrapper
 
 # What legacy optimizers called the slots of those in Keras 3.
@@ -21,39 +22,57 @@ _LEGACY_SLOTS = {
 
 
 class Added:
-    """The variables added by hand, in the order they were, each with a name that it has in a file.
+    """The variables that a user added to an optimizer, in their order, each with the name it has in a file.
 
     Values that are loaded before their variables exist wait for them.
+
+    Args:
+        backend: Whose variables they are.
+        create: Makes a variable, as ``Optimizer.add_variable`` of Keras.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, create: Callable[..., Variable]) -> None:
         self._backend = backend
-        self._variables: dict[str, Any] = {}
+        self._create = create
+        self._variables: dict[str, Variable] = {}
         self._waiting: dict[str, np.ndarray] = {}
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Variable]:
         return iter(self._variables.values())
 
     def __len__(self) -> int:
         return len(self._variables)
 
-    def add(self, kind: str, shape: tuple[int, ...], create: Callable[[], Any]) -> Any:
+    def add(
+        self, kind: str, *, shape: tuple[int, ...], initializer: Initializer, **arguments: Any
+    ) -> Variable:
         """Create a variable and give it the value that waits for it.
 
         Args:
             kind: Begins the name in a file; the next number of this kind ends it.
             shape: The variable's shape.
-            create: Makes the variable.
+            initializer: A name, an initializer, or a tensor with the first value.
+            **arguments: The other arguments of ``Optimizer.add_variable``.
 
         Raises:
-            ValueError: The value that waits has another shape. Nothing is created then.
+            ValueError: The tensor, or the value that waits, has another shape. Nothing is created then.
         """
+        if _is_value(initializer) and _shape(initializer) != shape:
+            raise ValueError(
+                f"initializer must be a name, an initializer or a tensor of shape {shape}, "
+                f"got a tensor of shape {_shape(initializer)}"
+            )
         number = sum(name.rpartition("_")[0] == kind for name in self._variables)
         name = f"{kind}_{number}"
         value = self._waiting.get(name)
         if value is not None:
             self._check_shape(name, shape, value)
-        variable = self._variables[name] = create()
+        if _is_value(initializer):
+            variable = self._create(shape=shape, **arguments)
+            self._backend.assign(variable, initializer)
+        else:
+            variable = self._create(shape=shape, initializer=initializer, **arguments)
+        self._variables[name] = variable
         if value is not None:
             self._backend.assign(variable, self._waiting.pop(name))
         return variable
@@ -92,17 +111,20 @@ class SlotMembers(Wrapper):
     """The documented members about slots."""
 
     _added: Added
-    _slots: dict[tuple[Any, str], tuple[Any, Any]]  # (key, name): (variable, slot)
-    _trainable_variables: Sequence[Any]
-    add_variable: Callable[..., Any]
+    _slots: dict[tuple[Key, str], tuple[Variable, Variable]]  # (key, name): (variable, slot)
+    _trainable_variables: Sequence[Variable]
 
     def __dir__(self) -> Iterable[str]:
         # tf.train.Checkpoint looks here for optimizers whose slots are nobody's children, and refuses ours
         return [name for name in super().__dir__() if name != "get_slot_names"]
 
     def add_slot(
-        self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Sequence[int] | None = None
-    ) -> Any:
+        self,
+        var: Variable,
+        slot_name: str,
+        initializer: Initializer = "zeros",
+        shape: Sequence[int] | None = None,
+    ) -> Variable:
         """Add a variable that belongs to another one; it is saved and loaded with the optimizer.
 
         Args:
@@ -120,7 +142,7 @@ class SlotMembers(Wrapper):
                 shape = _shape(initializer)
             layout = getattr(var, "_layout", None) if shape is None else None
             with self._backend.creation(), self._backend.colocated(var):
-                slot = self._add(
+                slot = self._added.add(
                     f"slot_{slot_name}",
                     name=f"{_prefix(var)}{slot_name}",
                     shape=tuple(var.shape if shape is None else shape),
@@ -131,7 +153,7 @@ class SlotMembers(Wrapper):
             self._slots[key] = (var, slot)
         return self._slots[key][1]
 
-    def get_slot(self, var: Any, slot_name: str) -> Any:
+    def get_slot(self, var: Variable, slot_name: str) -> Variable:
         """Return the variable of this name that belongs to another one.
 
         Args:
@@ -161,15 +183,15 @@ class SlotMembers(Wrapper):
         added = [slot_name for _, slot_name in self._slots]
         return list(dict.fromkeys([*self._inner_slots(), *average, *added]))
 
-    def _inner_slots(self) -> dict[str, dict[Any, Any]]:
+    def _inner_slots(self) -> dict[str, dict[Key | None, Variable]]:
         """Return the wrapped optimizer's slots, by name and by variable.
 
         Keras has no table of them, but names each ``{path of the variable}_{name}``.
         """
-        owners: dict[str, list[Any]] = {}  # of one path there may be several variables
+        owners: dict[str, list[Key]] = {}  # of one path there may be several variables
         for variable in self._trainable_variables:
             owners.setdefault(_prefix(variable), []).append(self._key_of(variable))
-        slots: dict[str, dict[Any, Any]] = {}
+        slots: dict[str, dict[Key | None, Variable]] = {}
         for inner in self._optimizer.variables:
             ends = [i for i, letter in enumerate(inner.name, 1) if letter == "_"]
             end = next((end for end in reversed(ends) if inner.name[:end] in owners), None)
@@ -179,23 +201,8 @@ class SlotMembers(Wrapper):
                 slot.setdefault(next(free, None), inner)
         return slots
 
-    def _add(self, kind: str, *, shape: tuple[int, ...], initializer: Any, **arguments: Any) -> Any:
-        def create() -> Any:
-            if not _is_value(initializer):
-                return self.add_variable(shape=shape, initializer=initializer, **arguments)
-            variable = self.add_variable(shape=shape, **arguments)
-            self._backend.assign(variable, initializer)
-            return variable
 
-        if _is_value(initializer) and _shape(initializer) != shape:
-            raise ValueError(
-                f"initializer must be a name, an initializer or a tensor of shape {shape}, "
-                f"got a tensor of shape {_shape(initializer)}"
-            )
-        return self._added.add(kind, shape, create)
-
-
-def _prefix(variable: Any) -> str:
+def _prefix(variable: Variable) -> str:
     """Return what Keras begins the names of a variable's slots with."""
     path = getattr(variable, "path", None)
     if path is None:
@@ -203,9 +210,9 @@ def _prefix(variable: Any) -> str:
     return f"{path.replace('/', '_')}_"
 
 
-def _is_value(initializer: Any) -> bool:
+def _is_value(initializer: Initializer) -> bool:
     return not isinstance(initializer, str) and not callable(initializer)
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def _shape(value: Tensor) -> tuple[int, ...]:
     return tuple(np.shape(native(value)))

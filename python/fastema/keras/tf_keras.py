@@ -7,19 +7,34 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 from tensorflow.python.eager.context import eager_mode
+from tensorflow.python.trackable.base import Trackable
 from tf_keras import optimizers
 from tf_keras.mixed_precision import LossScaleOptimizer
 from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key  # what identifies slots of a variable
 
 from . import backends
-from .backends.base import Key, Optimizer
+from .backends.base import (
+    Condition,
+    Context,
+    Gradient,
+    Initializer,
+    Key,
+    Loss,
+    Operation,
+    Optimizer,
+    Tape,
+    VariableList,
+)
 from .gradients import GraphGradientMembers
-from .waiting import arrays_in
+from .waiting import Store, arrays_in
 from .weights import check_shapes
 from .wrapper import Library, Variables, as_pairs, delegated
+
+Gradients = Any  # a list of (gradient, variable) pairs, which optimizers without types return
 
 
 def wrap(optimizer: Optimizer, *args: Any, **kwargs: Any) -> "TfKerasWrapper":
@@ -49,10 +64,10 @@ class TfKerasWrapper(GraphGradientMembers):
 
     # --- building ---------------------------------------------------------------------------------
 
-    def _scope(self) -> Any:
+    def _scope(self) -> Context:
         return nullcontext()
 
-    def _create_average(self, variable: Any, dtype: str) -> Any:
+    def _create_average(self, variable: tf.Variable, dtype: str) -> tf.Variable:
         """Make the variable that holds an average."""
         start = variable if self._averages.settings.initial_average == "weights" else tf.zeros(variable.shape)
         with self._scope(), self._backend.colocated(variable):
@@ -62,13 +77,13 @@ class TfKerasWrapper(GraphGradientMembers):
         self._own(variable, "average", average)
         return average
 
-    def _own(self, variable: Any, slot_name: str, slot: Any) -> None:
+    def _own(self, variable: tf.Variable, slot_name: str, slot: tf.Variable) -> None:
         """Keep a variable that belongs to one of the model, restored where a checkpoint has it."""
         raise NotImplementedError
 
     # --- training ---------------------------------------------------------------------------------
 
-    def _scaler(self) -> Any:
+    def _scaler(self) -> Optimizer | None:
         """The wrapped optimizer where it scales the loss and nothing outside does; else None.
 
         ``compile`` wraps whatever does not scale the loss itself; it would be scaled twice then.
@@ -76,17 +91,17 @@ class TfKerasWrapper(GraphGradientMembers):
         outer = getattr(self, "_is_wrapped_by_loss_scale_optimizer", False)
         return self._optimizer if isinstance(self._optimizer, LossScaleOptimizer) and not outer else None
 
-    def _working(self) -> Any:
+    def _working(self) -> Optimizer:
         """The optimizer that applies the gradients."""
         return self._scaler() or self._innermost()
 
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Any, Any]],
+        grads_and_vars: Iterable[Gradient],
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
         skip_gradients_aggregation: bool = False,
-    ) -> Any:
+    ) -> Operation:
         """Apply gradients with the wrapped optimizer, then average.
 
         Args:
@@ -114,7 +129,7 @@ class TfKerasWrapper(GraphGradientMembers):
             self._build_for([variable for _, variable in pairs])
         summed = not experimental_aggregate_gradients or skip_gradients_aggregation
 
-        def step() -> Any:
+        def step() -> Operation:
             with self._refusing_while_swapped("train"):
                 when = _applied(self._scaler())
                 applied = self._working().apply_gradients(pairs, **self._arguments(name, summed))
@@ -126,13 +141,13 @@ class TfKerasWrapper(GraphGradientMembers):
 
         # a graph of TensorFlow 1: one operation has to stand for all
         @tf.function  # type: ignore[untyped-decorator]
-        def whole_step() -> Any:
+        def whole_step() -> tf.Tensor:
             step()
             return self._backend.count(self.iterations)
 
         return whole_step().op
 
-    def _build_for(self, variables: Sequence[Any]) -> None:
+    def _build_for(self, variables: Sequence[tf.Variable]) -> None:
         """Create the state for these variables, where there is none yet."""
         raise NotImplementedError
 
@@ -152,7 +167,7 @@ class TfKerasWrapper(GraphGradientMembers):
         self._optimizer.iterations = self._iterations = variable
 
     @property
-    def variables(self) -> Any:
+    def variables(self) -> Variables:
         """`iterations`, the wrapped optimizer's state, then the averages, as they were created."""
         if "_optimizer" not in self.__dict__:
             return Variables()
@@ -166,15 +181,15 @@ class TfKerasWrapper(GraphGradientMembers):
 
     weights = variables
 
-    def _own_variables(self) -> list[Any]:
+    def _own_variables(self) -> list[tf.Variable]:
         raise NotImplementedError
 
-    def get_weights(self) -> list[Any]:
+    def get_weights(self) -> list[np.ndarray]:
         """Return the values of `variables`: the first is that of `iterations`."""
-        values: list[Any] = tf_keras.backend.batch_get_value(self.variables)
+        values: list[np.ndarray] = tf_keras.backend.batch_get_value(self.variables)
         return values
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Sequence[np.ndarray]) -> None:
         """Set what `get_weights` returned, or only the part that is the wrapped optimizer's.
 
         Raises:
@@ -220,18 +235,19 @@ class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer
     def _own_name(self) -> str:
         return str(self._name)
 
-    def _track_trackable(self, trackable: Any, name: str, overwrite: bool = False) -> Any:
+    def _track_trackable(self, trackable: Trackable, name: str, overwrite: bool = False) -> Trackable:
         if name == "base_optimizer":  # of a LossScaleOptimizer around, for checkpoints of TensorFlow 2.2
             return trackable
         return super()._track_trackable(trackable, name, overwrite)
 
-    def _scope(self) -> Any:
-        return self._distribution_strategy_scope()
+    def _scope(self) -> Context:
+        scope: Context = self._distribution_strategy_scope()
+        return scope
 
-    def _build_for(self, variables: Sequence[Any]) -> None:
+    def _build_for(self, variables: Sequence[tf.Variable]) -> None:
         self._create_all_weights(variables)
 
-    def _create_all_weights(self, var_list: Sequence[Any]) -> None:
+    def _create_all_weights(self, var_list: Sequence[tf.Variable]) -> None:
         self._optimizer._create_all_weights(var_list)
         known = len(self._trained)
         for variable in var_list:  # each call may bring others
@@ -239,20 +255,26 @@ class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer
         if len(self._trained) > known:
             self._averages.train(list(self._trained.values()))
 
-    def _own(self, variable: Any, slot_name: str, slot: Any) -> None:
+    def _own(self, variable: tf.Variable, slot_name: str, slot: tf.Variable) -> None:
         if slot_name not in self._slot_names:
             self._slot_names.append(slot_name)
         self._slots.setdefault(_var_key(variable), {})[slot_name] = slot
         self._restore_slot_variable(slot_name, variable, slot)
         self._weights.append(slot)
 
-    def _own_variables(self) -> list[Any]:
+    def _own_variables(self) -> list[tf.Variable]:
         return list(self._weights)
 
     def _arguments(self, name: str | None, summed: bool) -> dict[str, Any]:
         return {"name": name, **({"experimental_aggregate_gradients": False} if summed else {})}
 
-    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Any = None) -> Any:
+    def add_slot(
+        self,
+        var: tf.Variable,
+        slot_name: str,
+        initializer: Initializer = "zeros",
+        shape: tf.TensorShape | Sequence[int] | None = None,
+    ) -> tf.Variable:
         """Return the variable of this name that belongs to a model's, made now if there is none.
 
         Slots named ``average`` are averages: these start as this optimizer was told.
@@ -261,7 +283,7 @@ class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer
             return self._averages.find_or_create(var)
         return super().add_slot(var, slot_name, initializer, shape)
 
-    def get_slot(self, var: Any, slot_name: str) -> Any:
+    def get_slot(self, var: tf.Variable, slot_name: str) -> tf.Variable:
         """Return the variable of this name that belongs to a model's: an average, or the wrapped optimizer's.
 
         Raises:
@@ -279,17 +301,17 @@ class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer
     # Whether the weights are swapped is a value of this optimizer, not a variable that it tracks: then
     # checkpoints of the original lack no object.
 
-    def _serialize_to_tensors(self) -> dict[str, Any]:
+    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         if not self._is_exported():
             return {"swapped": self._swapped.read_value()}
         with eager_mode():
             return {"swapped": self._swapped.numpy()}
 
-    def _restore_from_tensors(self, restored_tensors: dict[str, Any]) -> Any:
+    def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> Operation:
         return tf.no_op() if self._is_exported() else self._swapped.assign(restored_tensors["swapped"])
 
-    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
-        children: dict[str, Any] = super()._trackable_children(save_type, **kwargs)
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Trackable]:
+        children: dict[str, Trackable] = super()._trackable_children(save_type, **kwargs)
         return children | ({"swapped": self._swapped} if save_type == "savedmodel" else {})
 
     def _is_exported(self) -> bool:
@@ -299,35 +321,37 @@ class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer
 
     # for wrappers around, and for minimize
 
-    def _compute_gradients(self, *args: Any, **kwargs: Any) -> Any:
+    def _compute_gradients(self, *args: Any, **kwargs: Any) -> Gradients:
         scaler = self._scaler()
         compute = scaler._compute_gradients if scaler else super()._compute_gradients
         return compute(*args, **kwargs)
 
-    def _transform_unaggregated_gradients(self, grads_and_vars: Any) -> Any:
+    def _transform_unaggregated_gradients(self, grads_and_vars: list[Gradient]) -> Gradients:
         return self._working()._transform_unaggregated_gradients(grads_and_vars)
 
-    def _aggregate_gradients(self, grads_and_vars: Any) -> Any:
+    def _aggregate_gradients(self, grads_and_vars: list[Gradient]) -> Gradients:
         return self._working()._aggregate_gradients(grads_and_vars)
 
     def _create_hypers(self) -> None:
         self._optimizer._create_hypers()
 
-    def _create_slots(self, var_list: Any) -> None:
+    def _create_slots(self, var_list: Sequence[tf.Variable]) -> None:
         self._optimizer._create_slots(var_list)
 
-    def _prepare(self, var_list: Any) -> Any:
+    def _prepare(self, var_list: Sequence[tf.Variable]) -> Operation:
         return self._working()._prepare(var_list)
 
-    def _resource_apply_dense(self, grad: Any, handle: Any, **kwargs: Any) -> Any:
+    def _resource_apply_dense(self, grad: tf.Tensor, handle: tf.Tensor, **kwargs: Any) -> Operation:
         return self._working()._resource_apply_dense(grad, handle, **kwargs)
 
-    def _resource_apply_sparse(self, grad: Any, handle: Any, indices: Any, **kwargs: Any) -> Any:
+    def _resource_apply_sparse(
+        self, grad: tf.Tensor, handle: tf.Tensor, indices: tf.Tensor, **kwargs: Any
+    ) -> Operation:
         return self._working()._resource_apply_sparse(grad, handle, indices, **kwargs)
 
     def _resource_apply_sparse_duplicate_indices(
-        self, grad: Any, handle: Any, indices: Any, **kwargs: Any
-    ) -> Any:
+        self, grad: tf.Tensor, handle: tf.Tensor, indices: tf.Tensor, **kwargs: Any
+    ) -> Operation:
         return self._working()._resource_apply_sparse_duplicate_indices(grad, handle, indices, **kwargs)
 
 
@@ -341,12 +365,12 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
     ema_overwrite_frequency = delegated("ema_overwrite_frequency")
     jit_compile = delegated("jit_compile")
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: Store) -> None:
         """Write the averages and whether the weights are swapped."""
         for key, value in self._state_of_averages().items():
             store[key] = value
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Store) -> None:
         """Read what `save_own_variables` wrote."""
         self._load_averages(arrays_in(store))
 
@@ -365,10 +389,10 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
     def _create_iteration_variable(self) -> None:
         """Create none: `iterations` are the wrapped optimizer's."""
 
-    def _build_for(self, variables: Sequence[Any]) -> None:
+    def _build_for(self, variables: Sequence[tf.Variable]) -> None:
         self.build(variables)
 
-    def build(self, var_list: Sequence[Any]) -> None:
+    def build(self, var_list: Sequence[tf.Variable]) -> None:
         """Create the state for these variables: the wrapped optimizer's, then an average each."""
         if getattr(self, "_built", False):
             return
@@ -376,11 +400,11 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
         self._built = True
         self._averages.train(var_list)
 
-    def _own(self, variable: Any, slot_name: str, slot: Any) -> None:
+    def _own(self, variable: tf.Variable, slot_name: str, slot: tf.Variable) -> None:
         self._slots[_var_key(variable), slot_name] = slot
         self._variables.append(slot)
 
-    def _own_variables(self) -> list[Any]:
+    def _own_variables(self) -> list[tf.Variable]:
         return list(self._variables)
 
     def _arguments(self, name: str | None, summed: bool) -> dict[str, Any]:
@@ -389,8 +413,13 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
         return {**named, **({"skip_gradients_aggregation": True} if summed else {})}
 
     def minimize(
-        self, loss: Any, var_list: Any, grad_loss: Any = None, name: str | None = None, tape: Any = None
-    ) -> Any:
+        self,
+        loss: Loss,
+        var_list: VariableList,
+        grad_loss: tf.Tensor | None = None,
+        name: str | None = None,
+        tape: Tape = None,
+    ) -> Operation:
         """Compute the gradients of a loss and apply them.
 
         Args:
@@ -416,32 +445,34 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
                     loss = tf.reduce_sum(loss * grad_loss)
         return self.apply_gradients(self.compute_gradients(loss, var_list, tape), name=name)
 
-    def compute_gradients(self, loss: Any, var_list: Any, tape: Any = None) -> Any:
+    def compute_gradients(self, loss: Loss, var_list: VariableList, tape: Tape = None) -> Gradients:
         """Return (gradient, variable) pairs, as `apply_gradients` takes them."""
         return self._working().compute_gradients(loss, var_list, tape)
 
-    def aggregate_gradients(self, grads_and_vars: Any) -> Any:
+    def aggregate_gradients(self, grads_and_vars: list[Gradient]) -> Gradients:
         """Sum the gradients of all replicas, as the wrapped optimizer does."""
         return self._working().aggregate_gradients(grads_and_vars)
 
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[tf.Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
         """Exclude variables from the wrapped optimizer's weight decay."""
         self._innermost().exclude_from_weight_decay(var_list, var_names)
 
-    def finalize_variable_values(self, var_list: Any) -> None:
+    def finalize_variable_values(self, var_list: Sequence[tf.Variable]) -> None:
         """Do what the wrapped optimizer does at the end of training; the averages stay aside."""
         self._optimizer.finalize_variable_values(var_list)
 
     def add_weight(  # noqa: PLR0917 - the documented signature
         self,
         name: str,
-        shape: Any,
-        dtype: Any = None,
-        initializer: Any = "zeros",
+        shape: tf.TensorShape | Sequence[int] | None,
+        dtype: tf.DType | str | None = None,
+        initializer: Initializer = "zeros",
         trainable: bool | None = None,
-        synchronization: Any = tf.VariableSynchronization.AUTO,
-        aggregation: Any = tf.VariableAggregation.NONE,
-    ) -> Any:
+        synchronization: tf.VariableSynchronization = tf.VariableSynchronization.AUTO,
+        aggregation: tf.VariableAggregation = tf.VariableAggregation.NONE,
+    ) -> tf.Variable:
         """Return a new variable of this optimizer."""
         with tf.init_scope():
             weight = tf.Variable(
@@ -454,7 +485,13 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
         self._variables.append(weight)
         return weight
 
-    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Any = None) -> Any:
+    def add_slot(
+        self,
+        var: tf.Variable,
+        slot_name: str,
+        initializer: Initializer = "zeros",
+        shape: tf.TensorShape | Sequence[int] | None = None,
+    ) -> tf.Variable:
         """Return the variable of this name that belongs to a model's, made now if there is none.
 
         Slots named ``average`` are averages: these start as this optimizer was told.
@@ -471,7 +508,7 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
             self._own(var, slot_name, slot)
         return self._slots[_var_key(var), slot_name]
 
-    def get_slot(self, var: Any, slot_name: str) -> Any:
+    def get_slot(self, var: tf.Variable, slot_name: str) -> tf.Variable:
         """Return the variable of this name that belongs to a model's: an average, or the wrapped optimizer's.
 
         Raises:
@@ -496,13 +533,15 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
         return list(names)
 
 
-def _initial(initializer: Any, shape: Any, dtype: Any) -> Any:
+def _initial(
+    initializer: Initializer, shape: tf.TensorShape | Sequence[int] | None, dtype: tf.DType
+) -> tf.Tensor:
     if isinstance(initializer, str) or callable(initializer):
         return tf_keras.initializers.get(initializer)(shape, dtype)
     return tf.cast(initializer, dtype)
 
 
-def _applied(scaler: Any) -> Callable[[], Any]:
+def _applied(scaler: Optimizer | None) -> Callable[[], Condition]:
     """Return what tells, after a step, whether it was skipped: None where none is, or a condition.
 
     A LossScaleOptimizer counts its skipped steps. What tells them is that it also halves its scale and

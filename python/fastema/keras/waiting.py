@@ -1,12 +1,26 @@
-"""What is loaded into a wrapped optimizer before it has its variables; Keras warns, and drops it."""
+"""Values that a file has for a wrapped optimizer that is not built yet: Keras would warn, and drop them."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from .backends.base import Optimizer
 
 
-def arrays_in(store: Any) -> dict[str, np.ndarray]:
+class Store(Protocol):
+    """Where an optimizer's values are saved in a file: arrays by their names."""
+
+    def keys(self) -> Iterable[str]:
+        """Return the names."""
+
+    def __getitem__(self, key: str) -> ArrayLike: ...
+
+    def __setitem__(self, key: str, value: np.ndarray) -> None: ...
+
+
+def arrays_in(store: Store) -> dict[str, np.ndarray]:
     """Return what a store of Keras' files holds."""
     return {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - it is no dict
 
@@ -19,16 +33,16 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._covered: list[Any] = []
-        self._values: list[tuple[Any, dict[str, np.ndarray]]] = []
+        self._covered: list[Optimizer] = []
+        self._values: list[tuple[Optimizer, dict[str, np.ndarray]]] = []
 
-    def cover(self, optimizer: Any) -> None:
+    def cover(self, optimizer: Optimizer) -> None:
         """Keep what is loaded into this optimizer and those within it, if they are not built."""
         self._values.clear()
         for one in _levels(optimizer):
             if not one.built and one not in self._covered:
 
-                def keep(store: Any, one: Any = one) -> None:
+                def keep(store: Store, one: Optimizer = one) -> None:
                     self._values.append((one, arrays_in(store)))
 
                 object.__setattr__(one, "load_own_variables", keep)
@@ -44,7 +58,7 @@ class Waiting:
         self._values.clear()
 
 
-def _levels(optimizer: Any) -> Iterator[Any]:
+def _levels(optimizer: Optimizer) -> Iterator[Optimizer]:
     """Yield an optimizer and those within it, outermost first."""
     yield optimizer
     inner = getattr(optimizer, "inner_optimizer", None)

@@ -1,14 +1,16 @@
 """An optimizer's state as a list of arrays, as legacy optimizers give and take it."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .backends import name_of
-from .backends.base import Variable
+from .backends.base import Initializer, Variable
 from .slots import Added
 from .wrapper import Wrapper
+
+Constant = object  # one of TensorFlow's enumerations, or Keras' word for it
 
 
 class WeightMembers(Wrapper):
@@ -17,18 +19,17 @@ class WeightMembers(Wrapper):
     built: bool
     _added: Added
     _iterations: Variable
-    _add: Callable[..., Any]
 
     def add_weight(  # noqa: PLR0917 - the documented signature
         self,
         name: str,
         shape: Sequence[int],
-        dtype: Any = None,
-        initializer: Any = "zeros",
+        dtype: str | None = None,
+        initializer: Initializer = "zeros",
         trainable: bool | None = None,  # noqa: ARG002 - of the documented API: Keras 3's are never trained
-        synchronization: Any = None,
-        aggregation: Any = "none",
-    ) -> Any:
+        synchronization: Constant = None,
+        aggregation: Constant = "none",
+    ) -> Variable:
         """Add a variable to the optimizer; it is saved and loaded with it.
 
         Args:
@@ -47,7 +48,7 @@ class WeightMembers(Wrapper):
         if _word(synchronization) == "on_read":
             raise ValueError("synchronization must not be ON_READ: Keras 3 offers no such variables")
         with self._backend.creation():
-            return self._add(
+            return self._added.add(
                 f"weight_{name}",
                 name=name,
                 shape=tuple(shape),
@@ -69,7 +70,7 @@ class WeightMembers(Wrapper):
         with self._refusing_while_swapped("get weights"):
             return [self._backend.numpy(variable) for variable in self._state()]
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Sequence[ArrayLike]) -> None:
         """Set the optimizer's state.
 
         Args:
@@ -102,10 +103,10 @@ class WeightMembers(Wrapper):
             for variable, array in zip(targets, arrays, strict=True):
                 self._backend.assign(variable, array)
 
-    def _state(self) -> list[Any]:
+    def _state(self) -> list[Variable]:
         return [*self._inner_state(), *self._averages, *self._added]
 
-    def _inner_state(self) -> list[Any]:
+    def _inner_state(self) -> list[Variable]:
         count = self._iterations  # `iterations` is no variable where gradients accumulate
         return [
             count,
@@ -127,6 +128,6 @@ def check_shapes(variables: Sequence[Variable], weights: Sequence[np.ndarray]) -
             )
 
 
-def _word(constant: Any) -> str:
-    """Return Keras' word for one of TensorFlow's constants."""
+def _word(constant: Constant) -> str:
+    """Return Keras' word for a constant."""
     return str(getattr(constant, "name", constant)).lower()

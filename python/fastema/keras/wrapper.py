@@ -15,7 +15,18 @@ import numpy as np
 
 from . import backends
 from .averages import Averages, Settings
-from .backends.base import Carrier, Context, Engine, Key, Operation, Optimizer, Tensor, Variable
+from .backends.base import (
+    Carrier,
+    Context,
+    Engine,
+    Gradient,
+    Key,
+    Model,
+    Operation,
+    Optimizer,
+    Tensor,
+    Variable,
+)
 
 Self = TypeVar("Self", bound="Wrapper")
 
@@ -62,7 +73,7 @@ def delegated(name: str) -> property:
     def get(self: "Wrapper") -> Any:  # Keras' constructors assign, and read, before there is one
         return getattr(self._innermost(), name) if "_optimizer" in self.__dict__ else None
 
-    def put(self: "Wrapper", value: Any) -> None:
+    def put(self: "Wrapper", value: object) -> None:
         if "_optimizer" in self.__dict__:
             setattr(self._innermost(), name, value)
 
@@ -149,12 +160,17 @@ class Wrapper:
         """Make the variable that holds an average of another one."""
         raise NotImplementedError
 
+    def _shadow(self, model: Model | Sequence[Variable]) -> None:
+        """Do what `shadow_copy` does."""
+        with self._backend.creation():
+            self._averages.shadow(model)
+
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Tensor, Variable]],
+        grads_and_vars: Iterable[Gradient],
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
-    ) -> Any:
+    ) -> Operation:
         """Apply gradients with the wrapped optimizer, then average."""
         raise NotImplementedError
 
@@ -192,12 +208,12 @@ class Wrapper:
         return type(optimizer).from_config(config)
 
     @property
-    def learning_rate(self) -> Any:
+    def learning_rate(self) -> Tensor:
         """The wrapped optimizer's learning rate."""
         return self._optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
+    def learning_rate(self, value: Tensor) -> None:
         self._optimizer.learning_rate = value
 
     lr = learning_rate
@@ -209,7 +225,7 @@ class Wrapper:
 
     # --- averages and weights ---------------------------------------------------------------------
 
-    def shadow_copy(self, model: Any) -> None:
+    def shadow_copy(self, model: Model | Sequence[Variable]) -> None:
         """Create an average of every weight of a model, and average these from now on.
 
         Not needed where the optimizer trains what it averages: averages are then created with its
@@ -220,10 +236,9 @@ class Wrapper:
             model: A model, or a list of variables. Of a model, the trainable weights, or all
                 floating-point weights with ``trainable_weights_only=False``.
         """
-        with self._backend.creation():
-            self._averages.shadow(model)
+        self._shadow(model)
 
-    def update_average(self, strategy: Any = None) -> None:  # noqa: ARG002 - of the original: not needed
+    def update_average(self, strategy: object = None) -> None:  # noqa: ARG002 - of the original: not needed
         """Average once, with the decay of the current `iterations`.
 
         Each step does it by itself; this is for weights that are trained elsewhere.
@@ -351,7 +366,7 @@ class Wrapper:
             self._swapped.assign(swapped)
 
 
-def as_pairs(grads_and_vars: Iterable[tuple[Tensor, Variable]]) -> list[tuple[Tensor, Variable]]:
+def as_pairs(grads_and_vars: Iterable[Gradient]) -> list[Gradient]:
     """Return the (gradient, variable) pairs that a user gave as a list.
 
     Raises:

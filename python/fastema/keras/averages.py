@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import schedules
 from .backends import Backend, dtype_of, is_floating, name_of
-from .backends.base import Carrier, Condition, Engine, Key, Model, Operation, Tensor, Variable
+from .kinds import Carrier, Engine, Key, Model, Operation, Tensor, Variable
 
 Pair = tuple[Variable, Variable]  # a variable and its average
 
@@ -179,7 +179,7 @@ class Averages:
         if self._unstarted:
             self.backend.once(lambda: [self.backend.assign(a, v) for v, a in self._unstarted])
 
-    def update(self, step: Tensor, when: Condition = None) -> None:
+    def update(self, step: Tensor, when: Tensor = None) -> None:
         """Average once, if this step is one that averages.
 
         Args:
@@ -199,7 +199,7 @@ class Averages:
         """Return what computes the decay where it is first needed, and only there."""
         return cache(lambda: self.settings.decay(*self.backend.number(step)))
 
-    def _due(self, step: Tensor, when: Condition) -> Condition:
+    def _due(self, step: Tensor, when: Tensor) -> Tensor:
         """Return the condition under which a step averages."""
         if self.settings.update_every == 1:
             return when
@@ -212,7 +212,7 @@ class Averages:
         variables: Sequence[Variable],
         weights: Sequence[Tensor],
         step: Tensor,
-        when: Condition,
+        when: Tensor,
     ) -> list[Tensor]:
         """Return what values the averages have after `update`; nothing is assigned.
 

@@ -8,7 +8,7 @@ import keras
 
 from . import backends
 from .averages import Pair
-from .backends.base import Model, Optimizer
+from .kinds import Model, Optimizer
 from .wrapper import Wrapper
 
 Logs = Mapping[str, float] | None

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 
-from .backends.base import Loss, Operation, Tape, Tensor, Variable, VariableList
+from .kinds import Operation, Tensor, Variable, VariableList
 from .wrapper import Wrapper
 
 
 class GraphGradientMembers(Wrapper):
     """The documented members that compute gradients in TensorFlow's graph mode."""
+
+    apply_gradients: Callable[..., Operation]
 
     def get_gradients(self, loss: Tensor, params: Iterable[Variable]) -> list[Tensor]:
         """Return the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
@@ -47,11 +49,11 @@ class GradientMembers(GraphGradientMembers):
 
     def minimize(
         self,
-        loss: Loss,
+        loss: Tensor | Callable[[], Tensor],
         var_list: VariableList,
         grad_loss: Tensor = None,
         name: str | None = None,
-        tape: Tape = None,
+        tape: Tensor = None,
     ) -> Operation:
         """Compute the gradients of a loss and apply them.
 

@@ -11,10 +11,10 @@ from typing import Any
 import keras
 
 from . import backends
-from .backends.base import Gradient, Key, Model, Optimizer, Tensor, Variable
 from .gradients import GradientMembers
+from .kinds import Gradient, Key, Model, Optimizer, Store, Tensor, Variable
 from .slots import Added, SlotMembers
-from .waiting import Store, Waiting, arrays_in
+from .waiting import Waiting, arrays_in
 from .weights import WeightMembers
 from .wrapper import Library, Variables, Wrapper, as_pairs, delegated
 

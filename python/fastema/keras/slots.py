@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .backends import Backend, dtype_of, name_of, native
-from .backends.base import Initializer, Key, Tensor, Variable
+from .kinds import Initializer, Key, Tensor, Variable
 from .wrapper import Wrapper
 
 # What legacy optimizers called the slots of those in Keras 3.

@@ -17,20 +17,9 @@ from tf_keras.mixed_precision import LossScaleOptimizer
 from tf_keras.src.optimizers.legacy.optimizer_v2 import _var_key  # what identifies slots of a variable
 
 from . import backends
-from .backends.base import (
-    Condition,
-    Context,
-    Gradient,
-    Initializer,
-    Key,
-    Loss,
-    Operation,
-    Optimizer,
-    Tape,
-    VariableList,
-)
 from .gradients import GraphGradientMembers
-from .waiting import Store, arrays_in
+from .kinds import Context, Gradient, Initializer, Key, Operation, Optimizer, Store, Tensor, VariableList
+from .waiting import arrays_in
 from .weights import check_shapes
 from .wrapper import Library, Variables, as_pairs, delegated
 
@@ -206,6 +195,15 @@ class TfKerasWrapper(GraphGradientMembers):
         tf_keras.backend.batch_set_value(list(zip(variables, weights, strict=False)))
 
 
+def _forwarded(name: str) -> Callable[..., Any]:
+    """Make a method that is the one of the optimizer that applies the gradients."""
+
+    def call(self: TfKerasWrapper, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._working(), name)(*args, **kwargs)
+
+    return call
+
+
 @tf_keras.saving.register_keras_serializable(package="fastema")
 class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer):  # type: ignore[misc]
     """The wrapper of a ``tf_keras.optimizers.legacy`` optimizer, which is one itself.
@@ -326,33 +324,18 @@ class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer
         compute = scaler._compute_gradients if scaler else super()._compute_gradients
         return compute(*args, **kwargs)
 
-    def _transform_unaggregated_gradients(self, grads_and_vars: list[Gradient]) -> Gradients:
-        return self._working()._transform_unaggregated_gradients(grads_and_vars)
-
-    def _aggregate_gradients(self, grads_and_vars: list[Gradient]) -> Gradients:
-        return self._working()._aggregate_gradients(grads_and_vars)
-
     def _create_hypers(self) -> None:
         self._optimizer._create_hypers()
 
     def _create_slots(self, var_list: Sequence[tf.Variable]) -> None:
         self._optimizer._create_slots(var_list)
 
-    def _prepare(self, var_list: Sequence[tf.Variable]) -> Operation:
-        return self._working()._prepare(var_list)
-
-    def _resource_apply_dense(self, grad: tf.Tensor, handle: tf.Tensor, **kwargs: Any) -> Operation:
-        return self._working()._resource_apply_dense(grad, handle, **kwargs)
-
-    def _resource_apply_sparse(
-        self, grad: tf.Tensor, handle: tf.Tensor, indices: tf.Tensor, **kwargs: Any
-    ) -> Operation:
-        return self._working()._resource_apply_sparse(grad, handle, indices, **kwargs)
-
-    def _resource_apply_sparse_duplicate_indices(
-        self, grad: tf.Tensor, handle: tf.Tensor, indices: tf.Tensor, **kwargs: Any
-    ) -> Operation:
-        return self._working()._resource_apply_sparse_duplicate_indices(grad, handle, indices, **kwargs)
+    _aggregate_gradients = _forwarded("_aggregate_gradients")
+    _prepare = _forwarded("_prepare")
+    _resource_apply_dense = _forwarded("_resource_apply_dense")
+    _resource_apply_sparse = _forwarded("_resource_apply_sparse")
+    _resource_apply_sparse_duplicate_indices = _forwarded("_resource_apply_sparse_duplicate_indices")
+    _transform_unaggregated_gradients = _forwarded("_transform_unaggregated_gradients")
 
 
 @tf_keras.saving.register_keras_serializable(package="fastema")
@@ -414,11 +397,11 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
 
     def minimize(
         self,
-        loss: Loss,
+        loss: Tensor | Callable[[], Tensor],
         var_list: VariableList,
         grad_loss: tf.Tensor | None = None,
         name: str | None = None,
-        tape: Tape = None,
+        tape: tf.GradientTape | None = None,
     ) -> Operation:
         """Compute the gradients of a loss and apply them.
 
@@ -445,7 +428,9 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
                     loss = tf.reduce_sum(loss * grad_loss)
         return self.apply_gradients(self.compute_gradients(loss, var_list, tape), name=name)
 
-    def compute_gradients(self, loss: Loss, var_list: VariableList, tape: Tape = None) -> Gradients:
+    def compute_gradients(
+        self, loss: Tensor | Callable[[], Tensor], var_list: VariableList, tape: tf.GradientTape | None = None
+    ) -> Gradients:
         """Return (gradient, variable) pairs, as `apply_gradients` takes them."""
         return self._working().compute_gradients(loss, var_list, tape)
 
@@ -541,7 +526,7 @@ def _initial(
     return tf.cast(initializer, dtype)
 
 
-def _applied(scaler: Optimizer | None) -> Callable[[], Condition]:
+def _applied(scaler: Optimizer | None) -> Callable[[], Tensor]:
     """Return what tells, after a step, whether it was skipped: None where none is, or a condition.
 
     A LossScaleOptimizer counts its skipped steps. What tells them is that it also halves its scale and

@@ -1,23 +1,10 @@
 """Values that a file has for a wrapped optimizer that is not built yet: Keras would warn, and drop them."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from .backends.base import Optimizer
-
-
-class Store(Protocol):
-    """Where an optimizer's values are saved in a file: arrays by their names."""
-
-    def keys(self) -> Iterable[str]:
-        """Return the names."""
-
-    def __getitem__(self, key: str) -> ArrayLike: ...
-
-    def __setitem__(self, key: str, value: np.ndarray) -> None: ...
+from .kinds import Optimizer, Store
 
 
 def arrays_in(store: Store) -> dict[str, np.ndarray]:

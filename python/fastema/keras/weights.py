@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .backends import name_of
-from .backends.base import Initializer, Variable
+from .kinds import Initializer, Variable
 from .slots import Added
 from .wrapper import Wrapper
 

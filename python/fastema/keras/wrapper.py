@@ -15,18 +15,7 @@ import numpy as np
 
 from . import backends
 from .averages import Averages, Settings
-from .backends.base import (
-    Carrier,
-    Context,
-    Engine,
-    Gradient,
-    Key,
-    Model,
-    Operation,
-    Optimizer,
-    Tensor,
-    Variable,
-)
+from .kinds import Carrier, Context, Engine, Gradient, Key, Model, Operation, Optimizer, Tensor, Variable
 
 Self = TypeVar("Self", bound="Wrapper")
 
@@ -164,15 +153,6 @@ class Wrapper:
         """Do what `shadow_copy` does."""
         with self._backend.creation():
             self._averages.shadow(model)
-
-    def apply_gradients(
-        self,
-        grads_and_vars: Iterable[Gradient],
-        name: str | None = None,
-        experimental_aggregate_gradients: bool = True,
-    ) -> Operation:
-        """Apply gradients with the wrapped optimizer, then average."""
-        raise NotImplementedError
 
     # --- the wrapped optimizer --------------------------------------------------------------------
 

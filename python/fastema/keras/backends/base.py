@@ -1,29 +1,23 @@
 """What a backend of Keras has to do for averages; the methods of eager code, where others need no more."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from types import ModuleType
-from typing import Any, Literal
 
 import numpy as np
 
-# Array libraries and kinds of Keras share no classes, and most of them have no types to check.
-Variable = Any  # a keras.Variable, or the library's own: a tf.Variable, a torch.Tensor
-Tensor = Any  # a value of the library, or what it takes for one: a tf.Tensor, a jax.Array
-Optimizer = Any  # of Keras 3 or of tf_keras
-Model = Any  # of Keras 3 or of tf_keras
-Condition = Any  # None, which is always true; a truth value, or a tensor of one
-Gradient = tuple[Tensor, Variable]  # None where a variable has none
-Loss = Tensor | Callable[[], Tensor]
-Initializer = Any  # a name, a function of shape and dtype, or a tensor with the first value
-Tape = Any  # a tf.GradientTape, or None
-VariableList = Sequence[Variable] | Callable[[], Sequence[Variable]]  # or what returns it
-Key = Any  # identifies a variable, also across the replicas of a strategy
-Operation = Any  # of a graph of TensorFlow; None in eager code
-Context = AbstractContextManager[Any]
-
-Engine = Literal["auto", "native", "graph"]
-Carrier = Literal["native", "graph", "cuda"]  # what carries averaging out
+from ..kinds import (
+    Carrier,
+    Context,
+    Engine,
+    Gradient,
+    Model,
+    Operation,
+    Optimizer,
+    Tensor,
+    Variable,
+    VariableList,
+)
 
 _NO_GRAPH = (
     "get_gradients and get_updates need TensorFlow's graph mode, in a tf.function or a tf.Graph: "
@@ -116,10 +110,10 @@ class Backend:
 
     def gradients(
         self,
-        loss: Loss,
+        loss: Tensor,
         var_list: VariableList,
         output: Tensor,
-        tape: Tape,
+        tape: object,
         scale: Callable[[Tensor], Tensor],
     ) -> list[Gradient]:
         """Return (gradient, variable) pairs of a loss.
@@ -188,7 +182,7 @@ class Backend:
         averages: Sequence[Variable],
         variables: Sequence[Variable],
         decay: Callable[[], Tensor],
-        when: Condition,
+        when: Tensor,
         engine: Engine,
     ) -> Carrier:
         """Average, if `when` is None or true.
@@ -202,7 +196,7 @@ class Backend:
         """
         raise NotImplementedError
 
-    def blend(self, average: Tensor, value: Tensor, decay: Callable[[], Tensor], when: Condition) -> Tensor:
+    def blend(self, average: Tensor, value: Tensor, decay: Callable[[], Tensor], when: Tensor) -> Tensor:
         """Return the value of an average after `update`; nothing is assigned."""
         raise NotImplementedError
 

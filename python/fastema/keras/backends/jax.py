@@ -10,20 +10,8 @@ import keras
 import numpy as np
 
 from ... import _formula
-from .base import (
-    Backend,
-    Carrier,
-    Condition,
-    Engine,
-    Gradient,
-    Loss,
-    Model,
-    Operation,
-    Tape,
-    Tensor,
-    Variable,
-    VariableList,
-)
+from ..kinds import Carrier, Engine, Gradient, Model, Operation, Tensor, Variable, VariableList
+from .base import Backend
 
 Scalar = jax.Array | float | bool
 State = tuple[list[Tensor], ...]  # what a step of Keras' trainer is given, and returns
@@ -43,13 +31,9 @@ def _blend(average: jax.Array, value: jax.Array, weight: Scalar, copies: Scalar)
         kind: jnp.finfo = jnp.finfo(value.dtype)  # type: ignore[no-untyped-call]
         value = jax.lax.reduce_precision(value.astype(compute), kind.nexp, kind.nmant)
     blended: jax.Array = _formula.blend(
-        average, value, weight, copies, compute=compute, cast=_cast, where=jnp.where
+        average, value, weight, copies, compute=compute, cast=jnp.asarray, where=jnp.where
     )
     return blended
-
-
-def _cast(x: Scalar, dtype: jnp.dtype) -> jax.Array:
-    return jnp.asarray(x).astype(dtype)
 
 
 def _array(x: Variable | Tensor) -> Tensor:
@@ -71,10 +55,10 @@ class Jax(Backend):
 
     def gradients(
         self,
-        loss: Loss,
+        loss: Tensor,
         var_list: VariableList,
         output: Tensor,
-        tape: Tape,
+        tape: object,
         scale: Callable[[Tensor], Tensor],
     ) -> list[Gradient]:
         raise NotImplementedError(
@@ -95,7 +79,7 @@ class Jax(Backend):
         averages: Sequence[Variable],
         variables: Sequence[Variable],
         decay: Callable[[], Tensor],
-        when: Condition,
+        when: Tensor,
         engine: Engine,
     ) -> Carrier:
         if engine == "native":
@@ -111,7 +95,7 @@ class Jax(Backend):
             average.assign(value)
         return "graph"
 
-    def blend(self, average: Tensor, value: Tensor, decay: Callable[[], Tensor], when: Condition) -> Tensor:
+    def blend(self, average: Tensor, value: Tensor, decay: Callable[[], Tensor], when: Tensor) -> Tensor:
         self.traced = self.traced or isinstance(average, jax.core.Tracer)
         with jax.enable_x64(True):  # the weight is formed in float64, wherever the arrays are narrower
             blended = _blend(average, value, *_formula.weigh(decay()))

@@ -11,25 +11,8 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from ... import tensorflow as engines
-from .base import (
-    Backend,
-    Carrier,
-    Condition,
-    Context,
-    Engine,
-    Gradient,
-    Loss,
-    Operation,
-    Optimizer,
-    Tape,
-    Tensor,
-    Variable,
-    VariableList,
-    name_of,
-    native,
-    natives_of,
-    variables_in,
-)
+from ..kinds import Carrier, Context, Engine, Gradient, Operation, Optimizer, Tensor, Variable, VariableList
+from .base import Backend, name_of, native, natives_of, variables_in
 
 
 def _local_values(variable: Variable) -> list[tf.Variable]:
@@ -95,10 +78,10 @@ class TensorFlow(Backend):
 
     def gradients(
         self,
-        loss: Loss,
+        loss: Tensor,
         var_list: VariableList,
         output: Tensor,
-        tape: Tape,
+        tape: tf.GradientTape | None,
         scale: Callable[[Tensor], Tensor],
     ) -> list[Gradient]:
         if tape is None and not callable(loss):
@@ -192,7 +175,7 @@ class TensorFlow(Backend):
         averages: Sequence[Variable],
         variables: Sequence[Variable],
         decay: Callable[[], Tensor],
-        when: Condition,
+        when: Tensor,
         engine: Engine,
     ) -> Carrier:
         self.traced = self.traced or not tf.executing_eagerly()

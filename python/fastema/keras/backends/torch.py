@@ -10,24 +10,8 @@ import torch
 from ... import _formula
 from ..._arrays import as_view
 from ...functional import Pairs, swap
-from .base import (
-    Backend,
-    Carrier,
-    Condition,
-    Context,
-    Engine,
-    Gradient,
-    Loss,
-    Operation,
-    Tape,
-    Tensor,
-    Variable,
-    VariableList,
-    is_floating,
-    native,
-    natives_of,
-    variables_in,
-)
+from ..kinds import Carrier, Context, Engine, Gradient, Operation, Tensor, Variable, VariableList
+from .base import Backend, is_floating, native, natives_of, variables_in
 
 
 def _tensors(variables: Iterable[Variable]) -> list[torch.Tensor]:
@@ -57,10 +41,10 @@ class Torch(Backend):
 
     def gradients(
         self,
-        loss: Loss,
+        loss: Tensor,
         var_list: VariableList,
         output: Tensor,
-        tape: Tape,
+        tape: object,
         scale: Callable[[Tensor], Tensor],
     ) -> list[Gradient]:
         if tape is not None:
@@ -84,7 +68,7 @@ class Torch(Backend):
         averages: Sequence[Variable],
         variables: Sequence[Variable],
         decay: Callable[[], Tensor],
-        when: Condition,
+        when: Tensor,
         engine: Engine,
     ) -> Carrier:
         targets, values = _tensors(averages), _tensors(variables)
@@ -106,7 +90,7 @@ class Torch(Backend):
             self._addresses = addresses
         return self._pairs
 
-    def blend(self, average: Tensor, value: Tensor, decay: Callable[[], Tensor], when: Condition) -> Tensor:
+    def blend(self, average: Tensor, value: Tensor, decay: Callable[[], Tensor], when: Tensor) -> Tensor:
         with torch.no_grad():
             average, value = torch.as_tensor(average), torch.as_tensor(value)
             return _blended(average, value, float(decay())) if when is None or when else average
@@ -150,14 +134,11 @@ def _reason(tensors: list[torch.Tensor]) -> str:
 def _blended(average: torch.Tensor, value: torch.Tensor, decay: float) -> torch.Tensor:
     compute = torch.float64 if average.dtype == torch.float64 else torch.float32
     blended: torch.Tensor = _formula.blend(
-        average, value, *_formula.weigh(decay), compute=compute, cast=_cast, where=_where
+        average,
+        value,
+        *_formula.weigh(decay),
+        compute=compute,
+        cast=lambda x, dtype: torch.as_tensor(x, dtype=dtype),
+        where=lambda condition, x, y: x if condition else y,
     )
     return blended
-
-
-def _cast(x: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:
-    return torch.as_tensor(x, dtype=dtype)
-
-
-def _where(condition: bool, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return x if condition else y

@@ -19,6 +19,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from . import _formula
 from ._build import OP_LIBRARY
+from ._types import check_choice, check_share
 
 __all__ = ["swap", "update"]
 
@@ -81,8 +82,7 @@ def update(
         array([0.5, 1. ], dtype=float32)
     """
     averages, values = list(averages), list(values)
-    if engine not in ("auto", "native", "graph"):
-        raise ValueError(f"engine must be 'auto', 'native' or 'graph', got {engine!r}")
+    check_choice(engine, "engine", ("auto", "native", "graph"))
     _check_pairs(averages, values, ("averages", "values"))
     _check_distinct(averages, "averages")
     places = {id(average): i for i, average in enumerate(averages)}
@@ -91,8 +91,8 @@ def update(
             raise ValueError(f"values[{i}] must be no average, got averages[{places[id(value)]}]")
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes!r}")
-    if not tf.is_tensor(decay) and not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay must be from 0 to 1, got {decay!r}")
+    if not tf.is_tensor(decay):
+        check_share(decay, "decay")
     obstacle = "engine='graph' was asked for" if engine == "graph" else _obstacle(averages, values)
     if obstacle and engine == "native":
         raise RuntimeError(f"engine='native' cannot run here: {obstacle}")

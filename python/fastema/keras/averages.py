@@ -8,10 +8,10 @@ from functools import cache
 from types import ModuleType
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 
 from .. import schedules
+from .._types import FLOATS, average_type, check_choice, check_share, float_type
 from .backends import Backend, dtype_of, is_floating, name_of
 from .kinds import Carrier, Engine, Key, Model, Operation, Tensor, Variable
 
@@ -32,19 +32,14 @@ class Settings:
     engine: Engine
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.average_decay <= 1.0:
-            raise ValueError(f"average_decay must be from 0 to 1, got {self.average_decay!r}")
+        check_share(self.average_decay, "average_decay")
         for name, least in (("start_step", 0), ("update_every", 1)):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
-        for name, allowed in (
-            ("initial_average", ("zeros", "weights")),
-            ("engine", ("auto", "native", "graph")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.average_dtype not in (None, "float16", "bfloat16", "float32", "float64"):
+        check_choice(self.initial_average, "initial_average", ("zeros", "weights"))
+        check_choice(self.engine, "engine", ("auto", "native", "graph"))
+        if self.average_dtype is not None and self.average_dtype not in map(str, FLOATS):
             raise ValueError(
                 f"average_dtype must be a floating-point type or None, got {self.average_dtype!r}"
             )
@@ -67,8 +62,7 @@ class Settings:
 
     def dtype(self, variable: Variable) -> str:
         """Return the type of a variable's average."""
-        own = dtype_of(variable)
-        return self.average_dtype or ("float32" if own in ("float16", "bfloat16") else own)
+        return self.average_dtype or str(average_type(float_type(dtype_of(variable))))
 
 
 class Averages:
@@ -315,9 +309,6 @@ class Averages:
                 self.backend.assign(average, value)
             raw = self._loaded.pop(f"raw_{slot}", None)
             if raw is not None:
-                self._saved_weights[self._key(variable)] = raw.astype(_numpy_type(variable), copy=False)
-
-
-def _numpy_type(variable: Variable) -> np.dtype:
-    name = dtype_of(variable)
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+                self._saved_weights[self._key(variable)] = raw.astype(
+                    float_type(dtype_of(variable)), copy=False
+                )

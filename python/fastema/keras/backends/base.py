@@ -6,6 +6,7 @@ from types import ModuleType
 
 import numpy as np
 
+from ..._types import FLOATS
 from ..kinds import (
     Carrier,
     Context,
@@ -38,7 +39,7 @@ def dtype_of(variable: Variable) -> str:
 
 def is_floating(variable: Variable) -> bool:
     """Tell whether a variable can be averaged; counters and random seeds cannot."""
-    return dtype_of(variable) in ("float16", "bfloat16", "float32", "float64")
+    return dtype_of(variable) in map(str, FLOATS)
 
 
 def name_of(variable: Variable) -> str:

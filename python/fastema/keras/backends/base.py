@@ -73,7 +73,7 @@ def natives_of(variables: list[Variable], kind: type) -> list[Tensor]:
 
 
 class Backend:
-    """Variables here are keras.Variables or the backend's own."""
+    """What averages need of the array library below Keras; one instance serves one optimizer."""
 
     traced = False  # whether an update was traced, so that it goes on with the pairs it was given
 

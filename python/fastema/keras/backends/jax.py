@@ -42,7 +42,7 @@ def _array(x: Variable | Tensor) -> Tensor:
 
 
 class Jax(Backend):
-    """See `Backend`."""
+    """JAX arrays, which variables exchange for others; see `Backend`."""
 
     def numpy(self, variable: Variable) -> np.ndarray:
         return np.array(_array(variable))

@@ -45,7 +45,7 @@ def _summed_already(optimizer: Optimizer) -> Iterator[None]:
 
 
 class TensorFlow(Backend):
-    """See `Backend`."""
+    """tf.Variables, also in graphs and of several replicas; see `Backend`."""
 
     def __init__(self) -> None:
         self._done: tf.Variable | None = None

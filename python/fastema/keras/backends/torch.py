@@ -19,7 +19,7 @@ def _tensors(variables: Iterable[Variable]) -> list[torch.Tensor]:
 
 
 class Torch(Backend):
-    """See `Backend`."""
+    """torch tensors, changed in place; see `Backend`."""
 
     def __init__(self) -> None:
         self._pairs: Pairs | None = None

@@ -12,10 +12,12 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from . import _arrays, _shards, checkpoint, schedules
+from . import _arrays, schedules
 from ._arrays.shards import Shards
 from ._tree import Buffers, Tree
 from ._types import FLOATS, average_type
+from .checkpoint import _sets, _state
+from .checkpoint._state import PlainState
 from .functional import Pairs
 
 _Arrays = list[Any]  # as they lie somewhere, see _arrays
@@ -698,9 +700,9 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return self._state(_arrays.host_copy)
+        return dict(self._state(_arrays.host_copy))
 
-    def _state(self, taken: Callable[[Any], np.ndarray]) -> dict[str, Any]:
+    def _state(self, taken: Callable[[Any], np.ndarray]) -> PlainState:
         """Return the state with what `taken` makes of each array; the arrays themselves are live."""
         self.wait()
         self._check_module()
@@ -843,7 +845,7 @@ class EMA:
         decay = self._decays if self._several else self._decays[0]
         dtype = None if self._dtype is None else self._dtype.name
         config = {"decay": decay, "dtype": dtype, "buffers": self._buffers}
-        checkpoint.write_state(path, state, config, shown, _shards.layout(self._all_parts()))
+        _state.write_state(path, state, config, shown, _sets.layout(self._all_parts()))
 
     @classmethod
     def load(cls, path: str | PathLike[str], values: Any, *, decay: Any = None, **options: Any) -> "EMA":
@@ -870,7 +872,7 @@ class EMA:
                 sets. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """
-        state, config = checkpoint.read_state(path, decay)
+        state, config = _state.read_state(path, decay)
         ema = cls(values, **{**config, **options})
         try:
             ema.load_state_dict(ema._own(state))
@@ -878,7 +880,7 @@ class EMA:
             raise type(error)(f"{path} does not fit: {error}") from None
         return ema
 
-    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _own(self, state: PlainState) -> dict[str, Any]:
         """Return a state of whole arrays with the parts of them that are here."""
         places = {
             name: dict(zip(names, shards.blocks if shards else [None], strict=True))
@@ -887,13 +889,18 @@ class EMA:
 
         def cut(arrays: Mapping[str, Any]) -> dict[str, Any]:
             return {
-                part: _shards.cut(array, block, name)
+                part: _sets.cut(array, block, name)
                 for name, array in arrays.items()
                 for part, block in places.get(name, {name: None}).items()
             }
 
-        lists = {key: [cut(arrays) for arrays in state[key]] for key in ("averages", "carries")}
-        return {**state, **lists, "copied": cut(state["copied"]), "values": cut(state["values"])}
+        return {
+            **state,
+            "averages": [cut(arrays) for arrays in state["averages"]],
+            "carries": [cut(arrays) for arrays in state["carries"]],
+            "copied": cut(state["copied"]),
+            "values": cut(state["values"]),
+        }
 
     def _fitting(
         self, place: str, own: dict[int, _Arrays], other: Mapping[str, Any]
@@ -906,7 +913,7 @@ class EMA:
             missing, unknown = sorted(ours.keys() - other.keys()), sorted(other.keys() - ours.keys())
             raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
         pairs = [
-            (array, x if isinstance(x := other[name], _shards.Region) else np.asarray(x))
+            (array, x if isinstance(x := other[name], _sets.Region) else np.asarray(x))
             for name, array in ours.items()
         ]
         for name, (array, source) in zip(ours, pairs, strict=True):

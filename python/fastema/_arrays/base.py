@@ -9,7 +9,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .._types import Array, DType
+from .._types import AnyArray, DType
 from .packing import axes_of, laid_out
 from .shards import Shards
 
@@ -81,7 +81,7 @@ class Location(NamedTuple):
     device: int | None
     owner: str
     stream: int | None
-    holder: Array
+    holder: AnyArray
 
 
 class Addresses:
@@ -143,7 +143,7 @@ class Leaf(ABC):
     shards: Shards | None = None
 
     @abstractmethod
-    def local_arrays(self, value: Array = None) -> list[Array]:
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         """Return the local arrays to read: NumPy views of host memory, or arrays on a device; no copies.
 
         Args:
@@ -159,7 +159,7 @@ class Leaf(ABC):
         return None
 
     @abstractmethod
-    def assign(self, arrays: Sequence[Array]) -> Array:
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
         """Write arrays, one for each local array, cast to the value's type; they are not kept.
 
         Returns:
@@ -167,7 +167,7 @@ class Leaf(ABC):
         """
 
     @abstractmethod
-    def to_library(self, arrays: Sequence[Array]) -> Array:
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         """Return an average as an array of the value's library; it is live where such arrays can change."""
 
     def written(self) -> None:  # noqa: B027 - most libraries need not know
@@ -178,35 +178,35 @@ class Storage(ABC):
     """What is done to a library's arrays where they lie, besides averaging."""
 
     @abstractmethod
-    def describe(self, array: Array) -> Descriptor:
+    def describe(self, array: AnyArray) -> Descriptor:
         """Return an array's type, layout and address."""
 
-    def device(self, array: Array) -> int | None:  # noqa: ARG002 - host memory is one place
+    def device(self, array: AnyArray) -> int | None:  # noqa: ARG002 - host memory is one place
         """Return the CUDA device that an array lies on; None: it lies in host memory."""
         return None
 
     @abstractmethod
-    def empty_like(self, array: Array, dtype: DType) -> Array:
+    def empty_like(self, array: AnyArray, dtype: DType) -> AnyArray:
         """Return new memory beside an array, in its shape and order."""
 
     @abstractmethod
-    def bits(self, array: Array) -> Array:
+    def bits(self, array: AnyArray) -> AnyArray:
         """Return a view that can be copied and exchanged, of an array of 2, 4 or 8 bytes an element."""
 
     @abstractmethod
-    def host(self, array: Array) -> np.ndarray:
+    def host(self, array: AnyArray) -> np.ndarray:
         """Return contents as a NumPy array: the array itself, or a copy where that cannot be."""
 
     @abstractmethod
-    def write(self, array: Array, target: Array) -> None:
+    def write(self, array: AnyArray, target: AnyArray) -> None:
         """Copy an array of this library or of NumPy, rounded to nearest where the target is narrower."""
 
     @abstractmethod
-    def clear(self, array: Array) -> None:
+    def clear(self, array: AnyArray) -> None:
         """Set all elements to zero."""
 
     @abstractmethod
-    def quotient(self, average: Array, divisor: float) -> Array:
+    def quotient(self, average: AnyArray, divisor: float) -> AnyArray:
         """Return an average divided by a number, rounded to its own type."""
 
 
@@ -224,7 +224,7 @@ class Library(ABC):
         """Tell whether something is an array or a variable of the library; imports nothing."""
 
     @abstractmethod
-    def leaf(self, value: Array, name: str) -> Leaf:
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
         """Return a value with what the library can do.
 
         Args:
@@ -235,21 +235,21 @@ class Library(ABC):
             TypeError: Its memory cannot be viewed.
         """
 
-    def is_on_cuda(self, array: Array) -> bool:  # noqa: ARG002 - most libraries know the host alone
+    def is_on_cuda(self, array: AnyArray) -> bool:  # noqa: ARG002 - most libraries know the host alone
         """Tell whether an array lies in the memory of a CUDA device."""
         return False
 
-    def address(self, array: Array) -> Callable[[], object] | None:  # noqa: ARG002 - of most it stays
+    def address(self, array: AnyArray) -> Callable[[], object] | None:  # noqa: ARG002 - of most it stays
         """Return what tells where an array lies now, if it can be given other memory."""
         return None
 
-    def _view(self, array: Array) -> np.ndarray:  # noqa: ARG002
+    def _view(self, array: AnyArray) -> np.ndarray:  # noqa: ARG002
         raise TypeError("it may be put into other memory at any time")
 
-    def _locate(self, array: Array) -> Location:  # noqa: ARG002
+    def _locate(self, array: AnyArray) -> Location:  # noqa: ARG002
         raise TypeError("its library tells no addresses of devices")
 
-    def view(self, array: Array, name: str) -> np.ndarray:
+    def view(self, array: AnyArray, name: str) -> np.ndarray:
         """Return a NumPy view of an array's host memory.
 
         Args:
@@ -264,7 +264,7 @@ class Library(ABC):
         except (TypeError, ValueError, RuntimeError, BufferError) as reason:
             raise _not_viewed(array, name, "CPU", reason) from None
 
-    def locate(self, array: Array, name: str) -> Location:
+    def locate(self, array: AnyArray, name: str) -> Location:
         """Return where an array on a CUDA device lies.
 
         Args:
@@ -280,7 +280,7 @@ class Library(ABC):
         except (TypeError, ValueError, AttributeError, RuntimeError, BufferError) as reason:
             raise _not_viewed(array, name, "CUDA", reason) from None
 
-    def local_array(self, array: Array, name: str) -> Array:
+    def local_array(self, array: AnyArray, name: str) -> AnyArray:
         """Return a user's array as what is worked on where it lies: a NumPy view, or itself on a device.
 
         Raises:
@@ -292,7 +292,7 @@ class Library(ABC):
         return self.view(array, name)
 
 
-def _not_viewed(array: Array, name: str, memory: str, reason: Exception) -> TypeError:
+def _not_viewed(array: AnyArray, name: str, memory: str, reason: Exception) -> TypeError:
     kind = type(array).__name__
     return TypeError(f"{name} must be an array whose {memory} memory can be viewed, got {kind}: {reason}")
 

@@ -9,7 +9,7 @@ from os import PathLike
 
 import numpy as np
 
-from .._types import Array, DType
+from .._types import AnyArray, DType
 from .base import Addresses, Descriptor, Leaf, Library, Location, Storage
 from .packing import packed
 
@@ -26,7 +26,7 @@ def library_of(value: object) -> Library | None:
     return None
 
 
-def _library(value: Array, name: str) -> Library:
+def _library(value: AnyArray, name: str) -> Library:
     library = library_of(value)
     if library is None:
         raise TypeError(f"{name} must be {KINDS}, got {type(value).__name__}")
@@ -53,7 +53,7 @@ def is_on_cuda(value: object) -> bool:
     return library is not None and library.is_on_cuda(value)
 
 
-def leaf(value: Array, name: str) -> Leaf:
+def leaf(value: AnyArray, name: str) -> Leaf:
     """Return one of the user's values with what its library can do.
 
     Args:
@@ -67,7 +67,7 @@ def leaf(value: Array, name: str) -> Leaf:
     return _library(value, name).leaf(value, name)
 
 
-def as_view(array: Array, name: str) -> np.ndarray:
+def as_view(array: AnyArray, name: str) -> np.ndarray:
     """Return a NumPy view of an array's memory.
 
     Args:
@@ -81,7 +81,7 @@ def as_view(array: Array, name: str) -> np.ndarray:
     return _library(array, name).view(array, name)
 
 
-def local_array(array: Array, name: str) -> Array:
+def local_array(array: AnyArray, name: str) -> AnyArray:
     """Return a user's array as what is worked on where it lies: a NumPy view, or itself on a CUDA device.
 
     Raises:
@@ -90,7 +90,7 @@ def local_array(array: Array, name: str) -> Array:
     return array if isinstance(array, np.ndarray) else _library(array, name).local_array(array, name)
 
 
-def locate(array: Array, name: str) -> Location:
+def locate(array: AnyArray, name: str) -> Location:
     """Return where an array on a CUDA device lies.
 
     Raises:
@@ -100,7 +100,7 @@ def locate(array: Array, name: str) -> Location:
     return _library(array, name).locate(array, name)
 
 
-def watch(arrays: Iterable[Array]) -> Addresses | None:
+def watch(arrays: Iterable[AnyArray]) -> Addresses | None:
     """Return the addresses of those arrays that can be given other memory; None: all stay.
 
     A view of the old memory would not notice. A torch tensor can (``tensor.data = ...``). NumPy's arrays are
@@ -115,16 +115,16 @@ def watch(arrays: Iterable[Array]) -> Addresses | None:
 # --- what is done to local arrays ---------------------------------------------------------------------
 
 
-def _storage(array: Array) -> Storage:
+def _storage(array: AnyArray) -> Storage:
     return _library(array, "values").storage
 
 
-def describe(array: Array) -> Descriptor:
+def describe(array: AnyArray) -> Descriptor:
     """Return the type, layout and address of a local array."""
     return _storage(array).describe(array)
 
 
-def dtype_of(array: Array) -> DType:
+def dtype_of(array: AnyArray) -> DType:
     """Return NumPy's type of the elements of a local array."""
     if isinstance(array, np.ndarray):  # most are, at every update
         dtype: DType = array.dtype
@@ -132,63 +132,63 @@ def dtype_of(array: Array) -> DType:
     return _storage(array).describe(array).dtype
 
 
-def shape_of(array: Array) -> tuple[int, ...]:
+def shape_of(array: AnyArray) -> tuple[int, ...]:
     """Return the shape of a local array."""
     if isinstance(array, np.ndarray):
         return array.shape
     return _storage(array).describe(array).shape
 
 
-def device(array: Array) -> int | None:
+def device(array: AnyArray) -> int | None:
     """Return the CUDA device that a local array lies on; None: it lies in host memory."""
     return None if isinstance(array, np.ndarray) else _storage(array).device(array)
 
 
-def bits(array: Array) -> Array:
+def bits(array: AnyArray) -> AnyArray:
     """See `Storage.bits`."""
     return _storage(array).bits(array)
 
 
-def empty_like(array: Array) -> Array:
+def empty_like(array: AnyArray) -> AnyArray:
     """Return new memory beside a local array, of its type, shape and order."""
     return _storage(array).empty_like(array, dtype_of(array))
 
 
-def host(array: Array) -> np.ndarray:
+def host(array: AnyArray) -> np.ndarray:
     """Return contents as a NumPy array: the array itself, or a copy where that cannot be."""
     return _storage(array).host(array)
 
 
-def host_copy(array: Array) -> np.ndarray:
+def host_copy(array: AnyArray) -> np.ndarray:
     """Return a copy in host memory."""
     found = host(array)
     return found.copy(order="K") if found is array else found
 
 
-def write(array: Array, target: Array) -> None:
+def write(array: AnyArray, target: AnyArray) -> None:
     """Copy a local array to another, wherever each lies, rounded to nearest where the target is narrower."""
     source, there = _storage(array), _storage(target)
     there.write(array if source is there else source.host(array), target)
 
 
-def copy(array: Array) -> Array:
+def copy(array: AnyArray) -> AnyArray:
     """Return a copy in the same place."""
     made = empty_like(array)
     write(array, made)
     return made
 
 
-def clear(array: Array) -> None:
+def clear(array: AnyArray) -> None:
     """Set all elements to zero."""
     _storage(array).clear(array)
 
 
-def quotient(average: Array, divisor: float) -> Array:
+def quotient(average: AnyArray, divisor: float) -> AnyArray:
     """Return an average divided by a number, rounded to its own type."""
     return _storage(average).quotient(average, divisor)
 
 
-def cast(array: Array, dtype: DType) -> np.ndarray:
+def cast(array: AnyArray, dtype: DType) -> np.ndarray:
     """Return a copy in host memory, of another type."""
     made = describe(array).empty(dtype)
     write(array, made)
@@ -198,7 +198,7 @@ def cast(array: Array, dtype: DType) -> np.ndarray:
 # --- lists of arrays ----------------------------------------------------------------------------------
 
 
-def views(arrays: Sequence[Array], argument: str, single: bool) -> list[np.ndarray]:
+def views(arrays: Sequence[AnyArray], argument: str, single: bool) -> list[np.ndarray]:
     """Return arrays as NumPy views; see `as_view`."""
     return [
         x if isinstance(x, np.ndarray) else as_view(x, argument if single else f"{argument}[{i}]")
@@ -206,7 +206,7 @@ def views(arrays: Sequence[Array], argument: str, single: bool) -> list[np.ndarr
     ]
 
 
-def as_list(arrays: Array | Sequence[Array], argument: str) -> tuple[list[Array], bool]:
+def as_list(arrays: AnyArray | Sequence[AnyArray], argument: str) -> tuple[list[AnyArray], bool]:
     """Return the arrays as a list, and whether a single one was given.
 
     Raises:
@@ -219,7 +219,7 @@ def as_list(arrays: Array | Sequence[Array], argument: str) -> tuple[list[Array]
     raise TypeError(f"{argument} must be {KINDS}, or a sequence of them, got {type(arrays).__name__}")
 
 
-def interleaved(lists: Sequence[Array | Sequence[Array]], argument: str, length: int) -> list[Array]:
+def interleaved(lists: Sequence[AnyArray | Sequence[AnyArray]], argument: str, length: int) -> list[AnyArray]:
     """Put several lists into one, in which those that share a value follow each other."""
     if len(lists) == 1:
         return as_list(lists[0], argument)[0]
@@ -231,11 +231,11 @@ def interleaved(lists: Sequence[Array | Sequence[Array]], argument: str, length:
 
 
 def allocate_like(
-    arrays: Sequence[Array],
+    arrays: Sequence[AnyArray],
     dtypes: Sequence[DType],
     on_host: Sequence[bool],
     file: str | PathLike[str] | None,
-) -> list[Array]:
+) -> list[AnyArray]:
     """Return new memory for each local array, in its shape and order.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._types import Array, DType
+from .._types import AnyArray, DType
 from .base import CPU, CUDA, Descriptor, Leaf, Library, Location, Storage, dtype_named
 from .dispatch import write
 from .numpy import HostLeaf
@@ -38,10 +38,10 @@ def c_strides(shape: Sequence[int], dtype: DType) -> tuple[int, ...]:
 class _OnDevice(Leaf):
     """An array on a CUDA device."""
 
-    def __init__(self, array: Array) -> None:
+    def __init__(self, array: AnyArray) -> None:
         self._array = array
 
-    def local_arrays(self, value: Array = None) -> list[Array]:
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         return [self._array if value is None else value]
 
     def obstacle(self) -> str | None:
@@ -50,33 +50,33 @@ class _OnDevice(Leaf):
     def in_place(self) -> bool:
         return True
 
-    def assign(self, arrays: Sequence[Array]) -> Array:
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
         write(arrays[0], self._array)
         return self._array
 
-    def to_library(self, arrays: Sequence[Array]) -> Array:
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         return arrays[0]
 
 
 class _Storage(Storage):
     """Arrays with `__cuda_array_interface__`; new ones are CuPy's."""
 
-    def describe(self, array: Array) -> Descriptor:
+    def describe(self, array: AnyArray) -> Descriptor:
         return library.locate(array, "values").descriptor
 
-    def device(self, array: Array) -> int | None:
+    def device(self, array: AnyArray) -> int | None:
         return library.locate(array, "values").device or 0
 
-    def empty_like(self, array: Array, dtype: DType) -> Array:
+    def empty_like(self, array: AnyArray, dtype: DType) -> AnyArray:
         place, dtype, driver = library.locate(array, "values"), np.dtype(dtype), _driver()
         strides = tuple(step * dtype.itemsize for step in place.descriptor.dense_strides())
         with driver.on(place.device or 0):
             return driver.empty(place.descriptor.shape, strides, dtype)
 
-    def bits(self, array: Array) -> Array:
+    def bits(self, array: AnyArray) -> AnyArray:
         return _Bits(array)
 
-    def host(self, array: Array) -> np.ndarray:
+    def host(self, array: AnyArray) -> np.ndarray:
         with _at_work(array) as (driver, place, stream):
             found = _dense(place.descriptor).empty()
             if found.size:
@@ -84,7 +84,7 @@ class _Storage(Storage):
                 driver.finish(driver.record(stream))
         return found
 
-    def write(self, array: Array, target: Array) -> None:
+    def write(self, array: AnyArray, target: AnyArray) -> None:
         with _at_work(target) as (driver, place, stream):
             there = _dense(place.descriptor)
             if not there.size:
@@ -104,12 +104,12 @@ class _Storage(Storage):
             driver.write(there.address, contents, stream)
             driver.finish(driver.record(stream))
 
-    def clear(self, array: Array) -> None:
+    def clear(self, array: AnyArray) -> None:
         with _at_work(array) as (driver, place, stream):
             if place.descriptor.size:
                 driver.clear(_dense(place.descriptor).address, place.descriptor.nbytes, stream)
 
-    def quotient(self, average: Array, divisor: float) -> Array:
+    def quotient(self, average: AnyArray, divisor: float) -> AnyArray:
         host = self.host(average)
         made = self.empty_like(average, host.dtype)
         self.write(numpy.storage.quotient(host, divisor), made)
@@ -119,7 +119,7 @@ class _Storage(Storage):
 class _Bits:
     """An array of floating numbers with the bits of another."""
 
-    def __init__(self, array: Array) -> None:
+    def __init__(self, array: AnyArray) -> None:
         place = library.locate(array, "values")
         self.dtype = np.dtype(f"f{place.descriptor.itemsize}")
         self._held = array
@@ -134,7 +134,7 @@ class _Bits:
 
 
 @contextmanager
-def _at_work(array: Array) -> Iterator[tuple["Driver", Location, "Stream"]]:
+def _at_work(array: AnyArray) -> Iterator[tuple["Driver", Location, "Stream"]]:
     """Make an array's device the current one, and its library's stream wait for what makes the array."""
     driver, place = _driver(), library.locate(array, "values")
     device = place.device or 0
@@ -162,21 +162,21 @@ class _Interfaces(Library):
     def owns(self, value: object) -> bool:
         return hasattr(value, "__dlpack_device__") or hasattr(value, "__cuda_array_interface__")
 
-    def leaf(self, value: Array, name: str) -> Leaf:
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
         array = self.local_array(value, name)
         return HostLeaf(value, array) if isinstance(array, np.ndarray) else _OnDevice(array)
 
-    def is_on_cuda(self, array: Array) -> bool:
+    def is_on_cuda(self, array: AnyArray) -> bool:
         return not hasattr(array, "__dlpack_device__") or int(array.__dlpack_device__()[0]) in CUDA
 
-    def _view(self, array: Array) -> np.ndarray:
+    def _view(self, array: AnyArray) -> np.ndarray:
         if not hasattr(array, "__dlpack_device__"):
             raise TypeError("it lies on a CUDA device")
         if int(array.__dlpack_device__()[0]) != CPU:
             raise TypeError(f"it lies on device {array.__dlpack_device__()}")
         return np.from_dlpack(array)
 
-    def _locate(self, array: Array) -> Location:
+    def _locate(self, array: AnyArray) -> Location:
         driver = _driver()
         if not hasattr(array, "__cuda_array_interface__"):
             array = driver.imported(array)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .._types import Array
+from .._types import AnyArray
 from .base import CPU, CUDA, Descriptor, Leaf, Library, Location, is_loaded
 from .dispatch import cast
 from .interfaces import c_strides
@@ -20,11 +20,11 @@ class JaxLeaf(Leaf):
     stable = False
     immutable = True
 
-    def __init__(self, array: Array) -> None:
+    def __init__(self, array: AnyArray) -> None:
         self._dtype, self._shape, self._sharding = array.dtype, array.shape, array.sharding
         self._firsts = [0]  # of each local array, the first of this process' devices that have it
         self._copies: list[
-            tuple[int, Array]
+            tuple[int, AnyArray]
         ] = []  # of each of these devices, its local array, and the device
         if len(self._sharding.device_set) == 1:
             return
@@ -47,7 +47,7 @@ class JaxLeaf(Leaf):
                 frozenset(shard.device.id for shard in shards),
             )
 
-    def local_arrays(self, value: Array = None) -> list[Array]:
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         if value is None:
             raise ValueError("values must be given: JAX arrays do not change")
         try:
@@ -68,10 +68,10 @@ class JaxLeaf(Leaf):
     def obstacle(self) -> str | None:
         return "is a JAX array, which never changes"
 
-    def assign(self, arrays: Sequence[Array]) -> Array:
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
         return self.to_library([cast(array, self._dtype) for array in arrays])
 
-    def to_library(self, arrays: Sequence[Array]) -> Array:
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         import jax  # noqa: PLC0415 - loaded already: the value is one of its arrays
 
         # copies: JAX may keep the memory it is given
@@ -81,7 +81,7 @@ class JaxLeaf(Leaf):
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
 
 
-def _block_of(shard: Array, shape: tuple[int, ...]) -> Block:
+def _block_of(shard: AnyArray, shape: tuple[int, ...]) -> Block:
     """Return where a shard lies."""
     begin = (index.indices(size)[0] for index, size in zip(shard.index, shape, strict=True))
     return Block(shape, tuple(begin), shard.data.shape)
@@ -91,19 +91,19 @@ class _Jax(Library):
     def owns(self, value: object) -> bool:
         return is_loaded(value, "jax", "Array")
 
-    def leaf(self, value: Array, name: str) -> Leaf:
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
         self.view(value.addressable_data(0), name)
         return JaxLeaf(value)
 
-    def is_on_cuda(self, array: Array) -> bool:
+    def is_on_cuda(self, array: AnyArray) -> bool:
         return int(array.__dlpack_device__()[0]) in CUDA
 
-    def _view(self, array: Array) -> np.ndarray:
+    def _view(self, array: AnyArray) -> np.ndarray:
         if int(array.__dlpack_device__()[0]) != CPU:
             raise TypeError(f"it lies on device {array.__dlpack_device__()}")
         return np.asarray(array)  # DLPack would do, but not for bfloat16
 
-    def _locate(self, array: Array) -> Location:
+    def _locate(self, array: AnyArray) -> Location:
         array.block_until_ready()  # its stream is not told
         dtype = np.dtype(array.dtype)
         strides = c_strides(array.shape, dtype)

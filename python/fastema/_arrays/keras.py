@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from .._types import Array
+from .._types import AnyArray
 from .base import Leaf, Library, is_loaded
 from .dispatch import leaf
 from .jax import JaxLeaf
@@ -14,14 +14,14 @@ class _OnJax(JaxLeaf):
 
     immutable = False
 
-    def __init__(self, variable: Array) -> None:
+    def __init__(self, variable: AnyArray) -> None:
         super().__init__(variable._value)
         self._variable = variable
 
-    def local_arrays(self, value: Array = None) -> list[Array]:
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         return super().local_arrays(self._variable._value if value is None else value)
 
-    def assign(self, arrays: Sequence[Array]) -> Array:
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
         self._variable.assign(super().assign(arrays))
         return self._variable
 
@@ -33,7 +33,7 @@ class _Keras(Library):
     def owns(self, value: object) -> bool:
         return is_loaded(value, "keras", "Variable")
 
-    def leaf(self, value: Array, name: str) -> Leaf:
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
         if value._value is None:
             raise ValueError(f"{name} must have a value, and its model is not built")
         native = leaf(value._value, name)
@@ -43,7 +43,7 @@ class _Keras(Library):
 library = _Keras()
 
 
-def unwrapped(values: Sequence[Array]) -> Sequence[Array]:
+def unwrapped(values: Sequence[AnyArray]) -> Sequence[AnyArray]:
     """Return what Keras keeps behind its variables, and other values as they are."""
     if "keras" not in sys.modules:
         return values

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .._types import Array, DType, compute_type
+from .._types import AnyArray, DType, compute_type
 from .base import Descriptor, Leaf, Library, Storage
 from .dispatch import write
 
@@ -12,10 +12,10 @@ from .dispatch import write
 class HostLeaf(Leaf):
     """A NumPy array, or something else with NumPy's view of its memory."""
 
-    def __init__(self, given: Array, array: np.ndarray) -> None:
+    def __init__(self, given: AnyArray, array: np.ndarray) -> None:
         self._given, self._array = given, array
 
-    def local_arrays(self, value: Array = None) -> list[Array]:
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         return [self._array if value is None else value]
 
     def obstacle(self) -> str | None:
@@ -24,11 +24,11 @@ class HostLeaf(Leaf):
     def in_place(self) -> bool:
         return True
 
-    def assign(self, arrays: Sequence[Array]) -> Array:
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
         write(arrays[0], self._array)
         return self._given
 
-    def to_library(self, arrays: Sequence[Array]) -> Array:
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         return arrays[0]
 
 
@@ -65,10 +65,10 @@ class _NumPy(Library):
     def owns(self, value: object) -> bool:
         return isinstance(value, np.ndarray)
 
-    def leaf(self, value: Array, name: str) -> Leaf:  # noqa: ARG002 - each has memory
+    def leaf(self, value: AnyArray, name: str) -> Leaf:  # noqa: ARG002 - each has memory
         return HostLeaf(value, value)
 
-    def _view(self, array: Array) -> np.ndarray:
+    def _view(self, array: AnyArray) -> np.ndarray:
         view: np.ndarray = array
         return view
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import ml_dtypes
 import numpy as np
 
-from .._types import Array
+from .._types import AnyArray
 from .base import Leaf, Library, is_loaded
 from .dispatch import cast
 from .keras import unwrapped
 
 
-def _outside_of_graphs() -> Array:
+def _outside_of_graphs() -> AnyArray:
     import tensorflow as tf  # noqa: PLC0415 - loaded already: a value is one of its variables
 
     if not tf.executing_eagerly():
@@ -24,22 +24,22 @@ class VariableLeaf(Leaf):
 
     stable = False
 
-    def __init__(self, variable: Array) -> None:
+    def __init__(self, variable: AnyArray) -> None:
         self.variable = variable
 
-    def local_arrays(self, value: Array = None) -> list[Array]:
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         tf = _outside_of_graphs()
         tensor = tf.convert_to_tensor(self.variable if value is None else value)
         if tensor.dtype == tf.bfloat16:
             return [np.from_dlpack(tf.bitcast(tensor, tf.uint16)).view(ml_dtypes.bfloat16)]
         return [np.from_dlpack(tensor)]
 
-    def assign(self, arrays: Sequence[Array]) -> Array:
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
         # a copy: TensorFlow may keep the memory it is given
         self.variable.assign(cast(arrays[0], np.dtype(self.variable.dtype.as_numpy_dtype)))
         return self.variable
 
-    def to_library(self, arrays: Sequence[Array]) -> Array:
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         import tensorflow as tf  # noqa: PLC0415
 
         return tf.convert_to_tensor(arrays[0].copy())
@@ -49,7 +49,7 @@ class _TensorFlow(Library):
     def owns(self, value: object) -> bool:
         return is_loaded(value, "tensorflow", "Variable")
 
-    def leaf(self, value: Array, name: str) -> Leaf:
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
         if not (value.dtype.is_floating or value.dtype.is_integer or value.dtype.is_bool):
             raise TypeError(f"{name} must be of numbers, got {value.dtype.name}")  # DLPack of texts aborts
         return VariableLeaf(value)
@@ -68,9 +68,9 @@ class Reader:
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self._leaves = leaves
         self._variables = {i: x.variable for i, x in enumerate(leaves) if isinstance(x, VariableLeaf)}
-        self._function: Callable[[], list[Array]] | None = None
+        self._function: Callable[[], list[AnyArray]] | None = None
 
-    def local_arrays(self, values: Sequence[Array]) -> list[list[Array]]:
+    def local_arrays(self, values: Sequence[AnyArray]) -> list[list[AnyArray]]:
         """Return what `Leaf.local_arrays` does, of each leaf and value; None: of the leaf's own."""
         values = unwrapped(values)
         tensors = {}
@@ -78,10 +78,10 @@ class Reader:
             tensors = dict(zip(self._variables, self._read_variables(), strict=True))
         return [leaf.local_arrays(tensors.get(i, values[i])) for i, leaf in enumerate(self._leaves)]
 
-    def _read_variables(self) -> list[Array]:
+    def _read_variables(self) -> list[AnyArray]:
         tf = _outside_of_graphs()
 
-        def read() -> list[Array]:
+        def read() -> list[AnyArray]:
             return [tf.convert_to_tensor(variable) for variable in self._variables.values()]
 
         if self._function is None:

@@ -7,13 +7,13 @@ from sys import modules
 import ml_dtypes
 import numpy as np
 
-from .._types import Array, DType, compute_type
+from .._types import AnyArray, DType, compute_type
 from .base import Descriptor, Leaf, Library, Location, Storage, dtype_named, is_loaded
 from .dispatch import write
 from .shards import Block, Shards
 
 
-def tensor_of(array: np.ndarray) -> Array:
+def tensor_of(array: np.ndarray) -> AnyArray:
     """Return a tensor in host memory of an array's contents, and in its memory where that is writable."""
     import torch  # noqa: PLC0415 - loaded already, here and below: who asks has a tensor
 
@@ -24,7 +24,7 @@ def tensor_of(array: np.ndarray) -> Array:
     return torch.from_numpy(array)
 
 
-def array_of(tensor: Array) -> np.ndarray:
+def array_of(tensor: AnyArray) -> np.ndarray:
     """Return NumPy's view of a tensor in host memory.
 
     Raises:
@@ -52,7 +52,7 @@ def _dtype(kind: object) -> DType:
     return dtype_named(str(kind).removeprefix("torch."))
 
 
-def _kind(dtype: DType) -> Array:
+def _kind(dtype: DType) -> AnyArray:
     """Return torch's type of NumPy's."""
     import torch  # noqa: PLC0415
 
@@ -62,12 +62,12 @@ def _kind(dtype: DType) -> Array:
 class _Tensor(Leaf):
     """A tensor or parameter in CPU memory or on a CUDA device, with a gradient or without."""
 
-    def __init__(self, tensor: Array, name: str) -> None:
+    def __init__(self, tensor: AnyArray, name: str) -> None:
         self._tensor, self._name = tensor, name
         self.address = tensor.data_ptr
         self._look()
 
-    def _local(self) -> Array:
+    def _local(self) -> AnyArray:
         """Return the tensor whose memory is worked on."""
         return self._tensor
 
@@ -78,7 +78,7 @@ class _Tensor(Leaf):
         self._viewed_at = self._layout()
         self._array = library.local_array(self._local(), self._name)
 
-    def local_arrays(self, value: Array = None) -> list[Array]:
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         if value is not None:
             return [library.local_array(value, self._name)]
         if self._layout() != self._viewed_at:
@@ -88,12 +88,12 @@ class _Tensor(Leaf):
     def in_place(self) -> bool:
         return True
 
-    def assign(self, arrays: Sequence[Array]) -> Array:
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
         write(arrays[0], self.local_arrays()[0])
         self.written()
         return self._tensor
 
-    def to_library(self, arrays: Sequence[Array]) -> Array:
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         return tensor_of(arrays[0]) if isinstance(arrays[0], np.ndarray) else arrays[0].detach()
 
     def written(self) -> None:
@@ -109,20 +109,20 @@ class _DTensor(_Tensor):
 
     may_move = True
 
-    def __init__(self, tensor: Array, name: str) -> None:
+    def __init__(self, tensor: AnyArray, name: str) -> None:
         super().__init__(tensor, name)
         self.address = self._layout
         if not all(placement.is_replicate() for placement in tensor.placements):
             self.shards = _shards_of(tensor)
 
-    def _local(self) -> Array:
+    def _local(self) -> AnyArray:
         return _local_of(self._tensor)
 
     def _layout(self) -> tuple[object, ...]:
         local = self._tensor._local_tensor  # `to_local` would make a tensor of each parameter
         return local.data_ptr(), local.shape
 
-    def local_arrays(self, value: Array = None) -> list[Array]:
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         if value is None:
             return super().local_arrays()
         first, given = self._tensor, _is_dtensor(value)
@@ -133,7 +133,7 @@ class _DTensor(_Tensor):
             )
         return super().local_arrays(_local_of(value))
 
-    def to_library(self, arrays: Sequence[Array]) -> Array:
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         from torch.distributed.tensor import DTensor  # noqa: PLC0415
 
         tensor = self._tensor
@@ -152,7 +152,7 @@ class _DTensor(_Tensor):
             _count_version(self._tensor._local_tensor)  # it has its own
 
 
-def _count_version(tensor: Array) -> None:
+def _count_version(tensor: AnyArray) -> None:
     """Tell autograd that a tensor was changed, as operations of torch do."""
     import torch  # noqa: PLC0415
 
@@ -164,14 +164,14 @@ def _is_dtensor(value: object) -> bool:
     return is_loaded(value, "torch.distributed.tensor", "DTensor")
 
 
-def _local_of(tensor: Array) -> Array:
+def _local_of(tensor: AnyArray) -> AnyArray:
     import torch  # noqa: PLC0415
 
     with torch.no_grad():  # else the tensor would be one of a graph, which is many times slower
         return tensor.to_local()
 
 
-def _shards_of(tensor: Array) -> Shards:
+def _shards_of(tensor: AnyArray) -> Shards:
     """Return where this process' part of a DTensor lies."""
     mesh = tensor.device_mesh
     (chunk,) = tensor.__create_chunk_list__()
@@ -192,39 +192,39 @@ def _shards_of(tensor: Array) -> Shards:
 class _Storage(Storage):
     """Tensors on CUDA devices, worked on by torch itself in its current stream."""
 
-    def describe(self, array: Array) -> Descriptor:
+    def describe(self, array: AnyArray) -> Descriptor:
         return _located(array).descriptor
 
-    def device(self, array: Array) -> int | None:
+    def device(self, array: AnyArray) -> int | None:
         return int(array.device.index or 0)
 
-    def empty_like(self, array: Array, dtype: DType) -> Array:
+    def empty_like(self, array: AnyArray, dtype: DType) -> AnyArray:
         strides = self.describe(array).dense_strides()
         return array.detach().new_empty_strided(array.shape, strides, dtype=_kind(dtype))
 
-    def bits(self, array: Array) -> Array:
+    def bits(self, array: AnyArray) -> AnyArray:
         return array.detach().view(_kind(np.dtype(f"f{array.element_size()}")))
 
-    def host(self, array: Array) -> np.ndarray:
+    def host(self, array: AnyArray) -> np.ndarray:
         found = self.describe(array).empty()
         tensor_of(found).copy_(array.detach())
         return found
 
-    def write(self, array: Array, target: Array) -> None:
+    def write(self, array: AnyArray, target: AnyArray) -> None:
         source = tensor_of(array) if isinstance(array, np.ndarray) else array.detach()
         target.detach().copy_(source)
 
-    def clear(self, array: Array) -> None:
+    def clear(self, array: AnyArray) -> None:
         array.detach().zero_()
 
-    def quotient(self, average: Array, divisor: float) -> Array:
+    def quotient(self, average: AnyArray, divisor: float) -> AnyArray:
         compute = _kind(compute_type(_dtype(average.dtype)))
         # on the device: of a number of the host torch takes the inverse, and multiplies
         by = average.new_full((), divisor, dtype=compute)
         return average.to(compute).div(by).to(average.dtype)
 
 
-def _located(tensor: Array) -> Location:
+def _located(tensor: AnyArray) -> Location:
     dtype = _dtype(tensor.dtype)
     strides = tuple(step * dtype.itemsize for step in tensor.stride())
     descriptor = Descriptor(dtype, tuple(tensor.shape), strides, tensor.data_ptr(), True)
@@ -237,7 +237,7 @@ class _Torch(Library):
     def owns(self, value: object) -> bool:
         return is_loaded(value, "torch", "Tensor")
 
-    def leaf(self, value: Array, name: str) -> Leaf:
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
         if not _is_dtensor(value):
             return _Tensor(value, name)
         if any(placement.is_partial() for placement in value.placements):
@@ -246,24 +246,24 @@ class _Torch(Library):
             )
         return _DTensor(value, name)
 
-    def is_on_cuda(self, array: Array) -> bool:
+    def is_on_cuda(self, array: AnyArray) -> bool:
         return bool(array.is_cuda)
 
-    def address(self, array: Array) -> Callable[[], object] | None:
+    def address(self, array: AnyArray) -> Callable[[], object] | None:
         ask: Callable[[], object] = array.data_ptr
         return ask
 
-    def _view(self, array: Array) -> np.ndarray:
+    def _view(self, array: AnyArray) -> np.ndarray:
         return array_of(array)
 
-    def _locate(self, array: Array) -> Location:
+    def _locate(self, array: AnyArray) -> Location:
         return _located(array)
 
 
 library = _Torch()
 
 
-def check_sharded(module: Array) -> None:
+def check_sharded(module: AnyArray) -> None:
     """Raise where FSDP shows gathered parameters of a module, which are copies that it throws away.
 
     Raises:

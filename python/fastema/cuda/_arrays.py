@@ -1,30 +1,9 @@
 """Arrays on a CUDA device: do they lie on the same one, and on which streams are they worked on?"""
 
-import numpy as np
-
 from .._arrays import Descriptor, is_on_cuda, locate
-from .._types import Array, DType
+from .._types import AnyArray, DType
 from . import _driver
 from ._driver import Stream
-
-
-class _Face:
-    """What NumPy asks of an object in order to make an array of it, without reading its memory."""
-
-    def __init__(self, array: Descriptor) -> None:
-        dtype = array.dtype
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (array.address, not array.writable),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"<V{dtype.itemsize}" if dtype.kind == "V" else dtype.str,
-        }
-
-
-def checked_as(arrays: list[Descriptor]) -> list[np.ndarray]:
-    """Return what the core checks: it reads types, shapes, strides, flags and addresses, never memory."""
-    return [np.asarray(_Face(array)).view(array.dtype) for array in arrays]
 
 
 class Group:
@@ -38,7 +17,7 @@ class Group:
         TypeError: An array lies elsewhere, or cannot be viewed.
     """
 
-    def __init__(self, arguments: dict[str, list[Array]], single: bool) -> None:
+    def __init__(self, arguments: dict[str, list[AnyArray]], single: bool) -> None:
         where: tuple[str, int] | None = None
         self.arrays: list[list[Descriptor]] = []
         self._owners: dict[str, None] = {}  # in order, each once

@@ -1,0 +1,227 @@
+#include "team.hpp"
+
+#include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <cstdint>
+#include <exception>
+#include <thread>
+#include <vector>
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "environment.hpp"
+#include "fastema/core.hpp"
+
+namespace fastema {
+namespace {
+
+// How long to look out for what is about to come before going to sleep: helpers for the next list
+// of the same step (bench/bench_cold.py).
+constexpr auto kPatience = std::chrono::microseconds(200);
+
+void pause() noexcept {
+#ifdef __SSE2__
+  _mm_pause();
+#endif
+}
+
+// Waits until `word` is no longer `old`: awake at first, then asleep.
+void wait(const std::atomic<std::uint32_t>& word, std::uint32_t old) noexcept {
+  using std::chrono::steady_clock;
+  const steady_clock::time_point end = steady_clock::now() + kPatience;
+  while (word.load(std::memory_order_acquire) == old) {
+    for (int i = 0; i < 16; ++i) pause();
+    if (steady_clock::now() > end) return word.wait(old, std::memory_order_acquire);
+  }
+}
+
+// A thread that has work for half a millisecond must not wait for one that only spins, as other
+// libraries' threads do between their own jobs. Linux, since 6.12, lets those go first who ask for
+// less at a time.
+void take_short_slices() noexcept {
+#ifdef __linux__
+  struct {  // sched_setattr(2): struct sched_attr, which not every C library declares
+    std::uint32_t size, policy;
+    std::uint64_t flags;
+    std::int32_t nice;
+    std::uint32_t priority;
+    std::uint64_t runtime, deadline, period;
+  } attributes{};
+  if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0) return;
+  if (attributes.policy != SCHED_OTHER) return;
+  attributes.runtime = 100'000;  // nanoseconds, the least there is
+  syscall(SYS_sched_setattr, 0, &attributes, 0);
+#endif
+}
+
+struct Job {
+  void (*work)(Pieces&, const void*) noexcept;
+  Pieces* pieces;
+  const void* context;
+
+  void run() const noexcept {
+    const DefaultEnvironment environment;
+    work(*pieces, context);
+  }
+};
+
+// Threads of our own that help with one job at a time. The caller starts at once, helpers join when
+// they have woken, and the end waits for those who joined, never for one who still sleeps. OpenMP's
+// teams cannot do this: a cold one costs 2 to 8 ms, measured, because whoever arrives first spins
+// on the processor that the other was woken for.
+class Team {
+ public:
+  // The process's team; after a fork the child makes its own. Never destroyed: helpers may sleep in
+  // it until the process ends.
+  static Team& current() noexcept {
+    Team* team = current_.load(std::memory_order_acquire);
+    if (team != nullptr) return *team;
+    Team* made = new Team;
+    if (current_.compare_exchange_strong(team, made)) return *made;
+    delete made;
+    return *team;
+  }
+
+  // Returns false, with nothing done, while another caller's job has the team.
+  bool run(const Job& job, std::uint32_t helpers) noexcept {
+    if (busy_.test_and_set(std::memory_order_acquire)) return false;
+    job_ = job;
+    const std::uint32_t seats = hire(helpers);
+    keep_off_the_callers_processor();
+    state_.store(kOpen | seats * kSeat, std::memory_order_release);
+    ring(seats);
+    job.run();
+    for (std::uint32_t state = state_.fetch_and(kInside, std::memory_order_acq_rel) & kInside;
+         state != 0; state = state_.load(std::memory_order_acquire)) {
+      wait(state_, state);
+    }
+    busy_.clear(std::memory_order_release);
+    return true;
+  }
+
+ private:
+  // The state: whether the job may be joined, seats that are left, helpers inside.
+  static constexpr std::uint32_t kOpen = 1u << 31;
+  static constexpr std::uint32_t kSeat = 1u << 15;
+  static constexpr std::uint32_t kInside = kSeat - 1;
+
+  void ring(std::uint32_t seats) noexcept {
+    bell_.fetch_add(1, std::memory_order_release);
+    if (seats == helpers_.size()) return bell_.notify_all();
+    for (; seats > 0; --seats) bell_.notify_one();
+  }
+
+  // Sees to it that there are so many helpers, and returns how many there are to be of use.
+  std::uint32_t hire(std::uint32_t wanted) noexcept {
+    wanted = std::min(wanted, kInside);
+    while (helpers_.size() < wanted) {
+      // Signals are for the threads of the program.
+      sigset_t all, before;
+      sigfillset(&all);
+      pthread_sigmask(SIG_SETMASK, &all, &before);
+      try {
+        helpers_.reserve(wanted);
+        std::thread helper([this, seen = bell_.load(std::memory_order_relaxed)] { help(seen); });
+        helpers_.push_back(helper.native_handle());
+        helper.detach();
+        avoided_ = -1;
+      } catch (const std::exception&) {
+        wanted = static_cast<std::uint32_t>(helpers_.size());  // the system gives no more
+      }
+      pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+    return wanted;
+  }
+
+  // Linux likes to wake a thread on the processor of whoever wakes it, where it is of no help for
+  // milliseconds. Helpers may use the caller's processors, but for the one the caller is on.
+  void keep_off_the_callers_processor() noexcept {
+#ifdef __linux__
+    const int here = sched_getcpu();
+    if (here == avoided_) return;
+    cpu_set_t processors;
+    if (here < 0 || sched_getaffinity(0, sizeof processors, &processors) != 0) return;
+    if (CPU_COUNT(&processors) > 1) CPU_CLR(static_cast<unsigned>(here), &processors);
+    for (const auto helper : helpers_) {
+      pthread_setaffinity_np(helper, sizeof processors, &processors);
+    }
+    avoided_ = here;
+#endif
+  }
+
+  [[noreturn]] void help(std::uint32_t seen) noexcept {
+    take_short_slices();
+    for (;;) {
+      wait(bell_, seen);
+      seen = bell_.load(std::memory_order_acquire);
+      if (!join()) continue;
+      job_.run();
+      if (state_.fetch_sub(1, std::memory_order_acq_rel) == 1) state_.notify_one();
+    }
+  }
+
+  bool join() noexcept {
+    std::uint32_t state = state_.load(std::memory_order_acquire);
+    do {
+      if (state < (kOpen | kSeat)) return false;
+    } while (!state_.compare_exchange_weak(state, state - kSeat + 1, std::memory_order_acq_rel));
+    return true;
+  }
+
+  static std::atomic<Team*> current_;
+  [[maybe_unused]] static const int registered_;
+
+  std::atomic_flag busy_;
+  std::atomic<std::uint32_t> bell_{0};
+  std::atomic<std::uint32_t> state_{0};
+  std::vector<std::thread::native_handle_type> helpers_;
+  int avoided_ = -1;  // the processor on which no helper may run
+  Job job_{};
+};
+
+std::atomic<Team*> Team::current_{nullptr};
+const int Team::registered_ = pthread_atfork(nullptr, nullptr, [] { current_ = nullptr; });
+
+}  // namespace
+
+int default_threads() noexcept {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+#endif
+}
+
+int openmp_version() noexcept {
+#ifdef _OPENMP
+  return _OPENMP;
+#else
+  return 0;
+#endif
+}
+
+void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void*) noexcept,
+                const void* context) noexcept {
+  if (count == 0) return;
+  Pieces pieces(count);
+  const Job job{work, &pieces, context};
+  const int wanted = threads > 0 ? threads : default_threads();
+  const std::size_t team = std::min<std::size_t>(static_cast<std::size_t>(wanted), count);
+  if (team == 1 || !Team::current().run(job, static_cast<std::uint32_t>(team - 1))) job.run();
+}
+
+}  // namespace fastema

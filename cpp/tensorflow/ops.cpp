@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "fastema/core.hpp"
-#include "memory.hpp"
-#include "tf_c_api.hpp"
+#include "beside_buffers.hpp"
+#include "c_api.hpp"
 
 namespace fastema {
 namespace {

@@ -1,4 +1,4 @@
-#include "memory.hpp"
+#include "beside_buffers.hpp"
 
 #include <sys/mman.h>
 #include <unistd.h>

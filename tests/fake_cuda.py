@@ -199,7 +199,7 @@ class Driver(_driver.Driver):
         address = memory.ctypes.data
         self._memory[address] = memory
         self.write(address, contents, stream)
-        return _driver.Memory(address, self._free, stream)
+        return _driver.Allocation(address, self._free, stream)
 
     def _free(self, address, stream):
         self.freed.append(stream.handle)

@@ -145,9 +145,9 @@ def _paired(
         exchanged: Whether both sides will be written.
     """
     if a and is_on_cuda(a[0]):
-        from .cuda._pairs import Pairs as CudaPairs  # noqa: PLC0415 - no CPU needs it
+        from .cuda._pairs import DevicePairs  # noqa: PLC0415 - no CPU needs it
 
-        return CudaPairs(a, b, carries, names, exchanged=exchanged)
+        return DevicePairs(a, b, carries, names, exchanged=exchanged)
     a_name, b_name, single, lists = names
     sides = views(a, a_name, single), views(b, b_name, single), views(carries, "carries", single)
     return _core.Pairs(*sides, a_name, b_name, single, lists, exchanged)

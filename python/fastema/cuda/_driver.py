@@ -24,7 +24,7 @@ class Stream(NamedTuple):
     holder: Any = None
 
 
-class Memory:
+class Allocation:
     """A piece of device memory, given back in the order of the stream that used it last.
 
     CuPy's pool would hand it out again at once, while a kernel on torch's stream still reads it.
@@ -126,7 +126,7 @@ class Driver:
 
     # --- memory -----------------------------------------------------------------------------------
 
-    def upload(self, contents: np.ndarray, stream: Stream) -> Memory:
+    def upload(self, contents: np.ndarray, stream: Stream) -> Allocation:
         """Copy to new device memory."""
         address = self._runtime.mallocAsync(max(contents.nbytes, 1), stream.handle)
         device = self._runtime.getDevice()
@@ -135,7 +135,7 @@ class Driver:
             with self.on(device):  # the default stream is the current device's
                 self._runtime.freeAsync(address, stream.handle)
 
-        memory = Memory(address, free, stream)
+        memory = Allocation(address, free, stream)
         memory.contents = contents
         self.write(address, contents, stream)
         return memory

@@ -29,7 +29,7 @@ _SWAP = np.dtype([("tensors", "<u8"), ("chunks", "<u8"), ("chunk", "<u4")], alig
 Names = tuple[str, str, bool, int]  # of both sides, whether each is one array, lists of averages
 
 
-class Pairs:
+class DevicePairs:
     """What `fastema.Pairs` holds where its arrays lie on a CUDA device; arguments as for `_core.Pairs`.
 
     No call allocates, copies or waits. The exceptions: the first of each kind compiles its kernel, and

@@ -94,13 +94,6 @@ Span span(std::vector<T>& x, std::size_t offset) {
   return {x.data() + offset, x.size() - offset, Type<T>::dtype};
 }
 
-std::uint64_t mixed(std::uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 template <class A, class V>
 void check_update(const Case& c, bool stochastic) {
   const double decay = 0.99;
@@ -112,15 +105,13 @@ void check_update(const Case& c, bool stochastic) {
   auto nothing = noise<V>(0, 6);
   auto expected = a;
   using C = Compute<A>;
-  const C w = static_cast<C>(1.0 - decay);
+  const C w = weight_of<C>(decay);
   const Options options{c.threads, stochastic, 11, 12};
-  const std::uint64_t key = mixed(mixed(mixed(mixed(11) ^ 12) ^ 2) ^ 0);
+  const std::uint64_t key = key_of(11, 12, 2, 0);
   for (std::size_t i = 0; i < c.size; ++i) {
     const std::size_t at = i + c.offset;
     const C x = blend<C>(Type<A>::widen(expected[at]), Type<V>::widen(v[at]), w);
-    const std::uint32_t two =
-        hash(static_cast<std::uint32_t>(i / 2), static_cast<std::uint32_t>(key),
-             static_cast<std::uint32_t>(key >> 32));
+    const std::uint32_t two = hash(static_cast<std::uint32_t>(i / 2), key);
     const std::uint32_t random = i % 2 == 0 ? two & 0xffff : two >> 16;
     expected[at] = stochastic ? Type<A>::narrow_at_random(x, random) : Type<A>::narrow(x);
   }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "dispatch.hpp"
+#include "formula.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
 
@@ -103,23 +104,6 @@ void* at(const Span& span, std::size_t first) noexcept {
   return static_cast<std::byte*>(span.data) + first * size_of(span.dtype);
 }
 
-// Sebastiano Vigna's splitmix64.
-std::uint64_t mixed(std::uint64_t x) noexcept {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// A piece never crosses a multiple of 2^32 elements, so one key serves all of a part.
-Noise noise_of(const Options& options, std::size_t pair, std::size_t first) noexcept {
-  const std::uint64_t element = first;
-  const std::uint64_t call = mixed(mixed(options.seed) ^ options.step);
-  const std::uint64_t key = mixed(mixed(call ^ pair) ^ (element >> 32));
-  return {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32),
-          static_cast<std::uint32_t>(element)};
-}
-
 struct Updater {
   const Kernels& kernels;
   std::span<const Pair> pairs;
@@ -143,7 +127,7 @@ struct Updater {
             .carry = nullptr,
             .value = at(pair.value, first),
             .size = size,
-            .weight = 1.0 - decay,
+            .decay = decay,
             .noise = {},
             .far = far};
     if (pair.into != nullptr) {
@@ -152,12 +136,14 @@ struct Updater {
     if (pair.carry != nullptr) {
       const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
       run.carry = static_cast<std::byte*>(pair.carry) + first * element;
-      if (decay != 0.0) return mix.compensated(run);
+      if (!copies(decay)) return mix.compensated(run);
       std::memset(run.carry, 0, size * element);
     }
-    if (decay == 0.0) return mix.copy(run);
+    if (copies(decay)) return mix.copy(run);
     if (!options.stochastic || mix.at_random == nullptr) return mix.update(run);
-    run.noise = noise_of(options, index, first);
+    // a piece never crosses a multiple of 2^32 elements, so one key serves all of a part
+    run.noise = {key_of(options.seed, options.step, index, first),
+                 static_cast<std::uint32_t>(first)};
     mix.at_random(run);
   }
 };

@@ -9,9 +9,9 @@ namespace fastema {
 
 constexpr size_t kLine = 64;  // bytes: a cache line, and the widest vector
 
-// Where an element's random bits come from; see formula.hpp.
+// Where a run's random bits come from; see formula.hpp.
 struct Noise {
-  uint32_t key0, key1;
+  uint64_t key;    // of all its elements
   uint32_t first;  // the place of the first element within its tensor, modulo 2^32
 };
 
@@ -22,9 +22,9 @@ struct Run {
   void* carry;  // of compensated averages
   const void* value;
   size_t size;
-  double weight;  // 1 - decay, rounded once to the compute type by the kernel
-  Noise noise;    // of stochastic rounding
-  bool far;       // the list is larger than caches: read ahead of its use, write `into` past them
+  double decay;
+  Noise noise;  // of stochastic rounding
+  bool far;     // the list is larger than caches: read ahead of its use, write `into` past them
 };
 
 using Kernel = void (*)(const Run& run) noexcept;

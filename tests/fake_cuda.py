@@ -30,7 +30,7 @@ def kernels():
     if compiler is None:
         pytest.skip("there is no C++ compiler for the kernels of the fake device")
     tests = Path(__file__).parent
-    folders = tests, Path(_source.__file__).parent, _source.FORMULA.parent
+    folders = tests, _source.FOLDER
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", *(f"-I{x}" for x in folders)]
     with tempfile.TemporaryDirectory(prefix="fastema-fake-") as folder:
         target = Path(folder) / "kernels.so"

@@ -22,7 +22,7 @@ from fastema import schedules
 from fastema.cuda import _source
 
 TESTS = Path(__file__).parent
-INCLUDES = [TESTS, Path(_source.__file__).parent, _source.FORMULA.parent]
+INCLUDES = [TESTS, _source.FOLDER]
 NUMBERS = {name: np.dtype(getattr(ml_dtypes, name, name)) for pair in _source.MIXES for name in pair}
 CARRIES = {"float32": np.float32, "bfloat16": np.int16}
 ARCHITECTURES = [75, 90, 120, *(pytest.param(x, marks=pytest.mark.slow) for x in (80, 86, 89, 100))]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import _core
+
 # As in kernels.cu: what a tensor's `mix` says of its average and value.
 MIXES = {
     ("float32", "float32"): 0,
@@ -53,20 +55,15 @@ def update_name(mixes: Iterable[int], rounding: int) -> str:
     return f"fastema::update<{present}u, {rounding}>"
 
 
-_HERE = Path(__file__).parent
-# The core's, beside this file or in the sources it is built from.
-FORMULA = next(
-    file
-    for file in (_HERE / "formula.hpp", _HERE.parents[2] / "cpp" / "src" / "formula.hpp")
-    if file.exists()
-)
+# Beside the extension module, which an editable install keeps elsewhere than the Python files.
+FOLDER = Path(_core.__file__).parent / "cuda"
 
 
 def _resolved() -> str:
     """Return the kernels as one text that includes nothing, as NVRTC takes it."""
-    formula = FORMULA.read_text(encoding="utf-8")
+    formula = (FOLDER / "formula.hpp").read_text(encoding="utf-8")
     formula = formula.replace("#pragma once\n", "").replace("#include <stdint.h>\n", "")
-    kernels = (_HERE / "kernels.cu").read_text(encoding="utf-8")
+    kernels = (FOLDER / "kernels.cu").read_text(encoding="utf-8")
     return kernels.replace('#include "formula.hpp"\n', formula)
 
 

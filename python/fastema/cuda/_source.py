@@ -1,5 +1,6 @@
 """What CuPy compiles, and how: the kernels' text, options, entry points and tables."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -59,12 +60,18 @@ def update_name(mixes: Iterable[int], rounding: int) -> str:
 FOLDER = Path(_core.__file__).parent / "cuda"
 
 
-def _resolved() -> str:
-    """Return the kernels as one text that includes nothing, as NVRTC takes it."""
-    formula = (FOLDER / "formula.hpp").read_text(encoding="utf-8")
-    formula = formula.replace("#pragma once\n", "").replace("#include <stdint.h>\n", "")
-    kernels = (FOLDER / "kernels.cu").read_text(encoding="utf-8")
-    return kernels.replace('#include "formula.hpp"\n', formula)
+def _resolved(name: str, included: set[str]) -> str:
+    """Return a file and all that it includes as one text, which is what NVRTC takes."""
+
+    def contents(include: re.Match[str]) -> str:
+        if include[1] in included:
+            return ""
+        included.add(include[1])
+        return _resolved(include[1], included)
+
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    text = text.replace("#pragma once\n", "").replace("#include <stdint.h>\n", "")
+    return re.sub(r'#include "(.*)"\n', contents, text)
 
 
-SOURCE = _resolved()
+SOURCE = _resolved("kernels.cu", set())

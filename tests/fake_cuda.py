@@ -32,6 +32,7 @@ def kernels():
     tests = Path(__file__).parent
     folders = tests, _source.FOLDER
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", *(f"-I{x}" for x in folders)]
+    flags.append(f"-DMIXES={_source.bits_of(_source.MIXES.values())}")
     with tempfile.TemporaryDirectory(prefix="fastema-fake-") as folder:
         target = Path(folder) / "kernels.so"
         subprocess.run([compiler, *flags, tests / "cuda_kernels.cpp", "-o", target], check=True)

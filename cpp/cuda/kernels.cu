@@ -84,7 +84,9 @@ __global__ void __launch_bounds__(kThreads)
   const Tensor tensor = tensors[part.group];
   uint64_t first, last;
   part_of(tensor, part, chunk, first, last);
-  const uint32_t element = tensor.mix == 1 ? 8 : tensor.mix == 0 ? 4 : 2;
+  const uint32_t element = tensor.mix == mix_of(kF64, kF64)   ? 8
+                           : tensor.mix == mix_of(kF32, kF32) ? 4
+                                                              : 2;
   exchange_widest(static_cast<unsigned char*>(tensor.average) + first * element,
                   static_cast<unsigned char*>(const_cast<void*>(tensor.value)) + first * element,
                   static_cast<uint32_t>(last - first) * element);

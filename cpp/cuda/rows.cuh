@@ -7,13 +7,17 @@
 
 namespace fastema {
 
+// Types of elements, in the order of the core's DType; and those of an average and its value.
+enum Type : uint32_t { kF16, kBf16, kF32, kF64, kTypes };
+constexpr uint32_t mix_of(Type average, Type value) { return average * kTypes + value; }
+
 // A pair: the average, or with several lists of averages one row for each, in a row. Both addresses
 // are multiples of their elements' sizes.
 struct Tensor {
   void* average;
   const void* value;  // read alone, but by swap()
   uint64_t size;      // elements
-  uint32_t mix;       // 0 f32, 1 f64, 2 bf16, 3 f16, 4 f32 <- bf16, 5 f32 <- f16, 6 f64 <- f32
+  uint32_t mix;       // mix_of() both
   uint32_t id;        // the row's place in the list: random bits depend on it
 };
 
@@ -207,49 +211,29 @@ inline void update_row(const Tensor& tensor, void* carry, uint64_t first, uint64
   }
 }
 
-template <uint32_t kMix>
-struct Mix;
+template <Type kType>
+struct ElementOf;
 template <>
-struct Mix<0> {
-  using Average = float;
-  using Value = float;
+struct ElementOf<kF16> {
+  using type = f16;
 };
 template <>
-struct Mix<1> {
-  using Average = double;
-  using Value = double;
+struct ElementOf<kBf16> {
+  using type = bf16;
 };
 template <>
-struct Mix<2> {
-  using Average = bf16;
-  using Value = bf16;
+struct ElementOf<kF32> {
+  using type = float;
 };
 template <>
-struct Mix<3> {
-  using Average = f16;
-  using Value = f16;
+struct ElementOf<kF64> {
+  using type = double;
 };
-template <>
-struct Mix<4> {
-  using Average = float;
-  using Value = bf16;
-};
-template <>
-struct Mix<5> {
-  using Average = float;
-  using Value = f16;
-};
-template <>
-struct Mix<6> {
-  using Average = double;
-  using Value = float;
-};
-constexpr uint32_t kMixes = 7;
 
 // What the rounding that a list is updated with means for a mix.
-constexpr Rounding rounding_of(uint32_t mix, int rounding) {
-  const bool half = mix == 2 || mix == 3;
-  const bool carried = mix == 0 || mix == 2 || mix == 4 || mix == 5;
+constexpr Rounding rounding_of(Type average, Type value, int rounding) {
+  const bool half = average == kF16 || average == kBf16;
+  const bool carried = average == kF32 || (average == kBf16 && value == kBf16);
   return rounding == kStochastic && half       ? kStochastic
          : rounding == kCompensated && carried ? kCompensated
                                                : kNearest;
@@ -259,12 +243,13 @@ constexpr Rounding rounding_of(uint32_t mix, int rounding) {
 template <uint32_t kPresent, int kRounding, uint32_t kMix = 0>
 inline void update_any(const Tensor& tensor, void* carry, uint64_t first, uint64_t last,
                        const Asked& asked) {
-  if constexpr (kMix < kMixes) {
+  if constexpr ((kPresent >> kMix) != 0) {
     if constexpr (((kPresent >> kMix) & 1) != 0) {
       if (tensor.mix == kMix) {
-        using Types = Mix<kMix>;
-        update_row<typename Types::Average, typename Types::Value, rounding_of(kMix, kRounding)>(
-            tensor, carry, first, last, asked);
+        constexpr Type kAverage = static_cast<Type>(kMix / kTypes);
+        constexpr Type kValue = static_cast<Type>(kMix % kTypes);
+        update_row<typename ElementOf<kAverage>::type, typename ElementOf<kValue>::type,
+                   rounding_of(kAverage, kValue, kRounding)>(tensor, carry, first, last, asked);
         return;
       }
     }

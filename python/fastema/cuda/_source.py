@@ -8,16 +8,18 @@ import numpy as np
 
 from .. import _core
 
-# As in kernels.cu: what a tensor's `mix` says of its average and value.
-MIXES = {
-    ("float32", "float32"): 0,
-    ("float64", "float64"): 1,
-    ("bfloat16", "bfloat16"): 2,
-    ("float16", "float16"): 3,
-    ("float32", "bfloat16"): 4,
-    ("float32", "float16"): 5,
-    ("float64", "float32"): 6,
-}
+_TYPES = "float16", "bfloat16", "float32", "float64"  # by their numbers, as in rows.cuh
+_MIXES = [
+    ("float32", "float32"),
+    ("float64", "float64"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "bfloat16"),
+    ("float32", "float16"),
+    ("float64", "float32"),
+]
+# What a tensor's `mix` says of its average and value.
+MIXES = {(a, v): _TYPES.index(a) * len(_TYPES) + _TYPES.index(v) for a, v in _MIXES}
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "compensated": 2}
 THREADS = 256  # of a block
 LISTS = 8  # the most lists of averages that one launch updates
@@ -52,8 +54,12 @@ ADVANCE = "fastema::advance"
 
 def update_name(mixes: Iterable[int], rounding: int) -> str:
     """Return the entry point that updates a list of these mixes."""
-    present = sum(1 << mix for mix in set(mixes))
-    return f"fastema::update<{present}u, {rounding}>"
+    return f"fastema::update<{bits_of(mixes)}u, {rounding}>"
+
+
+def bits_of(mixes: Iterable[int]) -> int:
+    """Return a number whose bits tell which mixes there are."""
+    return sum(1 << mix for mix in set(mixes))
 
 
 # Beside the extension module, which an editable install keeps elsewhere than the Python files.

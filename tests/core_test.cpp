@@ -11,9 +11,8 @@
 #include <thread>
 #include <vector>
 
-#include "dispatch.hpp"
 #include "formula.hpp"
-#include "parallel.hpp"
+#include "team.hpp"
 
 namespace {
 
@@ -28,8 +27,8 @@ struct Case {
 
 void expect(bool holds, const char* type, const char* what, const Case& c) {
   if (holds) return;
-  std::printf("%s %s: %s differs at size %zu, offset %zu, %d threads\n", active().name, type, what,
-              c.size, c.offset, c.threads);
+  std::printf("%s %s: %s differs at size %zu, offset %zu, %d threads\n", instruction_set(), type,
+              what, c.size, c.offset, c.threads);
   ++failures;
 }
 
@@ -184,6 +183,23 @@ void check_swap(const Case& c) {
          "swap twice", c);
 }
 
+// Bytes in any number at any address, of types that the core need not know.
+void check_bytes(const Case& c) {
+  std::vector<unsigned char> a(3 * c.size + c.offset), b(a.size());
+  for (std::size_t i = 0; i < b.size(); ++i) b[i] = static_cast<unsigned char>(31 * i + 7);
+  const auto b0 = b;
+  const auto bytes = [&](std::vector<unsigned char>& x) {
+    return Span{x.data() + c.offset, x.size() - c.offset, DType::byte};
+  };
+  const Pair pair{bytes(a), bytes(b)};
+  fastema::copy({&pair, 1}, c.threads);
+  expect(same(a.data() + c.offset, b0.data() + c.offset, b.size() - c.offset) && b == b0, "bytes",
+         "copy", c);
+  a.assign(a.size(), 1);
+  fastema::swap({&pair, 1}, c.threads);
+  expect(same(a.data() + c.offset, b0.data() + c.offset, b.size() - c.offset), "bytes", "swap", c);
+}
+
 // Several averages of one value are those averages one by one.
 void check_several(const Case& c) {
   const double decays[] = {0.9, 0.99, 0.0};
@@ -244,6 +260,7 @@ void check_all(const Case& c) {
   check_swap<bf16>(c);
   check_swap<float>(c);
   check_swap<double>(c);
+  check_bytes(c);
 }
 
 // Calls from many threads at once, over shared values, while the instruction set is chosen anew.
@@ -267,7 +284,8 @@ void check_storm() {
                       {const_cast<float*>(values.data()), values.size(), DType::f32}};
       const Pair exchanged{span(mine, 0), span(other, 0)};
       for (int i = 0; i < 20; ++i) {
-        activate(available()[static_cast<std::size_t>(i + t) % available().size()]->name);
+        use_instruction_set(
+            instruction_sets()[static_cast<std::size_t>(i + t) % instruction_sets().size()]);
         fastema::update({&pair, 1}, {&decay, 1}, {});
         fastema::swap({&exchanged, 1}, 0);
         fastema::swap({&exchanged, 1}, 0);
@@ -301,8 +319,8 @@ void check_helpers() {
 
 int main() {
   check_helpers();
-  for (const Kernels* kernels : available()) {
-    activate(kernels->name);
+  for (const char* name : instruction_sets()) {
+    use_instruction_set(name);
     for (const std::size_t offset : {0, 1, 5}) {
       for (std::size_t size = 0; size < 140; ++size) check_all({size, offset, 1});
       for (const std::size_t size : {65535, 131073, 262147}) {

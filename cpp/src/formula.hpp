@@ -35,7 +35,7 @@ inline To as(From x) {
   return __builtin_bit_cast(To, x);
 }
 
-// What a vector type does differently from a number; vectors specialise it (wide.hpp).
+// What a vector type does differently from a number; vectors specialise it (vectors.hpp).
 template <class F>
 struct Lanes;
 template <>

@@ -5,7 +5,7 @@
 #include "kernels.hpp"
 
 #include "formula.hpp"
-#include "wide.hpp"
+#include "vectors.hpp"
 
 namespace fastema {
 namespace {
@@ -326,15 +326,20 @@ void swap(void* a, void* b, size_t bytes) noexcept {
 extern const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS);
 const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
     .name = FASTEMA_TEXT(FASTEMA_KERNELS),
-    .f16 = {update_wide<f16, f16>, copy<f16>, update_f16_at_random, nullptr},
-    .bf16 = {update_bf16, copy<bf16>, update_bf16_at_random, update_bf16_compensated},
-    .f32 = {update<float, float>, copy<float>, nullptr, update_f32_compensated<float>},
-    .f64 = {update<double, double>, copy<double>, nullptr, nullptr},
-    .f32_from_f16 = {update_wide<float, f16>, copy_wide<float, f16>, nullptr,
-                     update_f32_compensated<f16>},
-    .f32_from_bf16 = {update_wide<float, bf16>, copy_wide<float, bf16>, nullptr,
-                      update_f32_compensated<bf16>},
-    .f64_from_f32 = {update<double, float>, copy_f64_from_f32, nullptr, nullptr},
+    .loops =
+        {
+            {{update_wide<f16, f16>, copy<f16>, update_f16_at_random, nullptr}, {}, {}, {}},
+            {{}, {update_bf16, copy<bf16>, update_bf16_at_random, update_bf16_compensated}, {}, {}},
+            {{update_wide<float, f16>, copy_wide<float, f16>, nullptr, update_f32_compensated<f16>},
+             {update_wide<float, bf16>, copy_wide<float, bf16>, nullptr,
+              update_f32_compensated<bf16>},
+             {update<float, float>, copy<float>, nullptr, update_f32_compensated<float>},
+             {}},
+            {{},
+             {},
+             {update<double, float>, copy_f64_from_f32, nullptr, nullptr},
+             {update<double, double>, copy<double>, nullptr, nullptr}},
+        },
     .swap = swap,
 };
 

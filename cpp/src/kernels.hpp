@@ -31,17 +31,16 @@ using Kernel = void (*)(const Run& run) noexcept;
 using Swap = void (*)(void* a, void* b, size_t bytes) noexcept;
 
 // What can be done with averages of one type and values of another; null: not offered.
-struct Mix {
+struct Loops {
   Kernel update;
   Kernel copy;  // what a decay of 0 means: the average becomes the value, exactly
-  Kernel at_random;
+  Kernel stochastic;
   Kernel compensated;
 };
 
 struct Kernels {
   const char* name;
-  Mix f16, bf16, f32, f64;  // average and value of one type
-  Mix f32_from_f16, f32_from_bf16, f64_from_f32;
+  Loops loops[4][4];  // of averages, of values: f16, bf16, f32, f64, as in DType
   Swap swap;
 };
 

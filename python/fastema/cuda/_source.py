@@ -9,17 +9,8 @@ import numpy as np
 from .. import _core
 
 _TYPES = "float16", "bfloat16", "float32", "float64"  # by their numbers, as in rows.cuh
-_MIXES = [
-    ("float32", "float32"),
-    ("float64", "float64"),
-    ("bfloat16", "bfloat16"),
-    ("float16", "float16"),
-    ("float32", "bfloat16"),
-    ("float32", "float16"),
-    ("float64", "float32"),
-]
 # What a tensor's `mix` says of its average and value.
-MIXES = {(a, v): _TYPES.index(a) * len(_TYPES) + _TYPES.index(v) for a, v in _MIXES}
+MIXES = {(a, v): _TYPES.index(a) * len(_TYPES) + _TYPES.index(v) for a, v in _core.mixes()}
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "compensated": 2}
 THREADS = 256  # of a block
 LISTS = 8  # the most lists of averages that one launch updates

@@ -17,10 +17,15 @@ namespace {
 constexpr std::size_t kPiece = std::size_t{512} << 10;
 constexpr std::size_t kCached = std::size_t{8} << 20;  // smaller lists may well lie in caches
 
+// In the order of DType, which is that of Kernels::loops.
+struct Type {
+  std::size_t size;
+  const char* name;
+};
+constexpr Type kTypes[] = {
+    {2, "float16"}, {2, "bfloat16"}, {4, "float32"}, {8, "float64"}, {1, "byte"}};
 constexpr DType kFloats[] = {DType::f16, DType::bf16, DType::f32, DType::f64};
 constexpr std::size_t index_of(DType dtype) noexcept { return static_cast<std::size_t>(dtype); }
-static_assert(index_of(DType::f16) == 0 && index_of(DType::bf16) == 1 &&
-              index_of(DType::f32) == 2 && index_of(DType::f64) == 3);  // as in Kernels::loops
 
 const Loops& loops_of(const Kernels& kernels, DType average, DType value) noexcept {
   return kernels.loops[index_of(average)][index_of(value)];
@@ -51,19 +56,18 @@ void for_each_part(const Groups& groups, Pieces& pieces, const Body& body) noexc
   for (std::size_t piece; pieces.take(piece);) {
     const std::size_t from = piece * kPiece;
     const std::size_t to = from + kPiece;
-    while (index < groups.size() && begin + extent_of(groups[index]) <= from) {
-      begin += extent_of(groups[index++]);
-    }
-    while (index < groups.size()) {
+    for (; index < groups.size(); ++index) {
       const Span& average = groups[index].average;
+      const std::size_t end = begin + bytes_of(average);
+      const std::size_t next = begin + extent_of(groups[index]);
       const std::size_t first = std::max(from, begin);
-      const std::size_t last = std::min(to, begin + bytes_of(average));
+      const std::size_t last = std::min(to, end);
       if (first < last) {
         const std::size_t element = size_of(average.dtype);
         body(index, (first - begin) / element, (last - first) / element);
       }
-      if (begin + extent_of(groups[index]) > to) break;  // the next piece continues here
-      begin += extent_of(groups[index++]);
+      if (next > to) break;  // the next piece continues here
+      begin = next;
     }
   }
 }
@@ -141,36 +145,8 @@ struct Updater {
 
 }  // namespace
 
-std::size_t size_of(DType dtype) noexcept {
-  switch (dtype) {
-    case DType::byte:
-      return 1;
-    case DType::f16:
-    case DType::bf16:
-      return 2;
-    case DType::f32:
-      return 4;
-    case DType::f64:
-      break;
-  }
-  return 8;
-}
-
-const char* name_of(DType dtype) noexcept {
-  switch (dtype) {
-    case DType::f16:
-      return "float16";
-    case DType::bf16:
-      return "bfloat16";
-    case DType::f32:
-      return "float32";
-    case DType::f64:
-      return "float64";
-    case DType::byte:
-      break;
-  }
-  return "byte";
-}
+std::size_t size_of(DType dtype) noexcept { return kTypes[index_of(dtype)].size; }
+const char* name_of(DType dtype) noexcept { return kTypes[index_of(dtype)].name; }
 
 std::span<const Mix> mixes() noexcept {
   struct Found {

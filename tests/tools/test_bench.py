@@ -1,0 +1,117 @@
+"""The benchmarks run, and what they say of memory holds; their times are nobody's to assert."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fastema.bench import (
+    bench_accuracy,
+    bench_cold,
+    bench_cuda,
+    bench_ema,
+    bench_keras,
+    bench_memory,
+    bench_posthoc,
+    bench_tensorflow,
+    bench_update,
+    harness,
+)
+
+import fake_cuda
+from fastema import __main__ as command
+from processes import skip_without
+
+
+def test_bench_writes_its_numbers_and_prints_its_tables(tmp_path, capsys):
+    assert command.main(["bench", "--quick", "--folder", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("Update, ", "Swap, ", "of the ceiling", "Extra memory at the peak, KiB"):
+        assert text in printed
+    for name in ("update", "swap"):
+        results = json.loads((tmp_path / f"bench-{name}.json").read_text())["results"]
+        assert [result["title"] for result in results] == ["10 x 10, f32", "ResNet-50, f32"]
+        assert all(len(result["timings"]) > 3 for result in results)
+        assert (tmp_path / f"bench-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux' count of the peak")
+def test_a_call_takes_less_than_a_mebibyte_of_memory():
+    assert bench_memory.extra_kilobytes("ResNet-50", "update") < 1024
+    assert bench_memory.extra_kilobytes("ResNet-50", "swap") < 1024
+    assert bench_memory.extra_kilobytes("ResNet-50", "NumPy") > 8 * 1024, "the measure sees nothing"
+
+
+def test_what_a_contestant_refuses_is_said_and_the_others_are_measured(capsys):
+    def refuse():
+        raise MemoryError("too little of it")
+
+    stopwatch = harness.Stopwatch(most=3, refusals=(MemoryError,))
+    timings = harness.measure({"one": refuse, "other": lambda: None}, 2, stopwatch)
+    assert list(timings) == ["other"]
+    assert "one cannot run: too little of it" in capsys.readouterr().err
+
+
+def test_every_kind_of_array_can_be_measured():
+    for case in bench_update.AGAINST_CEILING:
+        result = bench_update.measure(("10 x 10", *case[1:]), with_rivals=False, samples=1)
+        assert result.ours.median > 0
+
+
+def test_cold_calls_can_be_measured(capsys):
+    bench_cold.main(["--quick", "--samples", "1"])
+    printed = capsys.readouterr().out
+    assert "1,048,576" in printed
+    assert "10 x 10, cold" in printed
+
+
+def test_a_step_of_keras_can_be_measured(capsys):
+    bench_keras.main(["--quick", "--samples", "1"])
+    assert "200 small, tensorflow" in capsys.readouterr().out
+
+
+def test_what_counting_adds_to_an_update_can_be_measured(capsys):
+    skip_without("torch")
+    bench_ema.main(["--quick", "--samples", "1"])
+    assert "10 x 10, torch: EMA.update adds" in capsys.readouterr().out
+
+
+def test_updates_of_tensorflow_can_be_measured(capsys):
+    bench_tensorflow.main(["--quick", "--samples", "1"])
+    assert "first call, fastema" in capsys.readouterr().out
+
+
+def test_averages_made_of_snapshots_can_be_measured(tmp_path, capsys):
+    bench_posthoc.main(["--quick", "--picture", str(tmp_path / "posthoc.png")])
+    assert "snapshots at 64 steps" in capsys.readouterr().out
+    assert (tmp_path / "posthoc.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_benchmark_of_gpus_runs_without_one(tmp_path, capsys):
+    pytest.importorskip("torch", reason="torch is not installed")
+    fake_cuda.kernels()
+    file = tmp_path / "cuda.json"
+    bench_cuda.main(["--fake", "--quick", "--samples", "1", "--json", str(file)])
+    printed = capsys.readouterr().out
+    for text in ("of the copy rate C", "times faster than torch", "us of the host", "offload", "swap GPT-2"):
+        assert text in printed
+    content = json.loads(file.read_text())
+    assert content["kernels"] == bench_cuda.kernels_hash()
+    assert {result["title"] for result in content["results"]} >= {"GPT-2, f32", "GPT-2, f32 <- bf16"}
+
+
+def test_the_kept_results_of_a_gpu_are_of_these_kernels():
+    kept = sorted(bench_cuda.FOLDER.glob("cuda-*.json"))
+    if not kept:
+        pytest.skip("not run on a GPU yet: python -m fastema.bench.bench_cuda --keep")
+    content = json.loads(kept[-1].read_text())
+    if content["kernels"] != bench_cuda.kernels_hash():
+        pytest.skip(f"not run on a GPU since {content['date']}: the kernels were changed")
+    assert content["device"]
+    assert content["goals"]
+
+
+@pytest.mark.slow
+def test_a_compensated_average_is_float64s_to_a_millionth_after_a_million_steps(capsys):
+    with capsys.disabled():
+        bench_accuracy.main([])
+    assert bench_accuracy.held(0.99999, 1_000_000)["float32 + float32 carry"] < 1e-6

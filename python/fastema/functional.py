@@ -171,7 +171,7 @@ class Pairs:
     __slots__ = ("_addresses", "_compensated", "_movable", "_native")
 
     def __init__(self, averages: Arrays, values: Arrays, *, carries: Arrays | None = None) -> None:
-        self._set_up(*_lists([averages], values, None if carries is None else [carries]))
+        self._set_up(*as_lists([averages], values, None if carries is None else [carries]))
 
     @classmethod
     def several(
@@ -195,7 +195,7 @@ class Pairs:
             ([array([0.25, 0.25])], [array([0.5, 0.5])])
         """
         pairs = cls.__new__(cls)
-        pairs._set_up(*_lists(averages, values, carries))
+        pairs._set_up(*as_lists(averages, values, carries))
         return pairs
 
     def _set_up(self, averages: list[Array], values: list[Array], carries: list[Array], terms: Terms) -> None:
@@ -299,7 +299,7 @@ def _checked(
     return _core.Pairs(a, b, views(carries, "carries", single) if carries else [], terms)
 
 
-def _lists(
+def as_lists(
     averages: Sequence[Arrays], values: Arrays, carries: Sequence[Arrays] | None
 ) -> tuple[list[Array], list[Array], list[Array], Terms]:
     """Return what a user gave as lists, and what the core is to be told of them."""

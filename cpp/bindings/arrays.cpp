@@ -8,7 +8,6 @@
 #include <optional>
 #include <span>
 #include <string_view>
-#include <tuple>
 #include <utility>
 
 #include "numbers.hpp"
@@ -20,7 +19,7 @@ using fastema::DType;
 using fastema::Span;
 using npy = py::detail::npy_api;
 
-Verb verb_of(const std::string& name) {
+Verb verb_of(std::string_view name) {
   if (name == "update") return Verb::update;
   if (name == "swap") return Verb::swap;
   if (name == "copy") return Verb::copy;
@@ -54,7 +53,7 @@ Array numpy_array(const py::array& array) {
           .f_order = (flags & npy::NPY_ARRAY_F_CONTIGUOUS_) != 0};
 }
 
-// Of fastema._types.Descriptor: (dtype, shape, strides in bytes, address, writable).
+// Of fastema._arrays.Descriptor: (dtype, shape, strides in bytes, address, writable).
 Array described_array(const py::tuple& descriptor) {
   const auto shape = descriptor[1].cast<std::vector<py::ssize_t>>();
   const auto strides = descriptor[2].cast<std::vector<py::ssize_t>>();
@@ -245,10 +244,11 @@ class Checker {
     }
     checked_.pairs.reserve(averages.size());
     extents_.reserve(averages.size() + values.size() + carries.size());
+    const bool compensated = !carries.empty();
     for (std::size_t i = 0; i < averages.size(); ++i) {
-      const Array average = array_of(averages[i], {&terms_.averages, i}, described_);
-      add(average, values[i / each], i);
-      if (!carries.empty()) add_carry(average, carries[i], i);
+      const Array average = array_of(item(averages, i), {&terms_.averages, i}, described_);
+      add(average, item(values, i / each), i);
+      if (compensated) add_carry(average, item(carries, i), i);
     }
     std::sort(extents_.begin(), extents_.end(),
               [](const Extent& x, const Extent& y) { return x.begin < y.begin; });
@@ -338,17 +338,25 @@ std::string Argument::operator[](std::size_t i) const {
 std::string operator+(const Label& label, const char* rest) { return label.str() + rest; }
 std::string both(const Label& x, const Label& y) { return x + " and " + y.str(); }
 
-Terms::Terms(const py::kwargs& given)
+Terms::Terms(const py::dict& terms, const py::kwargs& keywords)
     : averages{.name = "averages"}, values{.name = "values"}, carries{.name = "carries"} {
-  bool only_floats = false;
-  for (const auto& [key, value] : given) {
+  read(terms);
+  read(keywords);
+  if (averages_per_value == 0) throw py::value_error("averages_per_value must be 1 or more, got 0");
+  floats = floats || verb == Verb::update;
+}
+
+void Terms::read(const py::dict& terms) {
+  for (const auto& [key, value] : terms) {
     const auto name = key.cast<std::string_view>();
     if (name == "verb") {
-      verb = verb_of(text(value));
+      verb = verb_of(value.cast<std::string_view>());
     } else if (name == "only_floats") {
-      only_floats = value.cast<bool>();
+      floats = value.cast<bool>();
     } else if (name == "arguments") {
-      std::tie(averages.name, values.name) = value.cast<std::pair<std::string, std::string>>();
+      const auto names = value.cast<py::tuple>();
+      averages.name = names[0].cast<std::string_view>();
+      values.name = names[1].cast<std::string_view>();
     } else if (name == "names") {
       averages.names = values.names = carries.names = py::reinterpret_borrow<py::object>(value);
     } else if (name == "single") {
@@ -359,8 +367,6 @@ Terms::Terms(const py::kwargs& given)
       throw py::type_error("unknown keyword " + text(py::repr(key)));
     }
   }
-  if (averages_per_value == 0) throw py::value_error("averages_per_value must be 1 or more, got 0");
-  floats = only_floats || verb == Verb::update;
 }
 
 Checked check(const py::list& averages, const py::list& values, const py::list& carries,

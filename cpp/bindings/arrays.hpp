@@ -39,15 +39,23 @@ std::string both(const Label& x, const Label& y);
 // What is to be done with pairs. An update computes; the others move bytes, whatever they mean.
 enum class Verb { update, swap, copy };
 
-// What a caller says of its lists, by keywords (fastema._types.Terms).
+// What a caller says of its lists: a dict (fastema._types.Terms), and keywords.
 struct Terms {
   Argument averages, values, carries;
   Verb verb = Verb::update;
-  bool floats;                         // whether types that cannot be averaged are refused
+  bool floats = false;                 // whether types that cannot be averaged are refused
   std::size_t averages_per_value = 1;  // those of one value follow each other
 
-  explicit Terms(const py::kwargs& given);
+  Terms(const py::dict& terms, const py::kwargs& keywords);
+
+ private:
+  void read(const py::dict& terms);
 };
+
+// Borrowed, which is cheaper than list[i].
+inline py::handle item(const py::list& list, std::size_t i) {
+  return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i));
+}
 
 // Lists that were checked.
 struct Checked {

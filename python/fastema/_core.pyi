@@ -5,7 +5,8 @@ from typing import Any, Unpack, overload
 
 import numpy as np
 
-from ._types import Descriptor, Terms
+from ._arrays import Descriptor
+from ._types import Terms
 
 class Pairs:
     """Averages and values that were checked once and are kept alive."""
@@ -15,7 +16,8 @@ class Pairs:
         averages: list[np.ndarray],
         values: list[np.ndarray],
         carries: list[np.ndarray] = [],
-        **terms: Unpack[Terms],
+        terms: Terms = {},
+        **keywords: Unpack[Terms],
     ) -> None: ...
     def __len__(self) -> int: ...
     @overload

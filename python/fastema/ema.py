@@ -12,17 +12,16 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from . import _leaves, _memory, schedules
-from ._arrays import is_movable
+from . import _arrays, schedules
 from ._arrays.shards import Shards
 from ._tree import Buffers, Tree
+from ._types import FLOATS, average_type
 from .checkpoint import _sets, _state
 from .checkpoint._state import PlainState
 from .functional import Pairs
 
-_Arrays = list[Any]  # as they lie somewhere, see _memory.py
+_Arrays = list[Any]  # as they lie somewhere, see _arrays
 _AWAY = "needs the weights, and averages are in their place: call swap() first"
-_FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 
 
 class EMA:
@@ -127,10 +126,10 @@ class EMA:
 
         if isinstance(values, Iterator):
             values = list(values)
-        self._tree = Tree(values, _leaves.is_leaf, buffers)
+        self._tree = Tree(values, _arrays.is_leaf, buffers)
         self._module = values if hasattr(values, "named_parameters") else None
         parts = self._take(self._tree.arrays(values), background)
-        self._reader = _leaves.Reader(self._leaves)
+        self._reader = _arrays.Reader(self._leaves)
         self._allocate(parts, memory)
         self._step = 0
         self._used: list[float] | None = None
@@ -144,9 +143,8 @@ class EMA:
         self._worker = ThreadPoolExecutor(1, "fastema") if background else None
         self._pending: tuple[Future[None], tuple[Any, ...]] | None = None
         checked = self._pass_over(parts)
-        self._pass = checked if all(leaf.fixed for leaf in self._leaves) else None
-        self._followed = [leaf for leaf in self._leaves if leaf.followed]
-        self._paired_places = [leaf.place() for leaf in self._followed]
+        self._pass = checked if all(leaf.stable for leaf in self._leaves) else None
+        self._moving = _arrays.Addresses(leaf.address for leaf in self._leaves if leaf.may_move)
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -155,7 +153,7 @@ class EMA:
 
     def _take(self, values: list[Any], background: bool) -> list[list[Any]]:
         """Make leaves of the values, one for those that are the same; return what they have to read."""
-        self._leaves: list[_leaves.Leaf] = []
+        self._leaves: list[_arrays.Leaf] = []
         self._names: list[str] = []
         self._places: list[int] = []  # of each value in the tree, its leaf
         self._firsts: list[int] = []  # of each leaf, its first value in the tree
@@ -163,15 +161,15 @@ class EMA:
         all_parts: list[list[Any]] = []
         known: dict[Any, int] = {}
         for value, name in zip(values, self._tree.names, strict=True):
-            leaf = _leaves.leaf(value, f"values[{name!r}]")
+            leaf = _arrays.leaf(value, f"values[{name!r}]")
             if background and not leaf.immutable:
                 raise ValueError(
                     "background must be False unless values cannot change meanwhile, as JAX arrays; "
                     f"values[{name!r}] is of {type(value).__name__}"
                 )
-            parts = leaf.parts(value if leaf.immutable else None)
+            parts = leaf.local_arrays(value if leaf.immutable else None)
             # an immutable array that is given twice may well become two
-            key = id(leaf) if leaf.immutable else _memory_of(parts[0]) if leaf.fixed else id(value)
+            key = id(leaf) if leaf.immutable else _memory_of(parts[0]) if leaf.stable else id(value)
             place = known.setdefault(key or id(value), len(self._leaves))
             if place == len(self._leaves):
                 self._leaves.append(leaf)
@@ -188,13 +186,13 @@ class EMA:
         self._averaged: list[int] = []
         self._copied: dict[int, None] = {}  # in order, as a list, and found as fast as in a set
         for i, (parts, name) in enumerate(zip(views, self._names, strict=True)):
-            kind = _memory.face(parts[0]).dtype
-            if kind not in _FLOATS and kind.kind not in "iub":
+            kind = _arrays.dtype_of(parts[0])
+            if kind not in FLOATS and kind.kind not in "iub":
                 raise TypeError(
                     f"values[{name!r}] must be of float16, bfloat16, float32, float64, integers or booleans, "
                     f"got {kind}"
                 )
-            averaged = kind in _FLOATS and name not in self._tree.copied
+            averaged = kind in FLOATS and name not in self._tree.copied
             if averaged:
                 self._averaged.append(i)
             else:
@@ -202,15 +200,15 @@ class EMA:
         self._check_places([x for parts in views for x in parts], file)
         copied = [view for i in self._copied for view in views[i]]
         moving = [view for i in self._averaged for view in views[i]]
-        same = [_memory.face(view).dtype for view in copied]
-        wide = [self._dtype or _wide(_memory.face(view).dtype) for view in moving]
+        same = [_arrays.dtype_of(view) for view in copied]
+        wide = [self._dtype or average_type(_arrays.dtype_of(view)) for view in moving]
         carried = [np.dtype(np.int16) if kind == ml_dtypes.bfloat16 else kind for kind in wide]
         lists = len(self._decays)
         carries = lists if self._rounding == "compensated" else 0
         arrays = [*copied, *moving * (lists + carries)]
         dtypes = [*same, *wide * lists, *carried * carries]
         on_host = [False] * len(copied) + [self._offloading] * (len(arrays) - len(copied))
-        made = iter(_memory.beside(arrays, dtypes, on_host, file))
+        made = iter(_arrays.allocate_like(arrays, dtypes, on_host, file))
 
         def taken(leaves: Iterable[int]) -> dict[int, _Arrays]:
             return {i: [next(made) for _ in views[i]] for i in leaves}
@@ -221,12 +219,12 @@ class EMA:
         for store in self._stores:
             for i, averages in store.items():
                 for view, average in zip(views[i], averages, strict=True):
-                    _memory.write(view, average)
+                    _arrays.write(view, average)
         for carry in [x for carries in self._carries for parts in carries.values() for x in parts]:
-            _memory.clear(carry)
+            _arrays.clear(carry)
 
     def _check_places(self, views: _Arrays, file: Any) -> None:
-        if all(_memory.device(view) is None for view in views):
+        if all(_arrays.device(view) is None for view in views):
             return
         if file is not None and not self._offloading:
             raise ValueError("memory must be None where values lie on a CUDA device, unless device is 'cpu'")
@@ -348,17 +346,16 @@ class EMA:
 
     def _pass_where_it_lies(self) -> "_Pass | None":
         """Return the pass over the values that was checked once, made anew where shards have moved."""
-        places = [leaf.place() for leaf in self._followed]
-        if self._pass is not None and places != self._paired_places:
+        if self._pass is not None and self._moving.moved():
             self._pass.wait()
-            self._pass = self._pass_over([leaf.parts() for leaf in self._leaves])
-            self._paired_places = places
+            self._pass = self._pass_over([leaf.local_arrays() for leaf in self._leaves])
+            self._moving.accept()
         return self._pass
 
     def _pass_over_held(self, held: list[Any]) -> "_Pass":
         if self._pass is not None:
             self._pass.wait()
-        return self._pass_over(self._reader.parts(held))
+        return self._pass_over(self._reader.local_arrays(held))
 
     def _move(self, over: "_Pass", decays: list[float], products: list[float], step: int) -> None:
         if 1.0 in products:  # some start at nothing; until now they were the first values
@@ -366,7 +363,7 @@ class EMA:
             for k, (product, decay) in enumerate(zip(products, decays, strict=True)):
                 for i in self._averaged if product == 1.0 and decay < 1.0 else ():
                     for average in self._stores[k][i]:
-                        _memory.clear(average)
+                        _arrays.clear(average)
         options: dict[str, Any] = {}
         if self._rounding == "stochastic":
             options = {"rounding": "stochastic", "seed": self._seed, "step": step}
@@ -382,7 +379,7 @@ class EMA:
             averages = [[x for i in leaves for x in store[i]] for store in self._stores]
             carries = [[x for i in leaves for x in carry[i]] for carry in self._carries]
             values = [x for i in leaves for x in parts[i]]
-            away = self._offloading and _memory.device(views[leaves[0]][0]) is not None
+            away = self._offloading and _arrays.device(views[leaves[0]][0]) is not None
             several = _offloads() if away else Pairs.several
             try:
                 over.add(several(averages, values, carries=carries or None), leaves)
@@ -390,20 +387,24 @@ class EMA:
                 raise self._named(error, leaves) from None
         for i in self._copied:
             _check_alike(self._names[i], views[i], self._stores[0][i])
-        wide = [i for i in self._copied if _memory.face(self._stores[0][i][0]).itemsize > 1]
+        wide = [i for i in self._copied if _arrays.dtype_of(self._stores[0][i][0]).itemsize > 1]
         for leaves in self._by_device(wide, views):
             try:
                 over.copy(
                     Pairs(
-                        [_memory.bits(x) for i in leaves for x in self._stores[0][i]],
-                        [_memory.bits(x) for i in leaves for x in views[i]],
+                        [_arrays.bits(x) for i in leaves for x in self._stores[0][i]],
+                        [_arrays.bits(x) for i in leaves for x in views[i]],
                     )
                 )
             except (TypeError, ValueError) as error:
                 raise self._named(error, leaves) from None
+        # those on devices are followed by their pairs
+        watched = [
+            self._leaves[i] for i, x in enumerate(parts) if i in self._copied or _arrays.device(x[0]) is None
+        ]
+        over.watch(watched)
         for i in self._copied:
-            over.watch(parts[i])
-            if _memory.face(self._stores[0][i][0]).itemsize == 1:
+            if _arrays.dtype_of(self._stores[0][i][0]).itemsize == 1:
                 over.copy_bytewise(zip(self._stores[0][i], views[i], strict=True))
         return over
 
@@ -411,7 +412,7 @@ class EMA:
         """Return leaves whose values lie in one memory together; those in host memory come first."""
         groups: dict[int, list[int]] = {}
         for i in leaves:
-            device = _memory.device(views[i][0])
+            device = _arrays.device(views[i][0])
             groups.setdefault(-1 if device is None else device, []).append(i)
         return [groups[device] for device in sorted(groups)]
 
@@ -473,8 +474,8 @@ class EMA:
         self.wait()
         averages = [self._average_of(k, i) for i in range(len(self._leaves))]
         if self._offloading:
-            averages = [[_memory.host(x) for x in parts] for parts in averages]
-        shown = [leaf.shown(parts) for leaf, parts in zip(self._leaves, averages, strict=True)]
+            averages = [[_arrays.host(x) for x in parts] for parts in averages]
+        shown = [leaf.to_library(parts) for leaf, parts in zip(self._leaves, averages, strict=True)]
         return self._tree.build(shown[place] for place in self._places)
 
     def _checked_index(self, k: int) -> int:
@@ -487,14 +488,14 @@ class EMA:
         kept, divisor = self._kept(k, i), self._divisor(k)
         if i in self._copied or divisor == 1.0:
             return kept
-        return [_memory.of(average).quotient(average, divisor) for average in kept]
+        return [_arrays.quotient(average, divisor) for average in kept]
 
     def _kept(self, k: int, i: int) -> _Arrays:
         """Return a leaf's average as it is kept, wherever that is."""
         away = (
             i not in self._aside
             and (k == self._swapped or (i in self._copied and self._swapped is not None))
-            and self._is_exchanged(_memory.device(self._stores[k][i][0]))
+            and self._is_exchanged(_arrays.device(self._stores[k][i][0]))
         )
         return self._read(i) if away else self._stores[k][i]
 
@@ -540,7 +541,7 @@ class EMA:
         self._check_module()
         k = self._checked_index(k)
         apart = [i for i in range(len(self._leaves)) if not self._exchangeable(k, i)]
-        copy = _memory.host_copy if self._offloading else _memory.copy
+        copy = _arrays.host_copy if self._offloading else _arrays.copy
         aside = {i: [copy(x) for x in self._read(i)] for i in apart}
         averages = {i: self._average_of(k, i) for i in apart}
         self._swapped, self._aside = k, aside  # first, so that whatever happens can be undone
@@ -569,25 +570,25 @@ class EMA:
         if not (self._leaves[i].in_place() and shown_as_kept):
             return False
         for value, average in zip(self._read(i), self._stores[k][i], strict=True):
-            face = _memory.face(value)
-            same = face.dtype == _memory.face(average).dtype and face.itemsize > 1
-            if not same or _memory.device(value) != _memory.device(average):
+            dtype = _arrays.dtype_of(value)
+            same = dtype == _arrays.dtype_of(average) and dtype.itemsize > 1
+            if not same or _arrays.device(value) != _arrays.device(average):
                 return False
         return True
 
     def _read(self, i: int) -> _Arrays:
-        return _views(self._leaves[i].parts(), self._names[i])
+        return _views(self._leaves[i].local_arrays(), self._names[i])
 
     def _exchange(self, k: int, *, back: bool = False) -> None:
         """Exchange contents with all leaves that are not kept aside, but where that is done already."""
         leaves = [i for i in range(len(self._leaves)) if i not in self._aside]
         views = {i: self._read(i) for i in leaves}
         for together in self._by_device(leaves, views):
-            device = _memory.device(views[together[0]][0])
+            device = _arrays.device(views[together[0]][0])
             if self._is_exchanged(device) != back:
                 continue
-            averages = [_memory.bits(x) for i in together for x in self._stores[k][i]]
-            values = [_memory.bits(x) for i in together for x in views[i]]
+            averages = [_arrays.bits(x) for i in together for x in self._stores[k][i]]
+            values = [_arrays.bits(x) for i in together for x in views[i]]
             if device is None:
                 averages.append(self._mark[0])
                 values.append(self._mark[1])
@@ -665,10 +666,10 @@ class EMA:
             for value, name, place in zip(
                 self._tree.arrays(values), self._tree.names, self._places, strict=True
             ):
-                target = _leaves.leaf(value, f"values[{name!r}]")
+                target = _arrays.leaf(value, f"values[{name!r}]")
                 if target.shards != self._leaves[place].shards:
                     raise ValueError(f"values[{name!r}] must be sharded, or whole, as it was at first")
-                _check_fits(name, _views(target.parts(value), name), averages[place])
+                _check_fits(name, target.local_arrays(value if target.immutable else None), averages[place])
                 targets.append(target)
         for target, name in zip(targets, self._tree.names, strict=True):
             if not target.immutable:
@@ -699,7 +700,7 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return dict(self._state(_memory.host_copy))
+        return dict(self._state(_arrays.host_copy))
 
     def _state(self, taken: Callable[[Any], np.ndarray]) -> PlainState:
         """Return the state with what `taken` makes of each array; the arrays themselves are live."""
@@ -741,7 +742,7 @@ class EMA:
             (
                 name,
                 {
-                    part: _memory.face(x).shape
+                    part: _arrays.shape_of(x)
                     for part, x in zip(self._part_names(i), self._stores[0][i], strict=True)
                 },
                 leaf.shards,
@@ -792,10 +793,10 @@ class EMA:
             swapped = self._checked_index(swapped)
             for leaf, name in zip(self._leaves, self._names, strict=True):
                 _check_writable(leaf, name, "load_state_dict() of a state saved while swapped")
-            own = {i: [_memory.empty_like(x) for x in self._read(i)] for i in range(len(self._leaves))}
+            own = {i: [_arrays.empty_like(x) for x in self._read(i)] for i in range(len(self._leaves))}
             raw = self._fitting("state['values']", own, state["values"])
         for target, source in (*found, *raw):
-            _memory.write(np.asarray(source), target)
+            _arrays.write(np.asarray(source), target)
         self._step, self._used, self._products = step, used, products
         if swapped is not None:
             self._swapped, self._aside = swapped, own
@@ -832,10 +833,10 @@ class EMA:
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        state = self._state(_memory.host)
+        state = self._state(_arrays.host)
         shown = [
             {
-                name: _memory.host(x)
+                name: _arrays.host(x)
                 for i in (self._averaged if self._divisor(k) != 1.0 else ())
                 for name, x in zip(self._part_names(i), self._average_of(k, i), strict=True)
             }
@@ -916,11 +917,10 @@ class EMA:
             for name, array in ours.items()
         ]
         for name, (array, source) in zip(ours, pairs, strict=True):
-            face = _memory.face(array)
-            if face.dtype != source.dtype:
-                raise TypeError(f"{place}[{name!r}] must be {face.dtype}, got {source.dtype}")
-            if face.shape != source.shape:
-                raise ValueError(f"{place}[{name!r}] must have shape {face.shape}, got {source.shape}")
+            if (dtype := _arrays.dtype_of(array)) != source.dtype:
+                raise TypeError(f"{place}[{name!r}] must be {dtype}, got {source.dtype}")
+            if (shape := _arrays.shape_of(array)) != source.shape:
+                raise ValueError(f"{place}[{name!r}] must have shape {shape}, got {source.shape}")
         return pairs
 
 
@@ -944,8 +944,7 @@ class _Pass:
         self._offloads: list[Any] = []
         self._copies: list[Pairs] = []
         self._bytewise: list[tuple[Any, Any]] = []
-        self._movable: list[Any] = []
-        self._addresses: list[int] = []
+        self._addresses: _arrays.Addresses | None = None
 
     def add(self, pairs: Any, leaves: list[int]) -> None:
         """Have averages move, those of these leaves; pairs in host memory come before others."""
@@ -962,16 +961,14 @@ class _Pass:
         """Have values of one byte an element copied to the first of each pair."""
         self._bytewise += pairs
 
-    def watch(self, arrays: Iterable[Any]) -> None:
-        """Refuse to go on where arrays that are copied were given other memory."""
-        movable = [array for array in arrays if is_movable(array)]
-        self._movable += movable
-        self._addresses += [array.data_ptr() for array in movable]
+    def watch(self, leaves: Iterable[_arrays.Leaf]) -> None:
+        """Refuse to go on where values, of which there are views, were given other memory."""
+        self._addresses = _arrays.Addresses(leaf.address for leaf in leaves)
 
     def update(self, decays: list[float], threads: int, **options: Any) -> None:
         """Move the averages; a call that raises has changed nothing."""
-        if self._movable and [x.data_ptr() for x in self._movable] != self._addresses:
-            raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
+        if self._addresses is not None:
+            self._addresses.check("EMA")
         if self._offloads:
             self.wait()
         decay = decays if len(decays) > 1 else decays[0]
@@ -987,7 +984,7 @@ class _Pass:
         for copies in self._copies:
             copies.update(0.0, threads)  # which copies bits, whatever they mean
         for target, source in self._bytewise:
-            _memory.write(source, target)
+            _arrays.write(source, target)
 
     def fence(self) -> None:
         """See `EMA.fence`."""
@@ -1007,21 +1004,16 @@ def _offloads() -> Any:
 
 
 def _views(parts: Sequence[Any], name: str) -> _Arrays:
-    return [x if isinstance(x, np.ndarray) else _memory.view(x, f"values[{name!r}]") for x in parts]
-
-
-def _wide(dtype: Any) -> Any:
-    """Return the type of averages of values of a type."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+    return [x if isinstance(x, np.ndarray) else _arrays.local_array(x, f"values[{name!r}]") for x in parts]
 
 
 def _memory_of(array: Any) -> Any:
     """Return what tells an array's memory from others'; nothing for arrays without elements."""
-    face = _memory.face(_memory.view(array, "values"))
-    return (face.ctypes.data, face.shape, face.strides, face.dtype) if face.size else None
+    found = _arrays.describe(array)
+    return found if found.size else None
 
 
-def _check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
+def _check_writable(leaf: _arrays.Leaf, name: str, call: str) -> None:
     obstacle = leaf.obstacle()
     if leaf.immutable:
         raise TypeError(f"{call} must change values[{name!r}], which {obstacle}: use `averages` or copy_to()")
@@ -1030,19 +1022,20 @@ def _check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
 
 
 def _check_alike(name: str, values: _Arrays, copies: _Arrays) -> None:
-    for value, copy in zip(map(_memory.face, values), map(_memory.face, copies), strict=True):
-        if value.dtype != copy.dtype:
-            raise TypeError(f"values[{name!r}] must be of {copy.dtype}, got {value.dtype}")
-        if value.shape != copy.shape:
-            raise ValueError(f"values[{name!r}] must have shape {copy.shape}, got {value.shape}")
+    for value, copy in zip(values, copies, strict=True):
+        if (dtype := _arrays.dtype_of(value)) != (needed := _arrays.dtype_of(copy)):
+            raise TypeError(f"values[{name!r}] must be of {needed}, got {dtype}")
+        if (found := _arrays.shape_of(value)) != (shape := _arrays.shape_of(copy)):
+            raise ValueError(f"values[{name!r}] must have shape {shape}, got {found}")
 
 
 def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
-    for target, average in zip(map(_memory.face, targets), map(_memory.face, averages), strict=True):
-        if target.shape != average.shape:
-            raise ValueError(f"values[{name!r}] must have shape {average.shape}, got {target.shape}")
-        if not np.can_cast(average.dtype, target.dtype, "same_kind"):
-            raise TypeError(f"values[{name!r}] must be able to hold {average.dtype}, got {target.dtype}")
+    for target, average in zip(targets, averages, strict=True):
+        if (found := _arrays.shape_of(target)) != (shape := _arrays.shape_of(average)):
+            raise ValueError(f"values[{name!r}] must have shape {shape}, got {found}")
+        held, dtype = _arrays.dtype_of(average), _arrays.dtype_of(target)
+        if not np.can_cast(held, dtype, "same_kind"):
+            raise TypeError(f"values[{name!r}] must be able to hold {held}, got {dtype}")
 
 
 def _checked_decay(decay: Any, name: str = "decay") -> Any:
@@ -1079,6 +1072,6 @@ def _float_type(dtype: Any) -> Any:
     """Return NumPy's type for the averages, of its own or of torch's name."""
     name = str(dtype)
     chosen = np.dtype(name.removeprefix("torch.") if name.startswith("torch.") else dtype)
-    if chosen not in _FLOATS:
+    if chosen not in FLOATS:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {chosen}")
     return chosen

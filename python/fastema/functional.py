@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
-from ._arrays import as_list, interleaved, is_movable, is_on_cuda, packed_copies, views
+from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, views, watch
 from ._types import Array, Arrays, Rounding, Terms, average_type
 
 if TYPE_CHECKING:
-    from .cuda._pairs import Pairs as DevicePairs
+    from .cuda._pairs import DevicePairs
 
 
 def update(
@@ -99,8 +99,11 @@ def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
     """
     a_list, single = as_list(a, "a")
     b_list, _ = as_list(b, "b")
-    terms: Terms = {"verb": "swap", "only_floats": True, "arguments": ("a", "b"), "single": single}
-    _checked(a_list, b_list, [], terms).swap(threads)
+    _checked(a_list, b_list, [], _ONE_SWAP if single else _SWAP).swap(threads)
+
+
+_SWAP: Terms = {"verb": "swap", "only_floats": True, "arguments": ("a", "b")}
+_ONE_SWAP: Terms = {**_SWAP, "single": True}
 
 
 def copies(values: Arrays, dtype: Any = None) -> Any:
@@ -165,10 +168,10 @@ class Pairs:
         array([0.75, 0.75, 0.75])
     """
 
-    __slots__ = ("_addresses", "_compensated", "_movable", "_native")
+    __slots__ = ("_compensated", "_native", "_watched")
 
     def __init__(self, averages: Arrays, values: Arrays, *, carries: Arrays | None = None) -> None:
-        self._set_up(*_lists([averages], values, None if carries is None else [carries]))
+        self._set_up(*as_lists([averages], values, None if carries is None else [carries]))
 
     @classmethod
     def several(
@@ -192,22 +195,22 @@ class Pairs:
             ([array([0.25, 0.25])], [array([0.5, 0.5])])
         """
         pairs = cls.__new__(cls)
-        pairs._set_up(*_lists(averages, values, carries))
+        pairs._set_up(*as_lists(averages, values, carries))
         return pairs
 
     def _set_up(self, averages: list[Array], values: list[Array], carries: list[Array], terms: Terms) -> None:
         self._native = _checked(averages, values, carries, terms)
         self._compensated = bool(carries)
-        self._movable: list[Any] = [x for x in (*averages, *values, *carries) if is_movable(x)]
-        self._addresses = [x.data_ptr() for x in self._movable]
+        self._watched = watch((*averages, *values, *carries))
 
     def _check_unmoved(self) -> None:
-        addresses = [x.data_ptr() for x in self._movable]
-        if addresses != self._addresses:
-            if isinstance(self._native, _core.Pairs):
-                raise ValueError("a tensor was given other memory after it was paired; make the pairs anew")
+        if self._watched is None:
+            return
+        if isinstance(self._native, _core.Pairs):
+            self._watched.check("pairs")
+        elif self._watched.moved():
             self._native.follow()
-            self._addresses = addresses
+            self._watched.accept()
 
     def __len__(self) -> int:
         return len(self._native)
@@ -233,7 +236,7 @@ class Pairs:
             check: Whether to ask tensors if they were given other memory. Without, that goes unnoticed
                 and other memory is written: for graphs captured on a CUDA device, whose addresses stay.
         """
-        if check and self._movable:
+        if check and self._watched is not None:
             self._check_unmoved()
         if rounding == "nearest" and seed == step == 0:
             self._native.update(decay, threads)
@@ -251,13 +254,13 @@ class Pairs:
             TypeError: A pair's types differ, or its average is compensated.
             ValueError: A value is read-only, or shares memory with another.
         """
-        if self._movable:
+        if self._watched is not None:
             self._check_unmoved()
         self._native.swap(threads)
 
     def _copy(self, threads: int = 0) -> None:
         """Make averages what their values are, bit for bit; of pairs that were made for it."""
-        if self._movable:
+        if self._watched is not None:
             self._check_unmoved()
         self._native.copy(threads)
 
@@ -287,16 +290,16 @@ def _checked(
 ) -> "_core.Pairs | DevicePairs":
     """Return the core's pairs, or a CUDA device's where the first average lies on one."""
     if averages and is_on_cuda(averages[0]):
-        from .cuda._pairs import Pairs  # noqa: PLC0415 - no CPU needs it
+        from .cuda._pairs import DevicePairs  # noqa: PLC0415 - no CPU needs it
 
-        return Pairs(averages, values, carries, **terms)
+        return DevicePairs(averages, values, carries, **terms)
     first, second = terms.get("arguments", ("averages", "values"))
     single = terms.get("single", False)
-    sides = views(averages, first, single), views(values, second, single), views(carries, "carries", single)
-    return _core.Pairs(*sides, **terms)
+    a, b = views(averages, first, single), views(values, second, single)
+    return _core.Pairs(a, b, views(carries, "carries", single) if carries else [], terms)
 
 
-def _lists(
+def as_lists(
     averages: Sequence[Arrays], values: Arrays, carries: Sequence[Arrays] | None
 ) -> tuple[list[Array], list[Array], list[Array], Terms]:
     """Return what a user gave as lists, and what the core is to be told of them."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _leaves, _memory, _shards, checkpoint, schedules
 from ._arrays import is_movable
-from ._tree import Buffers, Tree
+from ._ema.tree import Buffers, Tree
 from .functional import Pairs
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py

@@ -23,7 +23,7 @@ import numpy as np
 
 from . import checkpoint, schedules
 from ._arrays import as_view, is_array
-from ._tree import Tree
+from ._ema.tree import Tree
 
 __all__ = ["Snapshots", "weights"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from ._leaves import check_sharded
+from .._leaves import check_sharded
 
 Buffers = Literal["copy", "average", "ignore"]
 _Node = Any  # None: an array; a dict of nodes; (what makes it of a list, list of nodes); or nothing:

@@ -124,9 +124,9 @@ class EMA:
 
         if isinstance(values, Iterator):
             values = list(values)
-        self._tree = Tree(values, _leaves.is_leaf, buffers)
+        self._tree, arrays = Tree.of(values, _leaves.is_leaf, buffers)
         self._module = values if hasattr(values, "named_parameters") else None
-        parts = self._take(self._tree.arrays(values), background)
+        parts = self._take(arrays, background)
         self._reader = _leaves.Reader(self._leaves)
         self._allocate(parts, memory)
         self._step = 0

@@ -105,7 +105,7 @@ class Twins:
 
     def check(self):
         """Compare everything, to the bit."""
-        for k in range(len(self.cpu._decays)):
+        for k in range(len(self.cpu._pace.decays)):
             assert_equal(self.library, self.gpu.averages_of(k), self.cpu.averages_of(k))
         assert_equal(self.library, self.there, self.here)
         ours, theirs = self.gpu.state_dict(), self.cpu.state_dict()
@@ -148,7 +148,7 @@ def beside(request):
 def test_averages_and_swaps_have_the_bits_of_the_cpu(library, rng, way, beside):
     twins = Twins(library, rng, **WAYS[way], beside=beside)
     twins.check()
-    last = len(twins.cpu._decays) - 1
+    last = len(twins.cpu._pace.decays) - 1
     for _ in range(5):
         twins.step()
         twins.check()

@@ -3,7 +3,6 @@
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -12,8 +11,10 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from . import _leaves, _memory, _shards, checkpoint, schedules
+from . import _leaves, _memory, _shards, checkpoint
 from ._arrays import is_movable
+from ._ema.background import Background
+from ._ema.count import Count, Pace, checked_count, checked_share
 from ._ema.tree import Buffers, Tree
 from .functional import Pairs
 
@@ -111,12 +112,9 @@ class EMA:
         _check_choice("buffers", buffers, ("copy", "average", "ignore"))
         _check_choice("device", device, (None, "cpu"))
         self._pass: _Pass | None = None
-        self._several = isinstance(decay, Sequence) and not isinstance(decay, str)
-        self._decays: list[Any] = [_checked_decay(d) for d in (decay if self._several else [decay])]
-        if not self._decays:
-            raise ValueError("decay must hold one decay or more, got none")
-        self._every, self._start_step = _count("every", every, 1), _count("start_step", start_step, 0)
-        self._seed, self._threads = _count("seed", seed, 0), _count("threads", threads, 0)
+        self._pace = Pace.of(decay, every, start_step)
+        self._several = isinstance(decay, Sequence)
+        self._seed, self._threads = checked_count("seed", seed, 0), checked_count("threads", threads, 0)
         self._rounding = rounding
         self._buffers: Buffers = buffers
         self._dtype = None if dtype is None else _float_type(dtype)
@@ -129,17 +127,14 @@ class EMA:
         parts = self._take(arrays, background)
         self._reader = _leaves.Reader(self._leaves)
         self._allocate(parts, memory)
-        self._step = 0
-        self._used: list[float] | None = None
-        # of all decays used: the share that its start has in an average, where the start is nothing
-        self._products = [1.0 if initial == "zeros" else 0.0] * len(self._decays)
+        products = (1.0 if initial == "zeros" else 0.0,) * len(self._pace.decays)
+        self._count = Count(0, (), products)
         self._swapped: int | None = None  # which averages are in the values
         self._aside: dict[int, _Arrays] = {}  # of each leaf that is not exchanged, the raw weights
         self._exchanged: set[int] = set()  # the devices where contents are exchanged
         # exchanged with those in host memory: tells it where an interrupt comes up as native code returns
         self._mark = np.zeros(1), np.ones(1)
-        self._worker = ThreadPoolExecutor(1, "fastema") if background else None
-        self._pending: tuple[Future[None], tuple[Any, ...]] | None = None
+        self._background = Background() if background else None
         checked = self._pass_over(parts)
         self._pass = checked if all(leaf.fixed for leaf in self._leaves) else None
         self._followed = [leaf for leaf in self._leaves if leaf.followed]
@@ -202,7 +197,7 @@ class EMA:
         same = [_memory.face(view).dtype for view in copied]
         wide = [self._dtype or _wide(_memory.face(view).dtype) for view in moving]
         carried = [np.dtype(np.int16) if kind == ml_dtypes.bfloat16 else kind for kind in wide]
-        lists = len(self._decays)
+        lists = len(self._pace.decays)
         carries = lists if self._rounding == "compensated" else 0
         arrays = [*copied, *moving * (lists + carries)]
         dtypes = [*same, *wide * lists, *carried * carries]
@@ -254,38 +249,30 @@ class EMA:
         """
         if self._swapped is not None:
             raise RuntimeError(f"update() {_AWAY}")
-        if self._pending is not None:
+        if self._background is not None:
             self.wait()
-        step = self._step + 1
-        if step % self._every:
-            self._step = step
+        before = self._count
+        if not self._pace.averages_at(before.step + 1):
+            self._count = before.next(self._pace)
             return
         arrays = None if values is None else self._tree.arrays(values)
-        decays = [self._decay_at(decay, step) for decay in self._decays]
-        products = self._products
-        before = self._step, self._used, products
-        if self._worker is not None:
-            work = self._worker.submit(self._average, self._held(arrays), decays, products, step)
-            self._pending = work, before
-            self._advance(decays, step)
+        count = before.next(self._pace)
+        if self._background is not None:
+            self._background.start(partial(self._average, self._held(arrays), before, count), before)
+            self._count = count
             return
         known = arrays is None or all(map(operator.is_, arrays, self._given))
-        over = self._pass_where_it_lies() if known and 1.0 not in products else None
+        over = self._pass_where_it_lies() if known and not before.has_blank else None
         if over is None:  # also before averages start at nothing: what moved is noticed first
             over = self._pass_over_held(self._held(arrays))
-        self._advance(decays, step)
+        self._count = count
         try:
-            self._move(over, decays, products, step)
+            self._move(over, before, count)
         except Exception:  # no interrupt: that comes up when native code has moved them
-            self._step, self._used, self._products = before
+            self._count = before
             raise
         if fence and self._offloading:
             self.fence()
-
-    def _advance(self, decays: list[float], step: int) -> None:
-        self._step, self._used = step, decays
-        if any(self._products):
-            self._products = [x * decay for x, decay in zip(self._products, decays, strict=True)]
 
     def fence(self) -> None:
         """Have CUDA devices change no value before the last update has copied it to host memory.
@@ -310,13 +297,6 @@ class EMA:
         if self._pass is not None:
             self._pass.fence()
 
-    def _decay_at(self, decay: Any, step: int) -> float:
-        if step < self._start_step:
-            return 0.0
-        if callable(decay):
-            decay = _checked_decay(decay(step), f"decay({step})")
-        return float(schedules.compound(decay, self._every))
-
     def _check_module(self) -> None:
         """Raise if a module has other tensors by now: they would be neither averaged nor swapped."""
         if self._module is None:
@@ -340,8 +320,8 @@ class EMA:
                 )
         return [None] * len(self._leaves)
 
-    def _average(self, held: list[Any], decays: list[float], products: list[float], step: int) -> None:
-        self._move(self._pass_over_held(held), decays, products, step)
+    def _average(self, held: list[Any], before: Count, count: Count) -> None:
+        self._move(self._pass_over_held(held), before, count)
 
     def _pass_where_it_lies(self) -> "_Pass | None":
         """Return the pass over the values that was checked once, made anew where shards have moved."""
@@ -357,17 +337,17 @@ class EMA:
             self._pass.wait()
         return self._pass_over(self._reader.parts(held))
 
-    def _move(self, over: "_Pass", decays: list[float], products: list[float], step: int) -> None:
-        if 1.0 in products:  # some start at nothing; until now they were the first values
+    def _move(self, over: "_Pass", before: Count, count: Count) -> None:
+        if before.has_blank:  # until now they were the first values
             over.wait()
-            for k, (product, decay) in enumerate(zip(products, decays, strict=True)):
-                for i in self._averaged if product == 1.0 and decay < 1.0 else ():
+            for k in count.started_since(before):
+                for i in self._averaged:
                     for average in self._stores[k][i]:
                         _memory.clear(average)
         options: dict[str, Any] = {}
         if self._rounding == "stochastic":
-            options = {"rounding": "stochastic", "seed": self._seed, "step": step}
-        over.update(decays, self._threads, **options)
+            options = {"rounding": "stochastic", "seed": self._seed, "step": count.step}
+        over.update(count.decays, self._threads, **options)
         if over is not self._pass:
             over.wait()
 
@@ -431,13 +411,9 @@ class EMA:
         """
         if self._pass is not None:
             self._pass.wait()
-        if self._pending is None:
-            return
-        work, before = self._pending
-        error = work.exception()
-        self._pending = None
-        if error is not None:
-            self._step, self._used, self._products = before
+        failed = self._background.join() if self._background is not None else None
+        if failed is not None:
+            error, self._count = failed
             raise error
 
     # --- averages ---------------------------------------------------------------------------------
@@ -445,14 +421,15 @@ class EMA:
     @property
     def step(self) -> int:
         """The number of updates seen."""
-        return self._step
+        return self._count.step
 
     @property
     def decay(self) -> float | tuple[float, ...] | None:
         """The decay last used (its power, with `every`); of several averages, a tuple; None before."""
-        if self._used is None:
+        decays = self._count.decays
+        if not decays:
             return None
-        return tuple(self._used) if self._several else self._used[0]
+        return decays if self._several else decays[0]
 
     @property
     def averages(self) -> Any:
@@ -475,13 +452,13 @@ class EMA:
         return self._tree.build(shown[place] for place in self._places)
 
     def _checked_index(self, k: int) -> int:
-        if not 0 <= (index := operator.index(k)) < len(self._decays):
-            raise IndexError(f"k must be from 0 to {len(self._decays) - 1}, got {k}")
+        if not 0 <= (index := operator.index(k)) < len(self._pace.decays):
+            raise IndexError(f"k must be from 0 to {len(self._pace.decays) - 1}, got {k}")
         return index
 
     def _average_of(self, k: int, i: int) -> _Arrays:
         """Return a leaf's average as the user sees it."""
-        kept, divisor = self._kept(k, i), self._divisor(k)
+        kept, divisor = self._kept(k, i), self._count.divisor(k)
         if i in self._copied or divisor == 1.0:
             return kept
         return [_memory.of(average).quotient(average, divisor) for average in kept]
@@ -494,10 +471,6 @@ class EMA:
             and self._is_exchanged(_memory.device(self._stores[k][i][0]))
         )
         return self._read(i) if away else self._stores[k][i]
-
-    def _divisor(self, k: int) -> float:
-        product = self._products[k]
-        return 1.0 if product == 1.0 else 1.0 - product  # nothing was averaged yet: they are the first values
 
     # --- swapping ---------------------------------------------------------------------------------
 
@@ -562,7 +535,7 @@ class EMA:
 
     def _exchangeable(self, k: int, i: int) -> bool:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
-        shown_as_kept = i in self._copied or self._divisor(k) == 1.0
+        shown_as_kept = i in self._copied or self._count.divisor(k) == 1.0
         if not (self._leaves[i].in_place() and shown_as_kept):
             return False
         for value, average in zip(self._read(i), self._stores[k][i], strict=True):
@@ -712,17 +685,19 @@ class EMA:
             }
 
         return {
-            "averages": [named(self._averaged, partial(self._kept, k)) for k in range(len(self._decays))],
+            "averages": [
+                named(self._averaged, partial(self._kept, k)) for k in range(len(self._pace.decays))
+            ],
             "carries": [named(self._averaged, carries.__getitem__) for carries in self._carries],
             "copied": named(self._copied, partial(self._kept, 0)),
             "values": named(sorted(raw), raw.__getitem__),
-            "step": self._step,
-            "decay": None if self._used is None else list(self._used),
-            "products": list(self._products),
+            "step": self._count.step,
+            "decay": list(self._count.decays) or None,
+            "products": list(self._count.products),
             "swapped": self._swapped,
             "config": {
-                "every": self._every,
-                "start_step": self._start_step,
+                "every": self._pace.every,
+                "start_step": self._pace.start_step,
                 "rounding": self._rounding,
                 "seed": self._seed,
             },
@@ -766,10 +741,10 @@ class EMA:
         self.wait()
         if self._swapped is not None:
             raise RuntimeError(f"load_state_dict() {_AWAY}")
-        step, swapped = _count("state['step']", state["step"], 0), state["swapped"]
-        products = [_checked_share(product, "state['products']") for product in state["products"]]
-        used = state["decay"] and [_checked_share(x, "state['decay']") for x in state["decay"]]
-        lists = len(self._decays)
+        step, swapped = checked_count("state['step']", state["step"], 0), state["swapped"]
+        products = [checked_share(product, "state['products']") for product in state["products"]]
+        used = state["decay"] and [checked_share(x, "state['decay']") for x in state["decay"]]
+        lists = len(self._pace.decays)
         if len(products) != lists or (used is not None and len(used) != lists):
             raise ValueError(f"state must be of {lists} decays, got {len(products)}")
         found = []
@@ -793,7 +768,7 @@ class EMA:
             raw = self._fitting("state['values']", own, state["values"])
         for target, source in (*found, *raw):
             _memory.write(np.asarray(source), target)
-        self._step, self._used, self._products = step, used, products
+        self._count = Count(step, tuple(used or ()), tuple(products))
         if swapped is not None:
             self._swapped, self._aside = swapped, own
             for i, leaf in enumerate(self._leaves):
@@ -833,12 +808,12 @@ class EMA:
         shown = [
             {
                 name: _memory.host(x)
-                for i in (self._averaged if self._divisor(k) != 1.0 else ())
+                for i in (self._averaged if self._count.divisor(k) != 1.0 else ())
                 for name, x in zip(self._part_names(i), self._average_of(k, i), strict=True)
             }
-            for k in range(len(self._decays))
+            for k in range(len(self._pace.decays))
         ]
-        decay = self._decays if self._several else self._decays[0]
+        decay = list(self._pace.decays) if self._several else self._pace.decays[0]
         dtype = None if self._dtype is None else self._dtype.name
         config = {"decay": decay, "dtype": dtype, "buffers": self._buffers}
         checkpoint.write_state(path, state, config, shown, _shards.layout(self._all_parts()))
@@ -960,7 +935,7 @@ class _Pass:
         self._movable += movable
         self._addresses += [array.data_ptr() for array in movable]
 
-    def update(self, decays: list[float], threads: int, **options: Any) -> None:
+    def update(self, decays: Sequence[float], threads: int, **options: Any) -> None:
         """Move the averages; a call that raises has changed nothing."""
         if self._movable and [x.data_ptr() for x in self._movable] != self._addresses:
             raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
@@ -1035,31 +1010,6 @@ def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
             raise ValueError(f"values[{name!r}] must have shape {average.shape}, got {target.shape}")
         if not np.can_cast(average.dtype, target.dtype, "same_kind"):
             raise TypeError(f"values[{name!r}] must be able to hold {average.dtype}, got {target.dtype}")
-
-
-def _checked_decay(decay: Any, name: str = "decay") -> Any:
-    """Return a decay as a float, or a schedule as it is."""
-    return decay if callable(decay) else _checked_share(decay, name, ", or a schedule")
-
-
-def _checked_share(number: Any, name: str, also: str = "") -> float:
-    try:
-        share = float(number)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number from 0 to 1{also}, got {number!r}") from None
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{name} must be from 0 to 1, got {number!r}")
-    return share
-
-
-def _count(name: str, number: Any, least: int) -> int:
-    try:
-        count = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {number!r}") from None
-    if count < least:
-        raise ValueError(f"{name} must be {least} or more, got {number!r}")
-    return count
 
 
 def _check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:

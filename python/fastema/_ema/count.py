@@ -1,0 +1,123 @@
+"""How far averaging has come: the step, the decays last used, and what `every` and `start_step` mean."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, SupportsFloat, SupportsIndex, cast
+
+from .. import schedules
+
+Decay = float | Callable[[int], float]
+
+
+class Pace(NamedTuple):
+    """When there is an update, and how far it moves each average.
+
+    Attributes:
+        decays: Of each average a number or a schedule.
+        every: Average at every so many steps only, with the decay that many steps have together.
+        start_step: The first step that averages; before it, an average is a copy.
+    """
+
+    decays: tuple[Decay, ...]
+    every: int
+    start_step: int
+
+    @classmethod
+    def of(cls, decay: Decay | Sequence[Decay], every: int, start_step: int) -> "Pace":
+        """Check the constructor's arguments.
+
+        Raises:
+            TypeError: One is no number.
+            ValueError: One is outside of its range, or there is no decay.
+        """
+        several = isinstance(decay, Sequence) and not isinstance(decay, str)
+        decays = tuple(map(checked_decay, cast(Sequence[Decay], decay if several else [decay])))
+        if not decays:
+            raise ValueError("decay must hold one decay or more, got none")
+        return cls(decays, checked_count("every", every, 1), checked_count("start_step", start_step, 0))
+
+    def averages_at(self, step: int) -> bool:
+        """Tell whether averages move at a step, or it is only counted."""
+        return step % self.every == 0
+
+    def decay_at(self, step: int, decay: Decay) -> float:
+        """Return one average's decay of the update at a step, which takes `every` steps at once."""
+        if step < self.start_step:
+            return 0.0
+        if callable(decay):
+            decay = cast(float, checked_decay(decay(step), f"decay({step})"))
+        return float(schedules.compound(decay, self.every))
+
+
+class Count(NamedTuple):
+    """How far averaging has come. Never changed: each update makes the next one.
+
+    Attributes:
+        step: How many updates were seen.
+        decays: The last ones used, of each average; none before the first.
+        products: Of each average the product of all decays used, if it starts at zeros: the share that its
+            start has in it. 1: nothing was averaged so far, and it still is the first values. 0, if it starts
+            at the values.
+    """
+
+    step: int
+    decays: tuple[float, ...]
+    products: tuple[float, ...]
+
+    def next(self, pace: Pace) -> "Count":
+        """Return the count after one more update.
+
+        Raises:
+            TypeError: A schedule returned no number.
+            ValueError: A schedule returned a number that is no decay.
+        """
+        step = self.step + 1
+        if not pace.averages_at(step):
+            return Count(step, self.decays, self.products)
+        decays = tuple([pace.decay_at(step, decay) for decay in pace.decays])
+        products = self.products
+        if any(products):
+            products = tuple(x * decay for x, decay in zip(products, decays, strict=True))
+        return Count(step, decays, products)
+
+    @property
+    def has_blank(self) -> bool:
+        """Whether nothing was averaged yet of some averages that start at zeros."""
+        return 1.0 in self.products
+
+    def started_since(self, before: "Count") -> list[int]:
+        """Return which averages leave zero by the update between two counts."""
+        products = zip(before.products, self.products, strict=True)
+        return [k for k, (old, new) in enumerate(products) if old == 1.0 and new < 1.0]
+
+    def divisor(self, k: int) -> float:
+        """Return what the k-th averages are to be divided by where they are shown."""
+        product = self.products[k]
+        return 1.0 if product == 1.0 else 1.0 - product
+
+
+def checked_decay(decay: Decay, name: str = "decay") -> Decay:
+    """Return a decay as a float, or a schedule as it is."""
+    return decay if callable(decay) else checked_share(decay, name, ", or a schedule")
+
+
+def checked_share(number: SupportsFloat, name: str, also: str = "") -> float:
+    """Return a number from 0 to 1."""
+    try:
+        share = float(number)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number from 0 to 1{also}, got {number!r}") from None
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name} must be from 0 to 1, got {number!r}")
+    return share
+
+
+def checked_count(name: str, number: SupportsIndex, least: int) -> int:
+    """Return a whole number that is not below another."""
+    try:
+        count = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {number!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be {least} or more, got {number!r}")
+    return count

@@ -1,7 +1,6 @@
 """Averages of a model's weights for training loops of one's own: two lines in any framework."""
 
 import operator
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,11 +10,12 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from . import _leaves, _memory, _shards, checkpoint
+from . import _memory, _shards, checkpoint
 from ._arrays import is_movable
 from ._ema.background import Background
 from ._ema.count import Count, Pace, checked_count, checked_share
-from ._ema.tree import Buffers, Tree
+from ._ema.tree import Buffers
+from ._ema.values import Values, by_device, check_writable
 from .functional import Pairs
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py
@@ -120,12 +120,7 @@ class EMA:
         self._dtype = None if dtype is None else _float_type(dtype)
         self._offloading = device == "cpu"
 
-        if isinstance(values, Iterator):
-            values = list(values)
-        self._tree, arrays = Tree.of(values, _leaves.is_leaf, buffers)
-        self._module = values if hasattr(values, "named_parameters") else None
-        parts = self._take(arrays, background)
-        self._reader = _leaves.Reader(self._leaves)
+        self._values, parts = Values.of(values, buffers, unchanging=background)
         self._allocate(parts, memory)
         products = (1.0 if initial == "zeros" else 0.0,) * len(self._pace.decays)
         self._count = Count(0, (), products)
@@ -136,57 +131,27 @@ class EMA:
         self._mark = np.zeros(1), np.ones(1)
         self._background = Background() if background else None
         checked = self._pass_over(parts)
-        self._pass = checked if all(leaf.fixed for leaf in self._leaves) else None
-        self._followed = [leaf for leaf in self._leaves if leaf.followed]
-        self._paired_places = [leaf.place() for leaf in self._followed]
+        self._pass = checked if self._values.are_stable else None
+        self._paired_places = self._values.addresses()
 
     def __reduce__(self) -> Any:
         raise TypeError(
             "an EMA cannot be copied or pickled: a copy would not know its values; use state_dict()"
         )
 
-    def _take(self, values: list[Any], background: bool) -> list[list[Any]]:
-        """Make leaves of the values, one for those that are the same; return what they have to read."""
-        self._leaves: list[_leaves.Leaf] = []
-        self._names: list[str] = []
-        self._places: list[int] = []  # of each value in the tree, its leaf
-        self._firsts: list[int] = []  # of each leaf, its first value in the tree
-        self._given: list[Any] = []  # of each value, the object; but none that every step leaves behind
-        all_parts: list[list[Any]] = []
-        known: dict[Any, int] = {}
-        for value, name in zip(values, self._tree.names, strict=True):
-            leaf = _leaves.leaf(value, f"values[{name!r}]")
-            if background and not leaf.immutable:
-                raise ValueError(
-                    "background must be False unless values cannot change meanwhile, as JAX arrays; "
-                    f"values[{name!r}] is of {type(value).__name__}"
-                )
-            parts = leaf.parts(value if leaf.immutable else None)
-            # an immutable array that is given twice may well become two
-            key = id(leaf) if leaf.immutable else _memory_of(parts[0]) if leaf.fixed else id(value)
-            place = known.setdefault(key or id(value), len(self._leaves))
-            if place == len(self._leaves):
-                self._leaves.append(leaf)
-                self._names.append(name)
-                self._firsts.append(len(self._places))
-                all_parts.append(parts)
-            self._places.append(place)
-            self._given.append(None if leaf.immutable else value)
-        return all_parts
-
     def _allocate(self, all_parts: list[list[Any]], file: Any) -> None:
         """Make averages that start at the values, and carries."""
-        views = [_views(parts, name) for parts, name in zip(all_parts, self._names, strict=True)]
+        views = [self._values.views(i, parts) for i, parts in enumerate(all_parts)]
         self._averaged: list[int] = []
         self._copied: dict[int, None] = {}  # in order, as a list, and found as fast as in a set
-        for i, (parts, name) in enumerate(zip(views, self._names, strict=True)):
+        for i, (parts, name) in enumerate(zip(views, self._values.names, strict=True)):
             kind = _memory.face(parts[0]).dtype
             if kind not in _FLOATS and kind.kind not in "iub":
                 raise TypeError(
                     f"values[{name!r}] must be of float16, bfloat16, float32, float64, integers or booleans, "
                     f"got {kind}"
                 )
-            averaged = kind in _FLOATS and name not in self._tree.copied
+            averaged = kind in _FLOATS and name not in self._values.copied
             if averaged:
                 self._averaged.append(i)
             else:
@@ -255,16 +220,18 @@ class EMA:
         if not self._pace.averages_at(before.step + 1):
             self._count = before.next(self._pace)
             return
-        arrays = None if values is None else self._tree.arrays(values)
+        arrays = None if values is None else self._values.matched(values)
         count = before.next(self._pace)
         if self._background is not None:
-            self._background.start(partial(self._average, self._held(arrays), before, count), before)
+            self._background.start(
+                partial(self._average, self._values.sources(arrays), before, count), before
+            )
             self._count = count
             return
-        known = arrays is None or all(map(operator.is_, arrays, self._given))
+        known = arrays is None or self._values.are_given(arrays)
         over = self._pass_where_it_lies() if known and not before.has_blank else None
         if over is None:  # also before averages start at nothing: what moved is noticed first
-            over = self._pass_over_held(self._held(arrays))
+            over = self._pass_over_sources(self._values.sources(arrays))
         self._count = count
         try:
             self._move(over, before, count)
@@ -297,45 +264,22 @@ class EMA:
         if self._pass is not None:
             self._pass.fence()
 
-    def _check_module(self) -> None:
-        """Raise if a module has other tensors by now: they would be neither averaged nor swapped."""
-        if self._module is None:
-            return
-        for now, first, name in zip(
-            self._tree.arrays(self._module), self._given, self._tree.names, strict=True
-        ):
-            if now is not first:
-                raise RuntimeError(
-                    f"values[{name!r}] is no longer the tensor that was given at first; make the EMA anew"
-                )
-
-    def _held(self, arrays: list[Any] | None) -> list[Any]:
-        """Return for each leaf the value to read; None: its own, as it is by then."""
-        if arrays is not None:
-            return [arrays[place] for place in self._firsts]
-        for leaf, name in zip(self._leaves, self._names, strict=True):
-            if leaf.immutable:
-                raise ValueError(
-                    f"values must be given: values[{name!r}] {leaf.obstacle()}, and a step leaves others"
-                )
-        return [None] * len(self._leaves)
-
-    def _average(self, held: list[Any], before: Count, count: Count) -> None:
-        self._move(self._pass_over_held(held), before, count)
+    def _average(self, sources: list[Any], before: Count, count: Count) -> None:
+        self._move(self._pass_over_sources(sources), before, count)
 
     def _pass_where_it_lies(self) -> "_Pass | None":
         """Return the pass over the values that was checked once, made anew where shards have moved."""
-        places = [leaf.place() for leaf in self._followed]
+        places = self._values.addresses()
         if self._pass is not None and places != self._paired_places:
             self._pass.wait()
-            self._pass = self._pass_over([leaf.parts() for leaf in self._leaves])
+            self._pass = self._pass_over(self._values.local_arrays())
             self._paired_places = places
         return self._pass
 
-    def _pass_over_held(self, held: list[Any]) -> "_Pass":
+    def _pass_over_sources(self, sources: list[Any]) -> "_Pass":
         if self._pass is not None:
             self._pass.wait()
-        return self._pass_over(self._reader.parts(held))
+        return self._pass_over(self._values.local_arrays(sources))
 
     def _move(self, over: "_Pass", before: Count, count: Count) -> None:
         if before.has_blank:  # until now they were the first values
@@ -353,9 +297,9 @@ class EMA:
 
     def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
         """Pair the averages with local arrays of each leaf; those of each device apart."""
-        over = _Pass(self._named)
-        views = {i: _views(x, self._names[i]) for i, x in enumerate(parts)}
-        for leaves in self._by_device(self._averaged, views):
+        over = _Pass(self._values.named)
+        views = {i: self._values.views(i, x) for i, x in enumerate(parts)}
+        for leaves in by_device(self._averaged, views):
             averages = [[x for i in leaves for x in store[i]] for store in self._stores]
             carries = [[x for i in leaves for x in carry[i]] for carry in self._carries]
             values = [x for i in leaves for x in parts[i]]
@@ -364,11 +308,11 @@ class EMA:
             try:
                 over.add(several(averages, values, carries=carries or None), leaves)
             except (TypeError, ValueError) as error:
-                raise self._named(error, leaves) from None
+                raise self._values.named(error, leaves) from None
         for i in self._copied:
-            _check_alike(self._names[i], views[i], self._stores[0][i])
+            _check_alike(self._values.names[i], views[i], self._stores[0][i])
         wide = [i for i in self._copied if _memory.face(self._stores[0][i][0]).itemsize > 1]
-        for leaves in self._by_device(wide, views):
+        for leaves in by_device(wide, views):
             try:
                 over.copy(
                     Pairs(
@@ -377,30 +321,12 @@ class EMA:
                     )
                 )
             except (TypeError, ValueError) as error:
-                raise self._named(error, leaves) from None
+                raise self._values.named(error, leaves) from None
         for i in self._copied:
             over.watch(parts[i])
             if _memory.face(self._stores[0][i][0]).itemsize == 1:
                 over.copy_bytewise(zip(self._stores[0][i], views[i], strict=True))
         return over
-
-    def _by_device(self, leaves: Iterable[int], views: Mapping[int, _Arrays]) -> list[list[int]]:
-        """Return leaves whose values lie in one memory together; those in host memory come first."""
-        groups: dict[int, list[int]] = {}
-        for i in leaves:
-            device = _memory.device(views[i][0])
-            groups.setdefault(-1 if device is None else device, []).append(i)
-        return [groups[device] for device in sorted(groups)]
-
-    def _named(self, error: Exception, leaves: list[int]) -> Exception:
-        """Return an error of the core, which knows numbers in a list, with the names of values."""
-        names = [self._names[i] for i in leaves for _ in self._stores[0][i]]
-
-        def named(found: re.Match[str]) -> str:
-            return f"{found[1]}[{names[int(found[2])]!r}]"
-
-        numbers = r"\b((?:averages|carries)(?:\[\d+\](?=\[))?|values)\[(\d+)\]"
-        return type(error)(re.sub(numbers, named, str(error)))
 
     def wait(self) -> None:
         """Return when all that was asked for is done.
@@ -445,11 +371,11 @@ class EMA:
         """Return the averages of the k-th decay, as `averages`."""
         k = self._checked_index(k)
         self.wait()
-        averages = [self._average_of(k, i) for i in range(len(self._leaves))]
+        leaves = self._values.leaves
+        averages = [self._average_of(k, i) for i in range(len(leaves))]
         if self._offloading:
             averages = [[_memory.host(x) for x in parts] for parts in averages]
-        shown = [leaf.shown(parts) for leaf, parts in zip(self._leaves, averages, strict=True)]
-        return self._tree.build(shown[place] for place in self._places)
+        return self._values.build([leaf.shown(x) for leaf, x in zip(leaves, averages, strict=True)])
 
     def _checked_index(self, k: int) -> int:
         if not 0 <= (index := operator.index(k)) < len(self._pace.decays):
@@ -470,7 +396,7 @@ class EMA:
             and (k == self._swapped or (i in self._copied and self._swapped is not None))
             and self._is_exchanged(_memory.device(self._stores[k][i][0]))
         )
-        return self._read(i) if away else self._stores[k][i]
+        return self._values.views(i) if away else self._stores[k][i]
 
     # --- swapping ---------------------------------------------------------------------------------
 
@@ -505,18 +431,18 @@ class EMA:
             raise
 
     def _put_averages(self, k: int) -> None:
-        for leaf, name in zip(self._leaves, self._names, strict=True):
-            _check_writable(leaf, name, "swap()")
-        self._check_module()
+        leaves = self._values.leaves
+        self._values.check_writable("swap()")
+        self._values.check_module()
         k = self._checked_index(k)
-        apart = [i for i in range(len(self._leaves)) if not self._exchangeable(k, i)]
+        apart = [i for i in range(len(leaves)) if not self._exchangeable(k, i)]
         copy = _memory.host_copy if self._offloading else _memory.copy
-        aside = {i: [copy(x) for x in self._read(i)] for i in apart}
+        aside = {i: [copy(x) for x in self._values.views(i)] for i in apart}
         averages = {i: self._average_of(k, i) for i in apart}
         self._swapped, self._aside = k, aside  # first, so that whatever happens can be undone
         try:
             for i in apart:
-                self._leaves[i].assign(averages[i])
+                leaves[i].assign(averages[i])
             self._exchange(k)
         except BaseException:
             self._put_weights_back()
@@ -527,7 +453,7 @@ class EMA:
         if self._swapped is not None:
             self._exchange(self._swapped, back=True)
         for i, raw in self._aside.items():
-            self._leaves[i].assign(raw)
+            self._values.leaves[i].assign(raw)
         self._swapped, self._aside = None, {}
 
     def _is_exchanged(self, device: int | None) -> bool:
@@ -536,23 +462,20 @@ class EMA:
     def _exchangeable(self, k: int, i: int) -> bool:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
         shown_as_kept = i in self._copied or self._count.divisor(k) == 1.0
-        if not (self._leaves[i].in_place() and shown_as_kept):
+        if not (self._values.leaves[i].in_place() and shown_as_kept):
             return False
-        for value, average in zip(self._read(i), self._stores[k][i], strict=True):
+        for value, average in zip(self._values.views(i), self._stores[k][i], strict=True):
             face = _memory.face(value)
             same = face.dtype == _memory.face(average).dtype and face.itemsize > 1
             if not same or _memory.device(value) != _memory.device(average):
                 return False
         return True
 
-    def _read(self, i: int) -> _Arrays:
-        return _views(self._leaves[i].parts(), self._names[i])
-
     def _exchange(self, k: int, *, back: bool = False) -> None:
         """Exchange contents with all leaves that are not kept aside, but where that is done already."""
-        leaves = [i for i in range(len(self._leaves)) if i not in self._aside]
-        views = {i: self._read(i) for i in leaves}
-        for together in self._by_device(leaves, views):
+        leaves = [i for i in range(len(self._values.leaves)) if i not in self._aside]
+        views = {i: self._values.views(i) for i in leaves}
+        for together in by_device(leaves, views):
             device = _memory.device(views[together[0]][0])
             if self._is_exchanged(device) != back:
                 continue
@@ -564,11 +487,11 @@ class EMA:
             try:
                 Pairs(averages, values).swap(self._threads)
             except (TypeError, ValueError) as error:
-                raise self._named(error, together) from None
+                raise self._values.named(error, together) from None
             if device is not None:
                 self._exchanged ^= {device}
         for i in leaves:
-            self._leaves[i].written()
+            self._values.leaves[i].written()
 
     @contextmanager
     def swapped(self, k: int = 0) -> Iterator[None]:
@@ -624,28 +547,20 @@ class EMA:
         """
         self.wait()
         k = self._checked_index(k)
-        averages = [self._average_of(k, i) for i in range(len(self._leaves))]
+        averages = [self._average_of(k, i) for i in range(len(self._values.leaves))]
         if values is None:
             if self._swapped is not None:
                 raise RuntimeError(f"copy_to() {_AWAY}")
-            self._check_module()
-            targets = [self._leaves[place] for place in self._places]
+            self._values.check_module()
+            targets = self._values.targets()
         else:
-            targets = []
-            for value, name, place in zip(
-                self._tree.arrays(values), self._tree.names, self._places, strict=True
-            ):
-                target = _leaves.leaf(value, f"values[{name!r}]")
-                if target.shards != self._leaves[place].shards:
-                    raise ValueError(f"values[{name!r}] must be sharded, or whole, as it was at first")
-                _check_fits(name, _views(target.parts(value), name), averages[place])
-                targets.append(target)
-        for target, name in zip(targets, self._tree.names, strict=True):
-            if not target.immutable:
-                _check_writable(target, name, "copy_to()")
-        return self._tree.build(
-            target.assign(averages[place]) for target, place in zip(targets, self._places, strict=True)
-        )
+            targets = self._values.targets(self._values.matched(values))
+            for target in targets:
+                _check_fits(target.name, target.views, averages[target.place])
+        for target in targets:
+            if not target.leaf.immutable:
+                check_writable(target.leaf, target.name, "copy_to()")
+        return self._values.build_given(target.leaf.assign(averages[target.place]) for target in targets)
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -674,14 +589,16 @@ class EMA:
     def _state(self, taken: Callable[[Any], np.ndarray]) -> dict[str, Any]:
         """Return the state with what `taken` makes of each array; the arrays themselves are live."""
         self.wait()
-        self._check_module()
+        self._values.check_module()
         raw: dict[int, _Arrays] = {}
         if self._swapped is not None:
             raw = {i: self._aside.get(i, parts) for i, parts in self._stores[self._swapped].items()}
 
         def named(leaves: Iterable[int], of: Callable[[int], _Arrays]) -> dict[str, np.ndarray]:
             return {
-                name: taken(x) for i in leaves for name, x in zip(self._part_names(i), of(i), strict=True)
+                name: taken(x)
+                for i in leaves
+                for name, x in zip(self._values.local_names[i], of(i), strict=True)
             }
 
         return {
@@ -703,10 +620,6 @@ class EMA:
             },
         }
 
-    def _part_names(self, i: int) -> list[str]:
-        parts, name = self._stores[0][i], self._names[i]
-        return [name] if len(parts) == 1 else [f"{name}/{j}" for j in range(len(parts))]
-
     def _all_parts(self) -> list[tuple[str, dict[str, tuple[int, ...]], _shards.Shards | None]]:
         """Return of each leaf its name, the names and shapes of its parts and how it is spread."""
         return [
@@ -714,11 +627,11 @@ class EMA:
                 name,
                 {
                     part: _memory.face(x).shape
-                    for part, x in zip(self._part_names(i), self._stores[0][i], strict=True)
+                    for part, x in zip(self._values.local_names[i], self._stores[0][i], strict=True)
                 },
                 leaf.shards,
             )
-            for i, (name, leaf) in enumerate(zip(self._names, self._leaves, strict=True))
+            for i, (name, leaf) in enumerate(zip(self._values.names, self._values.leaves, strict=True))
         ]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -762,16 +675,16 @@ class EMA:
         raw: list[tuple[Any, Any]] = []
         if swapped is not None:
             swapped = self._checked_index(swapped)
-            for leaf, name in zip(self._leaves, self._names, strict=True):
-                _check_writable(leaf, name, "load_state_dict() of a state saved while swapped")
-            own = {i: [_memory.empty_like(x) for x in self._read(i)] for i in range(len(self._leaves))}
+            self._values.check_writable("load_state_dict() of a state saved while swapped")
+            count = len(self._values.leaves)
+            own = {i: [_memory.empty_like(x) for x in self._values.views(i)] for i in range(count)}
             raw = self._fitting("state['values']", own, state["values"])
         for target, source in (*found, *raw):
             _memory.write(np.asarray(source), target)
         self._count = Count(step, tuple(used or ()), tuple(products))
         if swapped is not None:
             self._swapped, self._aside = swapped, own
-            for i, leaf in enumerate(self._leaves):
+            for i, leaf in enumerate(self._values.leaves):
                 leaf.assign(self._average_of(swapped, i))
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -809,7 +722,7 @@ class EMA:
             {
                 name: _memory.host(x)
                 for i in (self._averaged if self._count.divisor(k) != 1.0 else ())
-                for name, x in zip(self._part_names(i), self._average_of(k, i), strict=True)
+                for name, x in zip(self._values.local_names[i], self._average_of(k, i), strict=True)
             }
             for k in range(len(self._pace.decays))
         ]
@@ -873,7 +786,9 @@ class EMA:
     ) -> list[tuple[Any, Any]]:
         """Return our arrays with those of a state, where these fit."""
         ours = {
-            name: x for i, parts in own.items() for name, x in zip(self._part_names(i), parts, strict=True)
+            name: x
+            for i, parts in own.items()
+            for name, x in zip(self._values.local_names[i], parts, strict=True)
         }
         if ours.keys() != other.keys():
             missing, unknown = sorted(ours.keys() - other.keys()), sorted(other.keys() - ours.keys())
@@ -973,27 +888,9 @@ def _offloads() -> Any:
     return Offload.several
 
 
-def _views(parts: Sequence[Any], name: str) -> _Arrays:
-    return [x if isinstance(x, np.ndarray) else _memory.view(x, f"values[{name!r}]") for x in parts]
-
-
 def _wide(dtype: Any) -> Any:
     """Return the type of averages of values of a type."""
     return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
-
-
-def _memory_of(array: Any) -> Any:
-    """Return what tells an array's memory from others'; nothing for arrays without elements."""
-    face = _memory.face(_memory.view(array, "values"))
-    return (face.ctypes.data, face.shape, face.strides, face.dtype) if face.size else None
-
-
-def _check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
-    obstacle = leaf.obstacle()
-    if leaf.immutable:
-        raise TypeError(f"{call} must change values[{name!r}], which {obstacle}: use `averages` or copy_to()")
-    if obstacle is not None:
-        raise ValueError(f"{call} must change values[{name!r}], which {obstacle}")
 
 
 def _check_alike(name: str, values: _Arrays, copies: _Arrays) -> None:

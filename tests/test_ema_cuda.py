@@ -398,7 +398,9 @@ def test_nothing_moves_where_one_device_refuses():
     second.data = fake_cuda.tensor(torch.ones(5), 1)
     with pytest.raises(ValueError, match=r"values\['1'\] must have one size"):
         ema.update()
-    assert all((np.asarray(average) == 1).all() for average in (ema._stores[0][i][0] for i in (2, 0)))
+    assert all(
+        (np.asarray(average) == 1).all() for average in (ema._averages.by_decay[0][i][0] for i in (2, 0))
+    )
 
 
 # --- averages in host memory --------------------------------------------------------------------------
@@ -449,9 +451,9 @@ def test_an_update_returns_before_averages_in_host_memory_have_moved(fake):
     ema.update()
     with fake.held():
         ema.update(fence=False)
-        assert (ema._stores[0][0][0] == 0.5).all()
+        assert (ema._averages.by_decay[0][0][0] == 0.5).all()
     ema.wait()
-    assert (ema._stores[0][0][0] == 0.75).all()
+    assert (ema._averages.by_decay[0][0][0] == 0.75).all()
 
 
 @pytest.mark.parametrize("call", ["update", "wait", "swap", "state_dict", "fence"])

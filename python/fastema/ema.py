@@ -1,17 +1,16 @@
 """Averages of a model's weights for training loops of one's own: two lines in any framework."""
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from . import _memory, _shards, checkpoint
 from ._arrays import is_movable
+from ._ema.averages import Averages, Form, checked_float_type
 from ._ema.background import Background
 from ._ema.count import Count, Pace, checked_count, checked_share
 from ._ema.tree import Buffers
@@ -20,7 +19,6 @@ from .functional import Pairs
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py
 _AWAY = "needs the weights, and averages are in their place: call swap() first"
-_FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 
 
 class EMA:
@@ -117,11 +115,11 @@ class EMA:
         self._seed, self._threads = checked_count("seed", seed, 0), checked_count("threads", threads, 0)
         self._rounding = rounding
         self._buffers: Buffers = buffers
-        self._dtype = None if dtype is None else _float_type(dtype)
-        self._offloading = device == "cpu"
+        self._dtype = None if dtype is None else checked_float_type(dtype)
 
         self._values, parts = Values.of(values, buffers, unchanging=background)
-        self._allocate(parts, memory)
+        form = Form(len(self._pace.decays), self._dtype, rounding, device == "cpu", memory)
+        self._averages = Averages(self._values, parts, form)
         products = (1.0 if initial == "zeros" else 0.0,) * len(self._pace.decays)
         self._count = Count(0, (), products)
         self._swapped: int | None = None  # which averages are in the values
@@ -138,60 +136,6 @@ class EMA:
         raise TypeError(
             "an EMA cannot be copied or pickled: a copy would not know its values; use state_dict()"
         )
-
-    def _allocate(self, all_parts: list[list[Any]], file: Any) -> None:
-        """Make averages that start at the values, and carries."""
-        views = [self._values.views(i, parts) for i, parts in enumerate(all_parts)]
-        self._averaged: list[int] = []
-        self._copied: dict[int, None] = {}  # in order, as a list, and found as fast as in a set
-        for i, (parts, name) in enumerate(zip(views, self._values.names, strict=True)):
-            kind = _memory.face(parts[0]).dtype
-            if kind not in _FLOATS and kind.kind not in "iub":
-                raise TypeError(
-                    f"values[{name!r}] must be of float16, bfloat16, float32, float64, integers or booleans, "
-                    f"got {kind}"
-                )
-            averaged = kind in _FLOATS and name not in self._values.copied
-            if averaged:
-                self._averaged.append(i)
-            else:
-                self._copied[i] = None
-        self._check_places([x for parts in views for x in parts], file)
-        copied = [view for i in self._copied for view in views[i]]
-        moving = [view for i in self._averaged for view in views[i]]
-        same = [_memory.face(view).dtype for view in copied]
-        wide = [self._dtype or _wide(_memory.face(view).dtype) for view in moving]
-        carried = [np.dtype(np.int16) if kind == ml_dtypes.bfloat16 else kind for kind in wide]
-        lists = len(self._pace.decays)
-        carries = lists if self._rounding == "compensated" else 0
-        arrays = [*copied, *moving * (lists + carries)]
-        dtypes = [*same, *wide * lists, *carried * carries]
-        on_host = [False] * len(copied) + [self._offloading] * (len(arrays) - len(copied))
-        made = iter(_memory.beside(arrays, dtypes, on_host, file))
-
-        def taken(leaves: Iterable[int]) -> dict[int, _Arrays]:
-            return {i: [next(made) for _ in views[i]] for i in leaves}
-
-        shared = taken(self._copied)  # by all decays
-        self._stores = [{**shared, **taken(self._averaged)} for _ in range(lists)]
-        self._carries = [taken(self._averaged) for _ in range(carries)]
-        for store in self._stores:
-            for i, averages in store.items():
-                for view, average in zip(views[i], averages, strict=True):
-                    _memory.write(view, average)
-        for carry in [x for carries in self._carries for parts in carries.values() for x in parts]:
-            _memory.clear(carry)
-
-    def _check_places(self, views: _Arrays, file: Any) -> None:
-        if all(_memory.device(view) is None for view in views):
-            return
-        if file is not None and not self._offloading:
-            raise ValueError("memory must be None where values lie on a CUDA device, unless device is 'cpu'")
-        if self._offloading and self._rounding == "stochastic":
-            raise ValueError(
-                "rounding must be 'nearest' or 'compensated' where device is 'cpu' and values lie on a CUDA "
-                "device, got 'stochastic'"
-            )
 
     # --- updates ----------------------------------------------------------------------------------
 
@@ -238,7 +182,7 @@ class EMA:
         except Exception:  # no interrupt: that comes up when native code has moved them
             self._count = before
             raise
-        if fence and self._offloading:
+        if fence and self._averages.on_host:
             self.fence()
 
     def fence(self) -> None:
@@ -285,9 +229,7 @@ class EMA:
         if before.has_blank:  # until now they were the first values
             over.wait()
             for k in count.started_since(before):
-                for i in self._averaged:
-                    for average in self._stores[k][i]:
-                        _memory.clear(average)
+                self._averages.clear(k)
         options: dict[str, Any] = {}
         if self._rounding == "stochastic":
             options = {"rounding": "stochastic", "seed": self._seed, "step": count.step}
@@ -299,33 +241,35 @@ class EMA:
         """Pair the averages with local arrays of each leaf; those of each device apart."""
         over = _Pass(self._values.named)
         views = {i: self._values.views(i, x) for i, x in enumerate(parts)}
-        for leaves in by_device(self._averaged, views):
-            averages = [[x for i in leaves for x in store[i]] for store in self._stores]
-            carries = [[x for i in leaves for x in carry[i]] for carry in self._carries]
+        for leaves in by_device(self._averages.averaged, views):
+            averages = [[x for i in leaves for x in store[i]] for store in self._averages.by_decay]
+            carries = [[x for i in leaves for x in carry[i]] for carry in self._averages.carries]
             values = [x for i in leaves for x in parts[i]]
-            away = self._offloading and _memory.device(views[leaves[0]][0]) is not None
+            away = self._averages.on_host and _memory.device(views[leaves[0]][0]) is not None
             several = _offloads() if away else Pairs.several
             try:
                 over.add(several(averages, values, carries=carries or None), leaves)
             except (TypeError, ValueError) as error:
                 raise self._values.named(error, leaves) from None
-        for i in self._copied:
-            _check_alike(self._values.names[i], views[i], self._stores[0][i])
-        wide = [i for i in self._copied if _memory.face(self._stores[0][i][0]).itemsize > 1]
+        for i in self._averages.copied:
+            _check_alike(self._values.names[i], views[i], self._averages.by_decay[0][i])
+        wide = [
+            i for i in self._averages.copied if _memory.face(self._averages.by_decay[0][i][0]).itemsize > 1
+        ]
         for leaves in by_device(wide, views):
             try:
                 over.copy(
                     Pairs(
-                        [_memory.bits(x) for i in leaves for x in self._stores[0][i]],
+                        [_memory.bits(x) for i in leaves for x in self._averages.by_decay[0][i]],
                         [_memory.bits(x) for i in leaves for x in views[i]],
                     )
                 )
             except (TypeError, ValueError) as error:
                 raise self._values.named(error, leaves) from None
-        for i in self._copied:
+        for i in self._averages.copied:
             over.watch(parts[i])
-            if _memory.face(self._stores[0][i][0]).itemsize == 1:
-                over.copy_bytewise(zip(self._stores[0][i], views[i], strict=True))
+            if _memory.face(self._averages.by_decay[0][i][0]).itemsize == 1:
+                over.copy_bytewise(zip(self._averages.by_decay[0][i], views[i], strict=True))
         return over
 
     def wait(self) -> None:
@@ -369,34 +313,26 @@ class EMA:
 
     def averages_of(self, k: int) -> Any:
         """Return the averages of the k-th decay, as `averages`."""
-        k = self._checked_index(k)
+        k = self._averages.checked_index(k)
         self.wait()
         leaves = self._values.leaves
         averages = [self._average_of(k, i) for i in range(len(leaves))]
-        if self._offloading:
+        if self._averages.on_host:
             averages = [[_memory.host(x) for x in parts] for parts in averages]
         return self._values.build([leaf.shown(x) for leaf, x in zip(leaves, averages, strict=True)])
 
-    def _checked_index(self, k: int) -> int:
-        if not 0 <= (index := operator.index(k)) < len(self._pace.decays):
-            raise IndexError(f"k must be from 0 to {len(self._pace.decays) - 1}, got {k}")
-        return index
-
     def _average_of(self, k: int, i: int) -> _Arrays:
         """Return a leaf's average as the user sees it."""
-        kept, divisor = self._kept(k, i), self._count.divisor(k)
-        if i in self._copied or divisor == 1.0:
-            return kept
-        return [_memory.of(average).quotient(average, divisor) for average in kept]
+        return self._averages.shown(self._kept(k, i), self._averages.divisor(k, i, self._count))
 
     def _kept(self, k: int, i: int) -> _Arrays:
         """Return a leaf's average as it is kept, wherever that is."""
         away = (
             i not in self._aside
-            and (k == self._swapped or (i in self._copied and self._swapped is not None))
-            and self._is_exchanged(_memory.device(self._stores[k][i][0]))
+            and (k == self._swapped or (i in self._averages.copied and self._swapped is not None))
+            and self._is_exchanged(_memory.device(self._averages.by_decay[k][i][0]))
         )
-        return self._values.views(i) if away else self._stores[k][i]
+        return self._values.views(i) if away else self._averages.by_decay[k][i]
 
     # --- swapping ---------------------------------------------------------------------------------
 
@@ -434,9 +370,9 @@ class EMA:
         leaves = self._values.leaves
         self._values.check_writable("swap()")
         self._values.check_module()
-        k = self._checked_index(k)
+        k = self._averages.checked_index(k)
         apart = [i for i in range(len(leaves)) if not self._exchangeable(k, i)]
-        copy = _memory.host_copy if self._offloading else _memory.copy
+        copy = _memory.host_copy if self._averages.on_host else _memory.copy
         aside = {i: [copy(x) for x in self._values.views(i)] for i in apart}
         averages = {i: self._average_of(k, i) for i in apart}
         self._swapped, self._aside = k, aside  # first, so that whatever happens can be undone
@@ -461,10 +397,10 @@ class EMA:
 
     def _exchangeable(self, k: int, i: int) -> bool:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
-        shown_as_kept = i in self._copied or self._count.divisor(k) == 1.0
+        shown_as_kept = self._averages.divisor(k, i, self._count) == 1.0
         if not (self._values.leaves[i].in_place() and shown_as_kept):
             return False
-        for value, average in zip(self._values.views(i), self._stores[k][i], strict=True):
+        for value, average in zip(self._values.views(i), self._averages.by_decay[k][i], strict=True):
             face = _memory.face(value)
             same = face.dtype == _memory.face(average).dtype and face.itemsize > 1
             if not same or _memory.device(value) != _memory.device(average):
@@ -479,7 +415,7 @@ class EMA:
             device = _memory.device(views[together[0]][0])
             if self._is_exchanged(device) != back:
                 continue
-            averages = [_memory.bits(x) for i in together for x in self._stores[k][i]]
+            averages = [_memory.bits(x) for i in together for x in self._averages.by_decay[k][i]]
             values = [_memory.bits(x) for i in together for x in views[i]]
             if device is None:
                 averages.append(self._mark[0])
@@ -546,7 +482,7 @@ class EMA:
             {'w': array([1., 1.])}
         """
         self.wait()
-        k = self._checked_index(k)
+        k = self._averages.checked_index(k)
         averages = [self._average_of(k, i) for i in range(len(self._values.leaves))]
         if values is None:
             if self._swapped is not None:
@@ -592,7 +528,9 @@ class EMA:
         self._values.check_module()
         raw: dict[int, _Arrays] = {}
         if self._swapped is not None:
-            raw = {i: self._aside.get(i, parts) for i, parts in self._stores[self._swapped].items()}
+            raw = {
+                i: self._aside.get(i, parts) for i, parts in self._averages.by_decay[self._swapped].items()
+            }
 
         def named(leaves: Iterable[int], of: Callable[[int], _Arrays]) -> dict[str, np.ndarray]:
             return {
@@ -603,10 +541,12 @@ class EMA:
 
         return {
             "averages": [
-                named(self._averaged, partial(self._kept, k)) for k in range(len(self._pace.decays))
+                named(self._averages.averaged, partial(self._kept, k)) for k in range(len(self._pace.decays))
             ],
-            "carries": [named(self._averaged, carries.__getitem__) for carries in self._carries],
-            "copied": named(self._copied, partial(self._kept, 0)),
+            "carries": [
+                named(self._averages.averaged, carries.__getitem__) for carries in self._averages.carries
+            ],
+            "copied": named(self._averages.copied, partial(self._kept, 0)),
             "values": named(sorted(raw), raw.__getitem__),
             "step": self._count.step,
             "decay": list(self._count.decays) or None,
@@ -627,7 +567,9 @@ class EMA:
                 name,
                 {
                     part: _memory.face(x).shape
-                    for part, x in zip(self._values.local_names[i], self._stores[0][i], strict=True)
+                    for part, x in zip(
+                        self._values.local_names[i], self._averages.by_decay[0][i], strict=True
+                    )
                 },
                 leaf.shards,
             )
@@ -662,9 +604,9 @@ class EMA:
             raise ValueError(f"state must be of {lists} decays, got {len(products)}")
         found = []
         for key, ours, all_leaves in (
-            ("averages", self._stores, self._averaged),
-            ("carries", self._carries, self._averaged),
-            ("copied", self._stores[:1], self._copied),
+            ("averages", self._averages.by_decay, self._averages.averaged),
+            ("carries", self._averages.carries, self._averages.averaged),
+            ("copied", self._averages.by_decay[:1], self._averages.copied),
         ):
             theirs = [state[key]] if key == "copied" else state[key]
             if len(theirs) != len(ours):
@@ -674,7 +616,7 @@ class EMA:
                 found += self._fitting(place, {i: own[i] for i in all_leaves}, other)
         raw: list[tuple[Any, Any]] = []
         if swapped is not None:
-            swapped = self._checked_index(swapped)
+            swapped = self._averages.checked_index(swapped)
             self._values.check_writable("load_state_dict() of a state saved while swapped")
             count = len(self._values.leaves)
             own = {i: [_memory.empty_like(x) for x in self._values.views(i)] for i in range(count)}
@@ -721,7 +663,7 @@ class EMA:
         shown = [
             {
                 name: _memory.host(x)
-                for i in (self._averaged if self._count.divisor(k) != 1.0 else ())
+                for i in (self._averages.averaged if self._count.divisor(k) != 1.0 else ())
                 for name, x in zip(self._values.local_names[i], self._average_of(k, i), strict=True)
             }
             for k in range(len(self._pace.decays))
@@ -888,11 +830,6 @@ def _offloads() -> Any:
     return Offload.several
 
 
-def _wide(dtype: Any) -> Any:
-    """Return the type of averages of values of a type."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
-
-
 def _check_alike(name: str, values: _Arrays, copies: _Arrays) -> None:
     for value, copy in zip(map(_memory.face, values), map(_memory.face, copies), strict=True):
         if value.dtype != copy.dtype:
@@ -912,12 +849,3 @@ def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
 def _check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:
     if choice not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {choice!r}")
-
-
-def _float_type(dtype: Any) -> Any:
-    """Return NumPy's type for the averages, of its own or of torch's name."""
-    name = str(dtype)
-    chosen = np.dtype(name.removeprefix("torch.") if name.startswith("torch.") else dtype)
-    if chosen not in _FLOATS:
-        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {chosen}")
-    return chosen

@@ -13,12 +13,12 @@ from ._arrays import is_movable
 from ._ema.averages import Averages, Form, checked_float_type
 from ._ema.background import Background
 from ._ema.count import Count, Pace, checked_count, checked_share
+from ._ema.exchange import Exchange
 from ._ema.tree import Buffers
-from ._ema.values import Values, by_device, check_writable
+from ._ema.values import Values, by_device
 from .functional import Pairs
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py
-_AWAY = "needs the weights, and averages are in their place: call swap() first"
 
 
 class EMA:
@@ -122,11 +122,7 @@ class EMA:
         self._averages = Averages(self._values, parts, form)
         products = (1.0 if initial == "zeros" else 0.0,) * len(self._pace.decays)
         self._count = Count(0, (), products)
-        self._swapped: int | None = None  # which averages are in the values
-        self._aside: dict[int, _Arrays] = {}  # of each leaf that is not exchanged, the raw weights
-        self._exchanged: set[int] = set()  # the devices where contents are exchanged
-        # exchanged with those in host memory: tells it where an interrupt comes up as native code returns
-        self._mark = np.zeros(1), np.ones(1)
+        self._exchange = Exchange(self._values, self._averages, self._threads)
         self._background = Background() if background else None
         checked = self._pass_over(parts)
         self._pass = checked if self._values.are_stable else None
@@ -156,8 +152,7 @@ class EMA:
             ValueError: The values do not fit those given at first, or an array was given other memory since.
                 Nothing has changed then.
         """
-        if self._swapped is not None:
-            raise RuntimeError(f"update() {_AWAY}")
+        self._exchange.check_not_swapped("update()")
         if self._background is not None:
             self.wait()
         before = self._count
@@ -315,31 +310,14 @@ class EMA:
         """Return the averages of the k-th decay, as `averages`."""
         k = self._averages.checked_index(k)
         self.wait()
-        leaves = self._values.leaves
-        averages = [self._average_of(k, i) for i in range(len(leaves))]
-        if self._averages.on_host:
-            averages = [[_memory.host(x) for x in parts] for parts in averages]
-        return self._values.build([leaf.shown(x) for leaf, x in zip(leaves, averages, strict=True)])
-
-    def _average_of(self, k: int, i: int) -> _Arrays:
-        """Return a leaf's average as the user sees it."""
-        return self._averages.shown(self._kept(k, i), self._averages.divisor(k, i, self._count))
-
-    def _kept(self, k: int, i: int) -> _Arrays:
-        """Return a leaf's average as it is kept, wherever that is."""
-        away = (
-            i not in self._aside
-            and (k == self._swapped or (i in self._averages.copied and self._swapped is not None))
-            and self._is_exchanged(_memory.device(self._averages.by_decay[k][i][0]))
-        )
-        return self._values.views(i) if away else self._averages.by_decay[k][i]
+        return self._exchange.nested(k, self._count)
 
     # --- swapping ---------------------------------------------------------------------------------
 
     @property
     def is_swapped(self) -> bool:
         """Whether the averages are in the place of the weights."""
-        return self._swapped is not None
+        return self._exchange.swapped is not None
 
     def swap(self, k: int = 0) -> None:
         """Put averages in the place of the weights; called again, put the weights back, bit for bit.
@@ -357,77 +335,7 @@ class EMA:
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()
-        if self._swapped is None:
-            self._put_averages(k)
-            return
-        try:
-            self._put_weights_back()
-        except KeyboardInterrupt:
-            self._put_weights_back()
-            raise
-
-    def _put_averages(self, k: int) -> None:
-        leaves = self._values.leaves
-        self._values.check_writable("swap()")
-        self._values.check_module()
-        k = self._averages.checked_index(k)
-        apart = [i for i in range(len(leaves)) if not self._exchangeable(k, i)]
-        copy = _memory.host_copy if self._averages.on_host else _memory.copy
-        aside = {i: [copy(x) for x in self._values.views(i)] for i in apart}
-        averages = {i: self._average_of(k, i) for i in apart}
-        self._swapped, self._aside = k, aside  # first, so that whatever happens can be undone
-        try:
-            for i in apart:
-                leaves[i].assign(averages[i])
-            self._exchange(k)
-        except BaseException:
-            self._put_weights_back()
-            raise
-
-    def _put_weights_back(self) -> None:
-        """Undo `_put_averages`, from wherever it or this was interrupted."""
-        if self._swapped is not None:
-            self._exchange(self._swapped, back=True)
-        for i, raw in self._aside.items():
-            self._values.leaves[i].assign(raw)
-        self._swapped, self._aside = None, {}
-
-    def _is_exchanged(self, device: int | None) -> bool:
-        return device in self._exchanged if device is not None else bool(self._mark[0][0])
-
-    def _exchangeable(self, k: int, i: int) -> bool:
-        """Tell whether a value and its average can exchange contents, and both stay what they are."""
-        shown_as_kept = self._averages.divisor(k, i, self._count) == 1.0
-        if not (self._values.leaves[i].in_place() and shown_as_kept):
-            return False
-        for value, average in zip(self._values.views(i), self._averages.by_decay[k][i], strict=True):
-            face = _memory.face(value)
-            same = face.dtype == _memory.face(average).dtype and face.itemsize > 1
-            if not same or _memory.device(value) != _memory.device(average):
-                return False
-        return True
-
-    def _exchange(self, k: int, *, back: bool = False) -> None:
-        """Exchange contents with all leaves that are not kept aside, but where that is done already."""
-        leaves = [i for i in range(len(self._values.leaves)) if i not in self._aside]
-        views = {i: self._values.views(i) for i in leaves}
-        for together in by_device(leaves, views):
-            device = _memory.device(views[together[0]][0])
-            if self._is_exchanged(device) != back:
-                continue
-            averages = [_memory.bits(x) for i in together for x in self._averages.by_decay[k][i]]
-            values = [_memory.bits(x) for i in together for x in views[i]]
-            if device is None:
-                averages.append(self._mark[0])
-                values.append(self._mark[1])
-            try:
-                Pairs(averages, values).swap(self._threads)
-            except (TypeError, ValueError) as error:
-                raise self._values.named(error, together) from None
-            if device is not None:
-                self._exchanged ^= {device}
-        for i in leaves:
-            self._values.leaves[i].written()
+        self._exchange.swap(k, self._count)
 
     @contextmanager
     def swapped(self, k: int = 0) -> Iterator[None]:
@@ -451,13 +359,13 @@ class EMA:
             ...     print(weight)
             [0.5 0.5]
         """
-        if self._swapped is not None:
+        if self.is_swapped:
             raise RuntimeError("swapped() cannot be entered while averages are in the place of the weights")
         try:
             self.swap(k)
             yield
         finally:
-            if self._swapped is not None:
+            if self.is_swapped:
                 self.swap()
 
     def copy_to(self, values: Any = None, k: int = 0) -> Any:
@@ -483,20 +391,7 @@ class EMA:
         """
         self.wait()
         k = self._averages.checked_index(k)
-        averages = [self._average_of(k, i) for i in range(len(self._values.leaves))]
-        if values is None:
-            if self._swapped is not None:
-                raise RuntimeError(f"copy_to() {_AWAY}")
-            self._values.check_module()
-            targets = self._values.targets()
-        else:
-            targets = self._values.targets(self._values.matched(values))
-            for target in targets:
-                _check_fits(target.name, target.views, averages[target.place])
-        for target in targets:
-            if not target.leaf.immutable:
-                check_writable(target.leaf, target.name, "copy_to()")
-        return self._values.build_given(target.leaf.assign(averages[target.place]) for target in targets)
+        return self._exchange.copy_to(values, k, self._count)
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -526,11 +421,7 @@ class EMA:
         """Return the state with what `taken` makes of each array; the arrays themselves are live."""
         self.wait()
         self._values.check_module()
-        raw: dict[int, _Arrays] = {}
-        if self._swapped is not None:
-            raw = {
-                i: self._aside.get(i, parts) for i, parts in self._averages.by_decay[self._swapped].items()
-            }
+        raw = self._exchange.weights()
 
         def named(leaves: Iterable[int], of: Callable[[int], _Arrays]) -> dict[str, np.ndarray]:
             return {
@@ -541,17 +432,18 @@ class EMA:
 
         return {
             "averages": [
-                named(self._averages.averaged, partial(self._kept, k)) for k in range(len(self._pace.decays))
+                named(self._averages.averaged, partial(self._exchange.kept, k))
+                for k in range(len(self._pace.decays))
             ],
             "carries": [
                 named(self._averages.averaged, carries.__getitem__) for carries in self._averages.carries
             ],
-            "copied": named(self._averages.copied, partial(self._kept, 0)),
-            "values": named(sorted(raw), raw.__getitem__),
+            "copied": named(self._averages.copied, partial(self._exchange.kept, 0)),
+            "values": named(raw, raw.__getitem__),
             "step": self._count.step,
             "decay": list(self._count.decays) or None,
             "products": list(self._count.products),
-            "swapped": self._swapped,
+            "swapped": self._exchange.swapped and self._exchange.swapped.k,
             "config": {
                 "every": self._pace.every,
                 "start_step": self._pace.start_step,
@@ -594,8 +486,7 @@ class EMA:
             ValueError: The state does not fit. Whatever is raised, nothing has changed.
         """
         self.wait()
-        if self._swapped is not None:
-            raise RuntimeError(f"load_state_dict() {_AWAY}")
+        self._exchange.check_not_swapped("load_state_dict()")
         step, swapped = checked_count("state['step']", state["step"], 0), state["swapped"]
         products = [checked_share(product, "state['products']") for product in state["products"]]
         used = state["decay"] and [checked_share(x, "state['decay']") for x in state["decay"]]
@@ -625,9 +516,7 @@ class EMA:
             _memory.write(np.asarray(source), target)
         self._count = Count(step, tuple(used or ()), tuple(products))
         if swapped is not None:
-            self._swapped, self._aside = swapped, own
-            for i, leaf in enumerate(self._values.leaves):
-                leaf.assign(self._average_of(swapped, i))
+            self._exchange.resume(swapped, own, self._count)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.
@@ -664,7 +553,9 @@ class EMA:
             {
                 name: _memory.host(x)
                 for i in (self._averages.averaged if self._count.divisor(k) != 1.0 else ())
-                for name, x in zip(self._values.local_names[i], self._average_of(k, i), strict=True)
+                for name, x in zip(
+                    self._values.local_names[i], self._exchange.average_of(k, i, self._count), strict=True
+                )
             }
             for k in range(len(self._pace.decays))
         ]
@@ -836,14 +727,6 @@ def _check_alike(name: str, values: _Arrays, copies: _Arrays) -> None:
             raise TypeError(f"values[{name!r}] must be of {copy.dtype}, got {value.dtype}")
         if value.shape != copy.shape:
             raise ValueError(f"values[{name!r}] must have shape {copy.shape}, got {value.shape}")
-
-
-def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
-    for target, average in zip(map(_memory.face, targets), map(_memory.face, averages), strict=True):
-        if target.shape != average.shape:
-            raise ValueError(f"values[{name!r}] must have shape {average.shape}, got {target.shape}")
-        if not np.can_cast(average.dtype, target.dtype, "same_kind"):
-            raise TypeError(f"values[{name!r}] must be able to hold {average.dtype}, got {target.dtype}")
 
 
 def _check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:

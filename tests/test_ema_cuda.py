@@ -462,7 +462,7 @@ def test_what_goes_wrong_beside_the_device_comes_up_at_the_next_call(fake, call)
     with fake.held():
         ema.update(fence=False)
         fake.broken = "read"
-    while not ema._pass._offloads[0]._job.done():
+    while not ema._passes._stable.offloads[0]._job.done():
         pass
     fake.broken = None
     with pytest.raises(RuntimeError, match="averages in host memory failed: the device is on fire"):

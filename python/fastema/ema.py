@@ -4,19 +4,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from . import _memory, _shards, checkpoint
-from ._arrays import is_movable
 from ._ema.averages import Averages, Form, checked_float_type
 from ._ema.background import Background
 from ._ema.count import Count, Pace, checked_count, checked_share
 from ._ema.exchange import Exchange
+from ._ema.passes import Passes
 from ._ema.tree import Buffers
-from ._ema.values import Values, by_device
-from .functional import Pairs
+from ._ema.values import Values
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py
 
@@ -109,7 +108,6 @@ class EMA:
         _check_choice("rounding", rounding, ("nearest", "stochastic", "compensated"))
         _check_choice("buffers", buffers, ("copy", "average", "ignore"))
         _check_choice("device", device, (None, "cpu"))
-        self._pass: _Pass | None = None
         self._pace = Pace.of(decay, every, start_step)
         self._several = isinstance(decay, Sequence)
         self._seed, self._threads = checked_count("seed", seed, 0), checked_count("threads", threads, 0)
@@ -117,16 +115,16 @@ class EMA:
         self._buffers: Buffers = buffers
         self._dtype = None if dtype is None else checked_float_type(dtype)
 
-        self._values, parts = Values.of(values, buffers, unchanging=background)
+        self._values, local = Values.of(values, buffers, unchanging=background)
         form = Form(len(self._pace.decays), self._dtype, rounding, device == "cpu", memory)
-        self._averages = Averages(self._values, parts, form)
+        self._averages = Averages(self._values, local, form)
         products = (1.0 if initial == "zeros" else 0.0,) * len(self._pace.decays)
         self._count = Count(0, (), products)
         self._exchange = Exchange(self._values, self._averages, self._threads)
         self._background = Background() if background else None
-        checked = self._pass_over(parts)
-        self._pass = checked if self._values.are_stable else None
-        self._paired_places = self._values.addresses()
+        self._passes = Passes(
+            self._values, self._averages, local, rounding=rounding, seed=self._seed, threads=self._threads
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -163,17 +161,14 @@ class EMA:
         count = before.next(self._pace)
         if self._background is not None:
             self._background.start(
-                partial(self._average, self._values.sources(arrays), before, count), before
+                partial(self._passes.average, self._values.sources(arrays), before, count), before
             )
             self._count = count
             return
-        known = arrays is None or self._values.are_given(arrays)
-        over = self._pass_where_it_lies() if known and not before.has_blank else None
-        if over is None:  # also before averages start at nothing: what moved is noticed first
-            over = self._pass_over_sources(self._values.sources(arrays))
+        over = self._passes.over(arrays, before)
         self._count = count
         try:
-            self._move(over, before, count)
+            self._passes.move(over, before, count)
         except Exception:  # no interrupt: that comes up when native code has moved them
             self._count = before
             raise
@@ -200,72 +195,7 @@ class EMA:
                     optimizer.step()
                     ema.update(fence=False)
         """
-        if self._pass is not None:
-            self._pass.fence()
-
-    def _average(self, sources: list[Any], before: Count, count: Count) -> None:
-        self._move(self._pass_over_sources(sources), before, count)
-
-    def _pass_where_it_lies(self) -> "_Pass | None":
-        """Return the pass over the values that was checked once, made anew where shards have moved."""
-        places = self._values.addresses()
-        if self._pass is not None and places != self._paired_places:
-            self._pass.wait()
-            self._pass = self._pass_over(self._values.local_arrays())
-            self._paired_places = places
-        return self._pass
-
-    def _pass_over_sources(self, sources: list[Any]) -> "_Pass":
-        if self._pass is not None:
-            self._pass.wait()
-        return self._pass_over(self._values.local_arrays(sources))
-
-    def _move(self, over: "_Pass", before: Count, count: Count) -> None:
-        if before.has_blank:  # until now they were the first values
-            over.wait()
-            for k in count.started_since(before):
-                self._averages.clear(k)
-        options: dict[str, Any] = {}
-        if self._rounding == "stochastic":
-            options = {"rounding": "stochastic", "seed": self._seed, "step": count.step}
-        over.update(count.decays, self._threads, **options)
-        if over is not self._pass:
-            over.wait()
-
-    def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
-        """Pair the averages with local arrays of each leaf; those of each device apart."""
-        over = _Pass(self._values.named)
-        views = {i: self._values.views(i, x) for i, x in enumerate(parts)}
-        for leaves in by_device(self._averages.averaged, views):
-            averages = [[x for i in leaves for x in store[i]] for store in self._averages.by_decay]
-            carries = [[x for i in leaves for x in carry[i]] for carry in self._averages.carries]
-            values = [x for i in leaves for x in parts[i]]
-            away = self._averages.on_host and _memory.device(views[leaves[0]][0]) is not None
-            several = _offloads() if away else Pairs.several
-            try:
-                over.add(several(averages, values, carries=carries or None), leaves)
-            except (TypeError, ValueError) as error:
-                raise self._values.named(error, leaves) from None
-        for i in self._averages.copied:
-            _check_alike(self._values.names[i], views[i], self._averages.by_decay[0][i])
-        wide = [
-            i for i in self._averages.copied if _memory.face(self._averages.by_decay[0][i][0]).itemsize > 1
-        ]
-        for leaves in by_device(wide, views):
-            try:
-                over.copy(
-                    Pairs(
-                        [_memory.bits(x) for i in leaves for x in self._averages.by_decay[0][i]],
-                        [_memory.bits(x) for i in leaves for x in views[i]],
-                    )
-                )
-            except (TypeError, ValueError) as error:
-                raise self._values.named(error, leaves) from None
-        for i in self._averages.copied:
-            over.watch(parts[i])
-            if _memory.face(self._averages.by_decay[0][i][0]).itemsize == 1:
-                over.copy_bytewise(zip(self._averages.by_decay[0][i], views[i], strict=True))
-        return over
+        self._passes.fence()
 
     def wait(self) -> None:
         """Return when all that was asked for is done.
@@ -274,8 +204,7 @@ class EMA:
             Exception: What stopped an update in the background; that update was not counted then.
             RuntimeError: An update of averages in host memory failed beside the device; some may have moved.
         """
-        if self._pass is not None:
-            self._pass.wait()
+        self._passes.wait()
         failed = self._background.join() if self._background is not None else None
         if failed is not None:
             error, self._count = failed
@@ -637,96 +566,6 @@ class EMA:
             if face.shape != source.shape:
                 raise ValueError(f"{place}[{name!r}] must have shape {face.shape}, got {source.shape}")
         return pairs
-
-
-class _Group(NamedTuple):
-    """Averages that lie in one memory together."""
-
-    pairs: Pairs
-    leaves: list[int]
-
-
-class _Pass:
-    """One pass over the values, checked once: averages move, and what is not averaged is copied.
-
-    Args:
-        named: What makes an error of the core one that names the values, of a list of leaves.
-    """
-
-    def __init__(self, named: Callable[[Exception, list[int]], Exception]) -> None:
-        self._named = named
-        self._groups: list[_Group] = []
-        self._offloads: list[Any] = []
-        self._copies: list[Pairs] = []
-        self._bytewise: list[tuple[Any, Any]] = []
-        self._movable: list[Any] = []
-        self._addresses: list[int] = []
-
-    def add(self, pairs: Any, leaves: list[int]) -> None:
-        """Have averages move, those of these leaves; pairs in host memory come before others."""
-        if isinstance(pairs, Pairs):
-            self._groups.append(_Group(pairs, leaves))
-        else:
-            self._offloads.append(pairs)
-
-    def copy(self, pairs: Pairs) -> None:
-        """Have values copied."""
-        self._copies.append(pairs)
-
-    def copy_bytewise(self, pairs: Iterable[tuple[Any, Any]]) -> None:
-        """Have values of one byte an element copied to the first of each pair."""
-        self._bytewise += pairs
-
-    def watch(self, arrays: Iterable[Any]) -> None:
-        """Refuse to go on where arrays that are copied were given other memory."""
-        movable = [array for array in arrays if is_movable(array)]
-        self._movable += movable
-        self._addresses += [array.data_ptr() for array in movable]
-
-    def update(self, decays: Sequence[float], threads: int, **options: Any) -> None:
-        """Move the averages; a call that raises has changed nothing."""
-        if self._movable and [x.data_ptr() for x in self._movable] != self._addresses:
-            raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
-        if self._offloads:
-            self.wait()
-        decay = decays if len(decays) > 1 else decays[0]
-        try:
-            for group in self._groups[1:]:  # before the first moves
-                group.pairs._check_unmoved()
-            for group in self._groups:
-                group.pairs.update(decay, threads, **options)
-        except (TypeError, ValueError) as error:
-            raise self._named(error, group.leaves) from None
-        for offload in self._offloads:
-            offload.update(decay, threads)
-        for copies in self._copies:
-            copies.update(0.0, threads)  # which copies bits, whatever they mean
-        for target, source in self._bytewise:
-            _memory.write(source, target)
-
-    def fence(self) -> None:
-        """See `EMA.fence`."""
-        for offload in self._offloads:
-            offload.fence()
-
-    def wait(self) -> None:
-        """Return when averages in host memory of values on devices have moved."""
-        for offload in self._offloads:
-            offload.wait()
-
-
-def _offloads() -> Any:
-    from .cuda import Offload  # noqa: PLC0415 - no CPU needs it
-
-    return Offload.several
-
-
-def _check_alike(name: str, values: _Arrays, copies: _Arrays) -> None:
-    for value, copy in zip(map(_memory.face, values), map(_memory.face, copies), strict=True):
-        if value.dtype != copy.dtype:
-            raise TypeError(f"values[{name!r}] must be of {copy.dtype}, got {value.dtype}")
-        if value.shape != copy.shape:
-            raise ValueError(f"values[{name!r}] must have shape {copy.shape}, got {value.shape}")
 
 
 def _check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:

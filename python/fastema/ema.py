@@ -1,6 +1,6 @@
 """Averages of a model's weights for training loops of one's own: two lines in any framework."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -11,9 +11,10 @@ import numpy as np
 from . import _memory, _shards, checkpoint
 from ._ema.averages import Averages, Form, checked_float_type
 from ._ema.background import Background
-from ._ema.count import Count, Pace, checked_count, checked_share
+from ._ema.count import Count, Pace, checked_count
 from ._ema.exchange import Exchange
 from ._ema.passes import Passes
+from ._ema.state import State, divided, local_shapes
 from ._ema.tree import Buffers
 from ._ema.values import Values
 
@@ -344,58 +345,7 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return self._state(_memory.host_copy)
-
-    def _state(self, taken: Callable[[Any], np.ndarray]) -> dict[str, Any]:
-        """Return the state with what `taken` makes of each array; the arrays themselves are live."""
-        self.wait()
-        self._values.check_module()
-        raw = self._exchange.weights()
-
-        def named(leaves: Iterable[int], of: Callable[[int], _Arrays]) -> dict[str, np.ndarray]:
-            return {
-                name: taken(x)
-                for i in leaves
-                for name, x in zip(self._values.local_names[i], of(i), strict=True)
-            }
-
-        return {
-            "averages": [
-                named(self._averages.averaged, partial(self._exchange.kept, k))
-                for k in range(len(self._pace.decays))
-            ],
-            "carries": [
-                named(self._averages.averaged, carries.__getitem__) for carries in self._averages.carries
-            ],
-            "copied": named(self._averages.copied, partial(self._exchange.kept, 0)),
-            "values": named(raw, raw.__getitem__),
-            "step": self._count.step,
-            "decay": list(self._count.decays) or None,
-            "products": list(self._count.products),
-            "swapped": self._exchange.swapped and self._exchange.swapped.k,
-            "config": {
-                "every": self._pace.every,
-                "start_step": self._pace.start_step,
-                "rounding": self._rounding,
-                "seed": self._seed,
-            },
-        }
-
-    def _all_parts(self) -> list[tuple[str, dict[str, tuple[int, ...]], _shards.Shards | None]]:
-        """Return of each leaf its name, the names and shapes of its parts and how it is spread."""
-        return [
-            (
-                name,
-                {
-                    part: _memory.face(x).shape
-                    for part, x in zip(
-                        self._values.local_names[i], self._averages.by_decay[0][i], strict=True
-                    )
-                },
-                leaf.shards,
-            )
-            for i, (name, leaf) in enumerate(zip(self._values.names, self._values.leaves, strict=True))
-        ]
+        return self._state(_memory.host_copy).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, to the bit.
@@ -416,36 +366,7 @@ class EMA:
         """
         self.wait()
         self._exchange.check_not_swapped("load_state_dict()")
-        step, swapped = checked_count("state['step']", state["step"], 0), state["swapped"]
-        products = [checked_share(product, "state['products']") for product in state["products"]]
-        used = state["decay"] and [checked_share(x, "state['decay']") for x in state["decay"]]
-        lists = len(self._pace.decays)
-        if len(products) != lists or (used is not None and len(used) != lists):
-            raise ValueError(f"state must be of {lists} decays, got {len(products)}")
-        found = []
-        for key, ours, all_leaves in (
-            ("averages", self._averages.by_decay, self._averages.averaged),
-            ("carries", self._averages.carries, self._averages.averaged),
-            ("copied", self._averages.by_decay[:1], self._averages.copied),
-        ):
-            theirs = [state[key]] if key == "copied" else state[key]
-            if len(theirs) != len(ours):
-                raise ValueError(f"state[{key!r}] must hold {len(ours)} dictionaries, got {len(theirs)}")
-            for k, (own, other) in enumerate(zip(ours, theirs, strict=True)):
-                place = f"state[{key!r}]" if key == "copied" else f"state[{key!r}][{k}]"
-                found += self._fitting(place, {i: own[i] for i in all_leaves}, other)
-        raw: list[tuple[Any, Any]] = []
-        if swapped is not None:
-            swapped = self._averages.checked_index(swapped)
-            self._values.check_writable("load_state_dict() of a state saved while swapped")
-            count = len(self._values.leaves)
-            own = {i: [_memory.empty_like(x) for x in self._values.views(i)] for i in range(count)}
-            raw = self._fitting("state['values']", own, state["values"])
-        for target, source in (*found, *raw):
-            _memory.write(np.asarray(source), target)
-        self._count = Count(step, tuple(used or ()), tuple(products))
-        if swapped is not None:
-            self._exchange.resume(swapped, own, self._count)
+        self._restore(State.from_dict(state))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.
@@ -477,21 +398,15 @@ class EMA:
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        state = self._state(_memory.host)
-        shown = [
-            {
-                name: _memory.host(x)
-                for i in (self._averages.averaged if self._count.divisor(k) != 1.0 else ())
-                for name, x in zip(
-                    self._values.local_names[i], self._exchange.average_of(k, i, self._count), strict=True
-                )
-            }
-            for k in range(len(self._pace.decays))
-        ]
         decay = list(self._pace.decays) if self._several else self._pace.decays[0]
         dtype = None if self._dtype is None else self._dtype.name
-        config = {"decay": decay, "dtype": dtype, "buffers": self._buffers}
-        checkpoint.write_state(path, state, config, shown, _shards.layout(self._all_parts()))
+        checkpoint.write_state(
+            path,
+            self._state(_memory.host).to_dict(),
+            {"decay": decay, "dtype": dtype, "buffers": self._buffers},
+            divided(self._exchange, self._count),
+            _shards.layout(local_shapes(self._exchange)),
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str], values: Any, *, decay: Any = None, **options: Any) -> "EMA":
@@ -521,51 +436,28 @@ class EMA:
         state, config = checkpoint.read_state(path, decay)
         ema = cls(values, **{**config, **options})
         try:
-            ema.load_state_dict(ema._own(state))
+            ema._restore(State.from_dict(state).cut(ema._exchange))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path} does not fit: {error}") from None
         return ema
 
-    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a state of whole arrays with the parts of them that are here."""
-        places = {
-            name: dict(zip(names, shards.blocks if shards else [None], strict=True))
-            for name, names, shards in self._all_parts()
+    def _state(self, contents: Callable[[Any], np.ndarray]) -> State:
+        self.wait()
+        self._values.check_module()
+        config = {
+            "every": self._pace.every,
+            "start_step": self._pace.start_step,
+            "rounding": self._rounding,
+            "seed": self._seed,
         }
+        return State.of(self._exchange, self._count, config, contents)
 
-        def cut(arrays: Mapping[str, Any]) -> dict[str, Any]:
-            return {
-                part: _shards.cut(array, block, name)
-                for name, array in arrays.items()
-                for part, block in places.get(name, {name: None}).items()
-            }
-
-        lists = {key: [cut(arrays) for arrays in state[key]] for key in ("averages", "carries")}
-        return {**state, **lists, "copied": cut(state["copied"]), "values": cut(state["values"])}
-
-    def _fitting(
-        self, place: str, own: dict[int, _Arrays], other: Mapping[str, Any]
-    ) -> list[tuple[Any, Any]]:
-        """Return our arrays with those of a state, where these fit."""
-        ours = {
-            name: x
-            for i, parts in own.items()
-            for name, x in zip(self._values.local_names[i], parts, strict=True)
-        }
-        if ours.keys() != other.keys():
-            missing, unknown = sorted(ours.keys() - other.keys()), sorted(other.keys() - ours.keys())
-            raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
-        pairs = [
-            (array, x if isinstance(x := other[name], _shards.Region) else np.asarray(x))
-            for name, array in ours.items()
-        ]
-        for name, (array, source) in zip(ours, pairs, strict=True):
-            face = _memory.face(array)
-            if face.dtype != source.dtype:
-                raise TypeError(f"{place}[{name!r}] must be {face.dtype}, got {source.dtype}")
-            if face.shape != source.shape:
-                raise ValueError(f"{place}[{name!r}] must have shape {face.shape}, got {source.shape}")
-        return pairs
+    def _restore(self, state: State) -> None:
+        fitted = state.fitted(self._exchange)
+        fitted.write()
+        self._count = state.count
+        if state.swapped is not None:
+            self._exchange.resume(state.swapped, fitted.weights, state.count)
 
 
 def _check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:

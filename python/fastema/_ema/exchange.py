@@ -31,12 +31,14 @@ class Exchange:
     averages are written over them.
 
     Attributes:
+        values: The weights.
+        averages: What is kept of them.
         swapped: What was asked for last. Set before the first array is changed, and reset after the last has
             come back: whatever happens between can be undone.
     """
 
     def __init__(self, values: Values, averages: Averages, threads: int) -> None:
-        self._values, self._averages, self._threads = values, averages, threads
+        self.values, self.averages, self._threads = values, averages, threads
         self.swapped: Swapped | None = None
         self._exchanged: set[int] = set()  # the devices where contents are exchanged
         # exchanged with those in host memory, and tells so where an interrupt comes up as native code returns
@@ -61,29 +63,29 @@ class Exchange:
         away = (
             swapped is not None
             and i not in swapped.saved_weights
-            and (k == swapped.k or i in self._averages.copied)
-            and self._is_exchanged(_memory.device(self._averages.by_decay[k][i][0]))
+            and (k == swapped.k or i in self.averages.copied)
+            and self._is_exchanged(_memory.device(self.averages.by_decay[k][i][0]))
         )
-        return self._values.views(i) if away else self._averages.by_decay[k][i]
+        return self.values.views(i) if away else self.averages.by_decay[k][i]
 
     def average_of(self, k: int, i: int, count: Count) -> Arrays:
         """Return a leaf's average as the user sees it."""
-        return self._averages.shown(self.kept(k, i), self._averages.divisor(k, i, count))
+        return self.averages.shown(self.kept(k, i), self.averages.divisor(k, i, count))
 
     def weights(self) -> dict[int, Arrays]:
         """Return the weights of each leaf while averages are in their place, else nothing."""
         if self.swapped is None:
             return {}
         k, saved = self.swapped
-        return {i: saved.get(i, average) for i, average in sorted(self._averages.by_decay[k].items())}
+        return {i: saved.get(i, average) for i, average in sorted(self.averages.by_decay[k].items())}
 
     def nested(self, k: int, count: Count) -> Nested:
         """Return the k-th averages in arrays of the values' library, shaped as the values."""
-        leaves = self._values.leaves
+        leaves = self.values.leaves
         averages = [self.average_of(k, i, count) for i in range(len(leaves))]
-        if self._averages.on_host:
+        if self.averages.on_host:
             averages = [[_memory.host(x) for x in local] for local in averages]
-        return self._values.build([leaf.shown(x) for leaf, x in zip(leaves, averages, strict=True)])
+        return self.values.build([leaf.shown(x) for leaf, x in zip(leaves, averages, strict=True)])
 
     # --- the verbs --------------------------------------------------------------------------------
 
@@ -101,33 +103,33 @@ class Exchange:
     def resume(self, k: int, weights: dict[int, Arrays], count: Count) -> None:
         """Put averages in the place of weights that were saved earlier, whatever the values are now."""
         self.swapped = Swapped(k, weights)
-        for i, leaf in enumerate(self._values.leaves):
+        for i, leaf in enumerate(self.values.leaves):
             leaf.assign(self.average_of(k, i, count))
 
     def copy_to(self, others: Nested | None, k: int, count: Count) -> Nested:
         """Write averages into other values, or the values themselves, for good; see `EMA.copy_to`."""
         if others is None:
             self.check_not_swapped("copy_to()")
-            self._values.check_module()
-            targets = self._values.targets()
+            self.values.check_module()
+            targets = self.values.targets()
         else:
-            targets = self._values.targets(self._values.matched(others))
-        averages = [self.average_of(k, i, count) for i in range(len(self._values.leaves))]
+            targets = self.values.targets(self.values.matched(others))
+        averages = [self.average_of(k, i, count) for i in range(len(self.values.leaves))]
         for target in targets:
             if others is not None:
                 _check_fits(target.name, target.views, averages[target.place])
             if not target.leaf.immutable:
                 check_writable(target.leaf, target.name, "copy_to()")
-        return self._values.build_given(target.leaf.assign(averages[target.place]) for target in targets)
+        return self.values.build_given(target.leaf.assign(averages[target.place]) for target in targets)
 
     def _put_averages(self, k: int, count: Count) -> None:
-        leaves = self._values.leaves
-        self._values.check_writable("swap()")
-        self._values.check_module()
-        k = self._averages.checked_index(k)
+        leaves = self.values.leaves
+        self.values.check_writable("swap()")
+        self.values.check_module()
+        k = self.averages.checked_index(k)
         apart = [i for i in range(len(leaves)) if not self._exchangeable(k, i, count)]
-        copy = _memory.host_copy if self._averages.on_host else _memory.copy
-        weights = {i: [copy(x) for x in self._values.views(i)] for i in apart}
+        copy = _memory.host_copy if self.averages.on_host else _memory.copy
+        weights = {i: [copy(x) for x in self.values.views(i)] for i in apart}
         averages = {i: self.average_of(k, i, count) for i in apart}
         self.swapped = Swapped(k, weights)
         try:
@@ -144,7 +146,7 @@ class Exchange:
             return
         self._exchange(self.swapped.k, back=True)
         for i, weights in self.swapped.saved_weights.items():
-            self._values.leaves[i].assign(weights)
+            self.values.leaves[i].assign(weights)
         self.swapped = None
 
     # --- exchanging contents ----------------------------------------------------------------------
@@ -154,21 +156,21 @@ class Exchange:
 
     def _exchangeable(self, k: int, i: int, count: Count) -> bool:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
-        if not self._values.leaves[i].in_place() or self._averages.divisor(k, i, count) != 1.0:
+        if not self.values.leaves[i].in_place() or self.averages.divisor(k, i, count) != 1.0:
             return False
-        pairs = zip(self._values.views(i), self._averages.by_decay[k][i], strict=True)
+        pairs = zip(self.values.views(i), self.averages.by_decay[k][i], strict=True)
         return all(_are_alike(value, average) for value, average in pairs)
 
     def _exchange(self, k: int, *, back: bool = False) -> None:
         """Exchange contents with all leaves whose weights are not saved, but where that is done already."""
         saved = self.swapped.saved_weights if self.swapped is not None else {}
-        leaves = [i for i in range(len(self._values.leaves)) if i not in saved]
-        views = {i: self._values.views(i) for i in leaves}
+        leaves = [i for i in range(len(self.values.leaves)) if i not in saved]
+        views = {i: self.values.views(i) for i in leaves}
         for together in by_device(leaves, views):
             device = _memory.device(views[together[0]][0])
             if self._is_exchanged(device) != back:
                 continue
-            averages = [_memory.bits(x) for i in together for x in self._averages.by_decay[k][i]]
+            averages = [_memory.bits(x) for i in together for x in self.averages.by_decay[k][i]]
             values = [_memory.bits(x) for i in together for x in views[i]]
             if device is None:
                 averages.append(self._swap_flag[0])
@@ -176,11 +178,11 @@ class Exchange:
             try:
                 Pairs(averages, values).swap(self._threads)
             except (TypeError, ValueError) as error:
-                raise self._values.named(error, together) from None
+                raise self.values.named(error, together) from None
             if device is not None:
                 self._exchanged ^= {device}
         for i in leaves:
-            self._values.leaves[i].written()
+            self.values.leaves[i].written()
 
 
 def _are_alike(value: Array, average: Array) -> bool:

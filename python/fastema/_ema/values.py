@@ -113,6 +113,14 @@ class Values:
             targets.append(Target(name, place, leaf, _viewed(leaf.parts(array), name)))
         return targets
 
+    def by_name(self, arrays: Mapping[int, Arrays]) -> dict[str, Array]:
+        """Return the local arrays of some leaves by their names."""
+        return {
+            name: array
+            for i, local in arrays.items()
+            for name, array in zip(self.local_names[i], local, strict=True)
+        }
+
     def build(self, of_leaves: Sequence[Array]) -> Nested:
         """Put one array for each leaf together as the values were given."""
         return self._tree.build(of_leaves[place] for place in self._places)

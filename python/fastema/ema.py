@@ -1,6 +1,6 @@
 """Averages of a model's weights for training loops of one's own: two lines in any framework."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -110,7 +110,6 @@ class EMA:
         _check_choice("buffers", buffers, ("copy", "average", "ignore"))
         _check_choice("device", device, (None, "cpu"))
         self._pace = Pace.of(decay, every, start_step)
-        self._several = isinstance(decay, Sequence)
         self._seed, self._threads = checked_count("seed", seed, 0), checked_count("threads", threads, 0)
         self._rounding = rounding
         self._buffers: Buffers = buffers
@@ -151,12 +150,13 @@ class EMA:
             ValueError: The values do not fit those given at first, or an array was given other memory since.
                 Nothing has changed then.
         """
-        self._exchange.check_not_swapped("update()")
+        if self._exchange.swapped is not None:  # each call takes its time here
+            self._exchange.check_not_swapped("update()")
         if self._background is not None:
             self.wait()
         before = self._count
         if not self._pace.averages_at(before.step + 1):
-            self._count = before.next(self._pace)
+            self._count = before.skip()
             return
         arrays = None if values is None else self._values.matched(values)
         count = before.next(self._pace)
@@ -224,7 +224,7 @@ class EMA:
         decays = self._count.decays
         if not decays:
             return None
-        return decays if self._several else decays[0]
+        return decays if self._pace.several else decays[0]
 
     @property
     def averages(self) -> Any:
@@ -398,7 +398,7 @@ class EMA:
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        decay = list(self._pace.decays) if self._several else self._pace.decays[0]
+        decay = list(self._pace.decays) if self._pace.several else self._pace.decays[0]
         dtype = None if self._dtype is None else self._dtype.name
         checkpoint.write_state(
             path,

@@ -14,13 +14,17 @@ class Pace(NamedTuple):
 
     Attributes:
         decays: Of each average a number or a schedule.
+        several: Whether they were given as a sequence, if of one.
         every: Average at every so many steps only, with the decay that many steps have together.
         start_step: The first step that averages; before it, an average is a copy.
+        fixed: The decays of every update from there on; none where one is a schedule.
     """
 
     decays: tuple[Decay, ...]
+    several: bool
     every: int
     start_step: int
+    fixed: tuple[float, ...]
 
     @classmethod
     def of(cls, decay: Decay | Sequence[Decay], every: int, start_step: int) -> "Pace":
@@ -34,19 +38,28 @@ class Pace(NamedTuple):
         decays = tuple(map(checked_decay, cast(Sequence[Decay], decay if several else [decay])))
         if not decays:
             raise ValueError("decay must hold one decay or more, got none")
-        return cls(decays, checked_count("every", every, 1), checked_count("start_step", start_step, 0))
+        every, start_step = checked_count("every", every, 1), checked_count("start_step", start_step, 0)
+        shares = [schedules.compound(decay, every) for decay in decays if not callable(decay)]
+        fixed = tuple(shares) if len(shares) == len(decays) else ()
+        return cls(decays, several, every, start_step, fixed)
 
     def averages_at(self, step: int) -> bool:
         """Tell whether averages move at a step, or it is only counted."""
         return step % self.every == 0
 
-    def decay_at(self, step: int, decay: Decay) -> float:
-        """Return one average's decay of the update at a step, which takes `every` steps at once."""
+    def decays_at(self, step: int) -> tuple[float, ...]:
+        """Return the decays of the update at a step, which takes `every` steps at once.
+
+        Raises:
+            TypeError: A schedule returned no number.
+            ValueError: A schedule returned a number that is no decay.
+        """
         if step < self.start_step:
-            return 0.0
-        if callable(decay):
-            decay = cast(float, checked_decay(decay(step), f"decay({step})"))
-        return float(schedules.compound(decay, self.every))
+            return (0.0,) * len(self.decays)
+        if self.fixed:
+            return self.fixed
+        asked = [decay(step) if callable(decay) else decay for decay in self.decays]
+        return tuple([schedules.compound(checked_share(x, f"decay({step})"), self.every) for x in asked])
 
 
 class Count(NamedTuple):
@@ -64,18 +77,19 @@ class Count(NamedTuple):
     decays: tuple[float, ...]
     products: tuple[float, ...]
 
+    def skip(self) -> "Count":
+        """Return the count after a step that is only counted."""
+        return Count(self.step + 1, self.decays, self.products)
+
     def next(self, pace: Pace) -> "Count":
-        """Return the count after one more update.
+        """Return the count after a step at which averages move.
 
         Raises:
             TypeError: A schedule returned no number.
             ValueError: A schedule returned a number that is no decay.
         """
         step = self.step + 1
-        if not pace.averages_at(step):
-            return Count(step, self.decays, self.products)
-        decays = tuple([pace.decay_at(step, decay) for decay in pace.decays])
-        products = self.products
+        decays, products = pace.decays_at(step), self.products
         if any(products):
             products = tuple(x * decay for x, decay in zip(products, decays, strict=True))
         return Count(step, decays, products)

@@ -95,10 +95,15 @@ class Passes:
         Raises:
             ValueError: The values do not fit those given at first.
         """
-        # before averages start at nothing values are paired anew: what does not fit is noticed first
-        known = not before.has_blank and (arrays is None or self._values.are_given(arrays))
-        stable = self._over_stable() if known else None
-        return self.over_sources(self._values.sources(arrays)) if stable is None else stable
+        stable = self._stable
+        # before averages leave zero values are paired anew, so that what does not fit is noticed first
+        if stable is None or before.has_blank or not (arrays is None or self._values.are_given(arrays)):
+            return self.over_sources(self._values.sources(arrays))
+        if self._addresses and (addresses := self._values.addresses()) != self._addresses:
+            self.wait()
+            stable = self._stable = self._pass_over(self._values.local_arrays())
+            self._addresses = addresses
+        return stable
 
     def over_sources(self, sources: Arrays) -> Pass:
         """Return a pass over what `Values.sources` returned."""
@@ -116,15 +121,34 @@ class Passes:
             Exception: Nothing has changed then, but by an offload. After an interrupt, which comes up when
                 native code returns, all has.
         """
-        if before.has_blank:
+        stable = over is self._stable
+        for k in () if stable else count.started_since(before):
+            self._averages.clear(k)
+        if over.watched and [x.data_ptr() for x in over.watched] != over.addresses:
+            raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
+        if over.offloads:
             over.wait()
-            for k in count.started_since(before):
-                self._averages.clear(k)
-        options: dict[str, Any] = {}
-        if self._seed is not None:
-            options = {"rounding": "stochastic", "seed": self._seed, "step": count.step}
-        self._update(over, count.decays, options)
-        if over is not self._stable:
+        decays, threads = count.decays, self._threads
+        decay = decays if len(decays) > 1 else decays[0]
+        try:
+            for group in over.groups[1:]:  # before the first moves
+                group.pairs._check_unmoved()
+            for group in over.groups:
+                if self._seed is None:
+                    group.pairs.update(decay, threads)
+                else:
+                    group.pairs.update(
+                        decay, threads, rounding="stochastic", seed=self._seed, step=count.step
+                    )
+        except (TypeError, ValueError) as error:
+            raise self._values.named(error, group.leaves) from None
+        for offload in over.offloads:
+            offload.update(decay, threads)
+        for copies in over.copies:
+            copies.update(0.0, threads)  # which copies bits, whatever they mean
+        for target, source in over.bytes_copied:
+            _memory.write(source, target)
+        if not stable:
             over.wait()
 
     def fence(self) -> None:
@@ -137,35 +161,7 @@ class Passes:
         if self._stable is not None:
             self._stable.wait()
 
-    def _update(self, over: Pass, decays: tuple[float, ...], options: dict[str, Any]) -> None:
-        if over.watched and [x.data_ptr() for x in over.watched] != over.addresses:
-            raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
-        if over.offloads:
-            over.wait()
-        decay, threads = decays if len(decays) > 1 else decays[0], self._threads
-        try:
-            for group in over.groups[1:]:  # before the first moves
-                group.pairs._check_unmoved()
-            for group in over.groups:
-                group.pairs.update(decay, threads, **options)
-        except (TypeError, ValueError) as error:
-            raise self._values.named(error, group.leaves) from None
-        for offload in over.offloads:
-            offload.update(decay, threads)
-        for copies in over.copies:
-            copies.update(0.0, threads)  # which copies bits, whatever they mean
-        for target, source in over.bytes_copied:
-            _memory.write(source, target)
-
     # --- pairing ----------------------------------------------------------------------------------
-
-    def _over_stable(self) -> Pass | None:
-        """Return the pass over values that stay where they are, made anew where shards have moved."""
-        addresses = self._values.addresses()
-        if self._stable is not None and addresses != self._addresses:
-            self.wait()
-            self._stable, self._addresses = self._pass_over(self._values.local_arrays()), addresses
-        return self._stable
 
     def _pass_over(self, local_arrays: Sequence[Arrays]) -> Pass:
         """Pair the averages with local arrays of each leaf; those of each device apart."""

@@ -107,7 +107,7 @@ class Gpu:
 
 
 class Fake(Gpu):
-    """The same on the host, where fastema finds a fake device (tests/fake_cuda.py)."""
+    """The same on the host, where fastema finds a fake device (tests/support/fake_cuda.py)."""
 
     fake = True
 
@@ -145,9 +145,9 @@ def machine(fake: bool) -> Iterator[Gpu]:
     if not fake:
         yield Gpu()
         return
-    tests = str(FOLDER.parent / "tests")
-    if tests not in sys.path:
-        sys.path.insert(0, tests)
+    support = str(FOLDER.parent / "tests" / "support")
+    if support not in sys.path:
+        sys.path.insert(0, support)
     import fake_cuda
 
     with fake_cuda.installed():

@@ -25,3 +25,9 @@ def every_instruction_set(request):
 def rng():
     """Return a generator with a fixed seed."""
     return np.random.default_rng(20_240_229)
+
+
+@pytest.fixture
+def torch():
+    """Return torch."""
+    return pytest.importorskip("torch", reason="torch is not installed")

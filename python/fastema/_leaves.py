@@ -15,7 +15,7 @@ import numpy as np
 
 from . import _memory
 from ._arrays import as_view, is_array
-from ._shards import Block, Shards
+from ._arrays.shards import Block, Shards
 
 
 def _cast(array: Any, dtype: Any) -> np.ndarray:

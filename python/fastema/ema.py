@@ -8,15 +8,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import _memory, _shards, checkpoint
+from . import _memory
 from ._ema.averages import Averages, Form, checked_float_type
 from ._ema.background import Background
 from ._ema.count import Count, Pace, checked_count
 from ._ema.exchange import Exchange
 from ._ema.passes import Passes
-from ._ema.state import State, divided, local_shapes
+from ._ema.state import State, debiased, local_shapes
 from ._ema.tree import Buffers
 from ._ema.values import Values
+from .checkpoint._sets import layout
+from .checkpoint._state import read_state, write_state
 
 _Arrays = list[Any]  # as they lie somewhere, see _memory.py
 
@@ -345,7 +347,7 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return self._state(_memory.host_copy).to_dict()
+        return dict(self._state(_memory.host_copy).to_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, to the bit.
@@ -400,12 +402,12 @@ class EMA:
         """
         decay = list(self._pace.decays) if self._pace.several else self._pace.decays[0]
         dtype = None if self._dtype is None else self._dtype.name
-        checkpoint.write_state(
+        write_state(
             path,
             self._state(_memory.host).to_dict(),
             {"decay": decay, "dtype": dtype, "buffers": self._buffers},
-            divided(self._exchange, self._count),
-            _shards.layout(local_shapes(self._exchange)),
+            debiased(self._exchange, self._count),
+            layout(local_shapes(self._exchange)),
         )
 
     @classmethod
@@ -433,7 +435,7 @@ class EMA:
                 sets. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """
-        state, config = checkpoint.read_state(path, decay)
+        state, config = read_state(path, decay)
         ema = cls(values, **{**config, **options})
         try:
             ema._restore(State.from_dict(state).cut(ema._exchange))

@@ -11,7 +11,6 @@ A profile is what each step's value weighs in an average. That of a power averag
 """
 
 import operator
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import checkpoint, schedules
 from ._arrays import as_view, is_array
 from ._ema.tree import Tree
+from .checkpoint._replace import StrPath
 
 __all__ = ["Snapshots", "weights"]
 
-_CHUNK = 1 << 20  # steps: what is held of a schedule's profile at a time
+_PIECE = 1 << 20  # steps: what is held of a schedule's profile at a time
 
 
 def weights(
@@ -102,19 +103,22 @@ def weights(
     if (before == t).any():
         twice = int(np.argmax(before == t))
         raise ValueError(f"snapshots must be different, got step {t[twice]:.0f} of {sigmas[twice]} twice")
-    parts = _Parts(np.array([gamma_of[sigma] for sigma in sigmas]), before, t)
-    shares = parts.closest_to(target, end)
-    # a part is its snapshot less the one before it, as far as that has decayed by then
-    shares[:-1] -= np.where(again, parts.left() * shares, 0.0)[1:]
-    in_their_order: np.ndarray = shares[np.argsort(order)]
-    return in_their_order
+    increments = _Increments(np.array([gamma_of[sigma] for sigma in sigmas]), before, t)
+    shares = increments.closest_to(target, end)
+    # an increment is its snapshot less what is left in it of the one before
+    shares[:-1] -= np.where(again, increments.left() * shares, 0.0)[1:]
+    as_given: np.ndarray = shares[np.argsort(order)]
+    return as_given
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """What power averages gained between a snapshot and the next: their profiles from `begin` to `end`.
+class _Increments:
+    """What each snapshot gained since the one before: profiles of power averages, from `begin` to `end`.
 
-    All arrays have an element for each part.
+    Attributes:
+        gamma: For each snapshot the exponent of its profile.
+        begin: The step of the snapshot before it, of the same sigma_rel; 0 where there is none.
+        end: Its own step.
     """
 
     gamma: np.ndarray
@@ -122,19 +126,19 @@ class _Parts:
     end: np.ndarray
 
     def left(self) -> np.ndarray:
-        """Return what is left at the end of the average of the beginning."""
+        """Return the share that the average at the beginning has in the one at the end."""
         left: np.ndarray = (self.begin / self.end) ** (self.gamma + 1)
         return left
 
     def closest_to(self, target: schedules.Schedule, end: float) -> np.ndarray:
-        """Return the share of each part in the sum of mass 1 that is closest to a target at a step."""
+        """Return the share of each in the sum of mass 1 whose profile is closest to a target's at a step."""
         free, unit = np.zeros_like(self.end), np.zeros_like(self.end)
         mass = _share_since(self.begin, self.end, self.gamma + 1)
         size = np.sqrt(self.times(self))
         along = self.along(target, end)
         for group in self.overlapping(end):
-            part = _Parts(self.gamma[group], self.begin[group], self.end[group])
-            products = part.column().times(part) / np.outer(size[group], size[group])
+            these = _Increments(self.gamma[group], self.begin[group], self.end[group])
+            products = these.column().times(these) / np.outer(size[group], size[group])
             sides = np.stack([along[group], mass[group]], axis=1) / size[group, None]
             # least squares again, as profiles can be so alike that rounding makes them the same
             solved = np.linalg.lstsq(products, sides, rcond=None)[0] / size[group, None]
@@ -143,18 +147,18 @@ class _Parts:
         return shares
 
     def overlapping(self, end: float) -> Iterator[np.ndarray]:
-        """Yield the parts that begin before a step, in groups that do not overlap in time."""
+        """Yield the indices of those that begin before a step, in groups that do not overlap in time."""
         order = np.argsort(self.begin, kind="stable")
         order = order[self.begin[order] < end]
         reached = np.maximum.accumulate(self.end[order])
         yield from np.split(order, 1 + np.flatnonzero(self.begin[order][1:] >= reached[:-1]))
 
-    def column(self) -> "_Parts":
-        """Return the same parts as a column, whose products with a row are a matrix."""
-        return _Parts(self.gamma[:, None], self.begin[:, None], self.end[:, None])
+    def column(self) -> "_Increments":
+        """Return the same as a column, whose products with a row are a matrix."""
+        return _Increments(self.gamma[:, None], self.begin[:, None], self.end[:, None])
 
-    def times(self, other: "_Parts") -> np.ndarray:
-        """Return the inner products of profiles: integrals of powers where both are."""
+    def times(self, other: "_Increments") -> np.ndarray:
+        """Return the inner products of profiles: integrals of powers over the time that both cover."""
         begin, end = np.maximum(self.begin, other.begin), np.minimum(self.end, other.end)
         a, b = self.gamma + 1, other.gamma + 1
         since = _share_since(begin, end, a + b - 1)
@@ -164,20 +168,20 @@ class _Parts:
         return products
 
     def along(self, target: schedules.Schedule, end: float) -> np.ndarray:
-        """Return the inner product of each part with the profile of a target at a step."""
+        """Return the inner product of each with the profile of a target at a step."""
         if isinstance(target, schedules.power):
-            return self.times(_Parts(np.array(target.gamma), np.array(0.0), np.array(end)))
+            return self.times(_Increments(np.array(target.gamma), np.array(0.0), np.array(end)))
         sums = np.zeros_like(self.end)
         for first, profile in _profile(target, int(end)):
             step = np.arange(first, first + len(profile), dtype=np.float64)
             for gamma in np.unique(self.gamma):
-                parts = np.flatnonzero(self.gamma == gamma)
-                place = np.searchsorted(self.end[parts], step)
-                known = place < len(parts)
-                part, s = parts[place[known]], step[known]
-                # the part's integral from s - 1 to s
-                own = (s / self.end[part]) ** (gamma + 1) * _share_since(s - 1, s, gamma + 1)
-                sums += np.bincount(part, own * profile[known], len(sums))
+                alike = np.flatnonzero(self.gamma == gamma)
+                place = np.searchsorted(self.end[alike], step)  # which of them covers a step
+                covered = place < len(alike)
+                i, s = alike[place[covered]], step[covered]
+                # the integral of its profile from s - 1 to s
+                own = (s / self.end[i]) ** (gamma + 1) * _share_since(s - 1, s, gamma + 1)
+                sums += np.bincount(i, own * profile[covered], len(sums))
         return sums
 
 
@@ -191,8 +195,8 @@ def _share_since(begin: np.ndarray, end: np.ndarray, exponent: np.ndarray) -> np
 def _profile(schedule: schedules.Schedule, end: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield a first step and what it and those after it weigh in an average at `end`, the last ones first."""
     left = 1.0
-    for stop in range(end, 0, -_CHUNK):
-        first = max(1, stop - _CHUNK + 1)
+    for stop in range(end, 0, -_PIECE):
+        first = max(1, stop - _PIECE + 1)
         decays = np.asarray(schedule.at(np.arange(first, stop + 1, dtype=np.float64), np))
         if first == 1:
             decays[0] = 0.0  # a start before the first value is as good as that value
@@ -232,10 +236,10 @@ class Snapshots:
         array([25.412, 25.412])
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: StrPath) -> None:
         self.folder = Path(folder)
 
-    def add(self, step: int, averages: Mapping[float, Any]) -> None:
+    def add(self, step: int, averages: Mapping[float, object]) -> None:
         """Keep averages as they are after a step.
 
         Args:
@@ -280,8 +284,8 @@ class Snapshots:
         target: float | schedules.Schedule,
         step: int | None = None,
         *,
-        output: str | os.PathLike[str] | None = None,
-        dtype: Any = None,
+        output: StrPath | None = None,
+        dtype: npt.DTypeLike | None = None,
     ) -> Any:
         """Make the average that another profile would have given.
 
@@ -321,7 +325,8 @@ class Snapshots:
         return {}
 
 
-def _averaged(shares: Mapping[Path, float], output: str | os.PathLike[str], dtype: Any) -> Any:
+def _averaged(shares: Mapping[Path, float], output: StrPath, dtype: npt.DTypeLike | None) -> Any:
+    """Write the sum of snapshots into a file, and return what it holds in the form that was added."""
     checkpoint.average(list(shares), output, weights=list(shares.values()), dtype=dtype)
     file = checkpoint.File(output)
     form = file.metadata.get("form")
@@ -330,7 +335,7 @@ def _averaged(shares: Mapping[Path, float], output: str | os.PathLike[str], dtyp
     return [file[str(i)] for i in range(len(file))] if form == "sequence" else file
 
 
-def _named(averages: Any, sigma: float) -> tuple[dict[str, np.ndarray], str]:
+def _named(averages: object, sigma: float) -> tuple[dict[str, np.ndarray], str]:
     """Return averages by name, as NumPy sees them, and the form in which they are given back."""
     try:
         tree, found = Tree.of(averages, is_array)

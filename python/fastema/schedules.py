@@ -1,20 +1,32 @@
 """Decay schedules: callables from a step to the decay of that step.
 
 A step counts the updates seen, the present one included: the first update is step 1. Schedules are plain,
-picklable values: two with the same arguments are equal. A decay of 0 copies the value.
+picklable values: two with the same arguments are equal. A decay of 0 copies the value. Each is written once,
+for plain numbers and for the tensors of every array library.
 """
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 __all__ = ["Schedule", "compound", "constant", "dynamic", "equal_weights", "half_life", "power", "warmup"]
 
 
+_Scalar = Any  # a number, or a tensor of the array library that computes
+
+
+class _Library(Protocol):
+    """What a schedule takes from an array library: numpy, tensorflow and jax.numpy have it."""
+
+    def maximum(self, x: _Scalar, y: _Scalar, /) -> _Scalar: ...
+    def minimum(self, x: _Scalar, y: _Scalar, /) -> _Scalar: ...
+    def where(self, condition: _Scalar, x: _Scalar, y: _Scalar, /) -> _Scalar: ...
+
+
 class _Numbers:
-    """What `Schedule.at` takes from an array library, for plain numbers: NumPy's would take microseconds."""
+    """The library of plain numbers: NumPy's functions would take microseconds for one."""
 
     maximum = staticmethod(max)
     minimum = staticmethod(min)
@@ -25,39 +37,39 @@ class _Numbers:
 
 
 class Schedule(ABC):
-    """A decay that depends on the step alone."""
+    """A decay that depends on nothing but the step."""
 
     def __call__(self, step: int) -> float:
         """Return the decay of this step."""
         return float(self.at(step, _Numbers))
 
     @abstractmethod
-    def at(self, step: Any, xp: Any) -> Any:
+    def at(self, step: _Scalar, xp: _Library) -> _Scalar:
         """Return the decay of this step, computed with an array library.
 
         Args:
             step: A number, or a tensor of float64.
-            xp: Where `maximum`, `minimum` and `where` come from: numpy, tensorflow, jax.numpy.
+            xp: The library, of which it takes `maximum`, `minimum` and `where`: numpy, tensorflow, jax.numpy.
         """
 
 
 class _Started(Schedule):
-    """A decay that is 0 before its start, and counts from there."""
+    """A decay that is 0, so that averages are copies, before its start, and goes by the steps since then."""
 
     start_step: int
 
-    def at(self, step: Any, xp: Any) -> Any:
+    def at(self, step: _Scalar, xp: _Library) -> _Scalar:
         # tensors come first: TensorFlow takes the others' type from them
         k = xp.maximum(step - self.start_step, 0)
         return xp.where(step >= self.start_step, self._after(k, xp), 0.0)
 
     @abstractmethod
-    def _after(self, k: Any, xp: Any) -> Any:
+    def _after(self, k: _Scalar, xp: _Library) -> _Scalar:
         """Return the decay `k` steps after the start."""
 
 
 class _Limited(_Started):
-    """A decay with a limit."""
+    """A decay that never exceeds a given one."""
 
     decay: float
 
@@ -83,7 +95,7 @@ class constant(_Limited):  # noqa: N801 - used as a function
     decay: float
     start_step: int = 0
 
-    def _after(self, k: Any, xp: Any) -> Any:
+    def _after(self, k: _Scalar, xp: _Library) -> _Scalar:
         return xp.minimum(k + 1.0, self.decay)  # a tensor where k is one
 
 
@@ -110,7 +122,7 @@ class dynamic(_Limited):  # noqa: N801 - used as a function
     decay: float
     start_step: int = 0
 
-    def _after(self, k: Any, xp: Any) -> Any:
+    def _after(self, k: _Scalar, xp: _Library) -> _Scalar:
         return xp.minimum((1 + k) / (10 + k), self.decay)
 
 
@@ -152,7 +164,7 @@ class warmup(_Limited):  # noqa: N801 - used as a function
         if not 0.0 <= self.min_decay <= self.decay:
             raise ValueError(f"min_decay must be from 0 to decay, got {self.min_decay!r} and {self.decay!r}")
 
-    def _after(self, k: Any, xp: Any) -> Any:
+    def _after(self, k: _Scalar, xp: _Library) -> _Scalar:
         s = xp.maximum(k - 1, 0)
         rising = 1.0 - (1.0 + s / self.gamma) ** -self.power
         return xp.where(s > 0, xp.maximum(xp.minimum(rising, self.decay), self.min_decay), 0.0)
@@ -180,7 +192,7 @@ class equal_weights(_Started):  # noqa: N801 - used as a function
         if not self.start_step >= 1:
             raise ValueError(f"start_step must be at least 1, the first step, got {self.start_step!r}")
 
-    def _after(self, k: Any, xp: Any) -> Any:  # noqa: ARG002 - numbers and tensors divide alike
+    def _after(self, k: _Scalar, xp: _Library) -> _Scalar:  # noqa: ARG002 - numbers and tensors divide alike
         return k / (k + 1)
 
 
@@ -246,11 +258,11 @@ class power(Schedule):  # noqa: N801 - used as a function
         radius = math.sqrt(-p / 3)
         return max(0.0, 2 * radius * math.cos(math.acos(3 * q / (2 * p * radius)) / 3) - 7 / 3)
 
-    def at(self, step: Any, xp: Any) -> Any:  # noqa: D102 - as of every schedule
+    def at(self, step: _Scalar, xp: _Library) -> _Scalar:  # noqa: D102 - as of every schedule
         return (1.0 - 1.0 / xp.maximum(step, 1)) ** (self.gamma + 1.0)
 
 
-def compound(decay: Any, updates: int) -> Any:
+def compound(decay: _Scalar, updates: int) -> _Scalar:
     """Return the decay of one update that stands for several: ``decay ** updates``.
 
     By multiplications alone, so that every array library gives the same bits.

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _memory, _shards
+from .. import _memory
+from .._arrays.shards import Shards
+from ..checkpoint import _sets
+from ..checkpoint._state import PlainState
 from .count import Count, checked_count, checked_share
 from .exchange import Exchange
 from .tree import Array, Arrays
@@ -70,7 +73,7 @@ class State:
             config=config,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlainState:
         """Return it as a dictionary of plain values."""
         return {
             "averages": self.averages,
@@ -81,7 +84,7 @@ class State:
             "decay": list(self.count.decays) or None,
             "products": list(self.count.products),
             "swapped": self.swapped,
-            "config": self.config,
+            "config": dict(self.config),
         }
 
     @classmethod
@@ -119,7 +122,7 @@ class State:
 
         def cut(arrays: _Named) -> _Named:
             return {
-                part: _shards.cut(array, block, name)
+                part: _sets.cut(array, block, name)
                 for name, array in arrays.items()
                 for part, block in places.get(name, {name: None}).items()
             }
@@ -174,7 +177,7 @@ class Fitted(NamedTuple):
         weights: What is put back by a swap, where the state was saved while swapped: among those arrays.
     """
 
-    pairs: list[tuple[Array, "np.ndarray | _shards.Region"]]
+    pairs: list[tuple[Array, "np.ndarray | _sets.Region"]]
     weights: dict[int, Arrays]
 
     def write(self) -> None:
@@ -183,7 +186,7 @@ class Fitted(NamedTuple):
             _memory.write(np.asarray(source), target)
 
 
-def divided(exchange: Exchange, count: Count) -> list[dict[str, np.ndarray]]:
+def debiased(exchange: Exchange, count: Count) -> list[dict[str, np.ndarray]]:
     """Return for each decay the averages as they are shown, where these are others than are kept."""
     values, averages = exchange.values, exchange.averages
     return [
@@ -200,7 +203,7 @@ def divided(exchange: Exchange, count: Count) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def local_shapes(exchange: Exchange) -> list[tuple[str, dict[str, tuple[int, ...]], _shards.Shards | None]]:
+def local_shapes(exchange: Exchange) -> list[tuple[str, dict[str, tuple[int, ...]], Shards | None]]:
     """Return of each leaf its name, the names and shapes of its local arrays and how it is spread."""
     values, kept = exchange.values, exchange.averages.by_decay[0]
     return [
@@ -215,7 +218,7 @@ def local_shapes(exchange: Exchange) -> list[tuple[str, dict[str, tuple[int, ...
 
 def _fitting(
     place: str, ours: Mapping[str, Array], theirs: Mapping[str, Any]
-) -> list[tuple[Array, "np.ndarray | _shards.Region"]]:
+) -> list[tuple[Array, "np.ndarray | _sets.Region"]]:
     """Return our arrays with those of a state, where these fit."""
     if ours.keys() != theirs.keys():
         missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
@@ -223,7 +226,7 @@ def _fitting(
     pairs = []
     for name, array in ours.items():
         face, source = _memory.face(array), theirs[name]
-        if not isinstance(source, _shards.Region):
+        if not isinstance(source, _sets.Region):
             source = np.asarray(source)
         if face.dtype != source.dtype:
             raise TypeError(f"{place}[{name!r}] must be {face.dtype}, got {source.dtype}")

@@ -1,0 +1,12 @@
+"""Safetensors files of averages: written all or nothing, read without a copy, and the mean of several.
+
+Which file answers what:
+
+* `_format`: how named arrays lie in a file; `_replace`: how a file takes another's place, crash or not.
+* `_mean`: the mean of files; `_state`: an EMA's state in a file; `_sets`: sharded values in a set of files.
+"""
+
+from ._format import File, write
+from ._mean import average
+
+__all__ = ["File", "average", "write"]

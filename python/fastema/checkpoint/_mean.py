@@ -1,0 +1,201 @@
+"""The mean of safetensors files: read piece by piece, so that any number and size fits into little memory."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from io import BufferedReader, FileIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ._format import REALS, Tensor, header_of, read_header
+from ._replace import StrPath, replacing
+from ._state import STATE, is_state
+
+_PIECE = 1 << 18  # elements: what `average` holds of a tensor at a time
+
+
+def average(
+    paths: Iterable[StrPath],
+    output: StrPath,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: npt.DTypeLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Write the mean of safetensors files, as `write` does: all or nothing.
+
+    ``sum(weight * tensor) / sum(weights)`` in float64, in the order of `paths`, rounded once to the type in
+    the file. Files are read piece by piece: about 10 MB of memory, whatever their number and size.
+
+    Tensors of integers and booleans have no mean: they are taken from the last file. The metadata on which
+    all files agree are kept. Of files of `EMA.save`, what only an EMA reads is left out.
+
+    Args:
+        paths: The files, one or more, with tensors of the same names, shapes and types.
+        output: The file to write; may be one of `paths`.
+        weights: A number for each file. None: all alike.
+        dtype: Of the averages: one of the real types of the format. None: as in the files. Complex averages
+            keep theirs.
+        progress: Called with the bytes done and the bytes in all, after each piece.
+
+    Returns:
+        The names of the tensors that were taken from the last file.
+
+    Raises:
+        TypeError: `paths` is a single path, or `dtype` is none of the format's real types.
+        ValueError: A file is no safetensors file or does not fit the first, or `weights` are not finite,
+            not as many as the files, or add up to 0 or beyond float64; or a file is changed meanwhile.
+        OSError: A file cannot be read, or `output` cannot be written. It is as it was, in all these cases.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from fastema import checkpoint
+        >>> paths = [f"{tempfile.mkdtemp()}/{i}.safetensors" for i in range(3)]
+        >>> for i, path in enumerate(paths):
+        ...     checkpoint.write(path, {"w": np.full(2, float(i)), "step": np.array(100 * i)})
+        >>> checkpoint.average(paths[:2], paths[2], weights=[1, 3])
+        ['step']
+        >>> checkpoint.File(paths[2])["w"]
+        array([0.75, 0.75])
+    """
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"paths must be a sequence of paths, got {paths!r}")
+    paths = list(paths)
+    if not paths:
+        raise ValueError("paths must hold one path or more, got none")
+    shares = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(paths):
+        raise ValueError(f"weights must hold a number for each of the {len(paths)} files, got {len(shares)}")
+    if not np.isfinite([*shares, sum(shares)]).all() or sum(shares) == 0:
+        raise ValueError(f"weights must be finite and not add up to 0 or to infinity, got {shares}")
+    narrow = None if dtype is None else np.dtype(dtype)
+    if narrow and narrow not in REALS.values():
+        raise TypeError(f"dtype must be one of {', '.join(map(str, REALS.values()))}, got {narrow}")
+    sources = [_Source.at(path) for path in paths]
+    first = sources[0].layout
+    for source in sources[1:]:
+        _check_fit(sources[0], source)
+    means = {
+        name: replace(tensor, dtype=narrow) if narrow and tensor.dtype in REALS.values() else tensor
+        for name, tensor in first.items()
+    }
+    shared = set.intersection(*(set(source.metadata.items()) for source in sources))
+    header, names = header_of(means, {key: text for key, text in sorted(shared) if key != STATE})
+    done, total = 0, sum(tensor.nbytes for tensor in means.values())
+    with replacing(output) as written:
+        written.write(header)
+        for name in names:
+            for begin in range(0, first[name].size, _PIECE):
+                piece = _piece_of_mean(sources, shares, name, begin, means[name].dtype)
+                written.write(piece.view(np.uint8).data)
+                done += piece.nbytes
+                if progress:
+                    progress(done, total)
+    return [name for name, tensor in first.items() if not _has_mean(tensor.dtype)]
+
+
+def _has_mean(dtype: np.dtype) -> bool:
+    return dtype in REALS.values() or dtype.kind == "c"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file to average. It is opened anew for each piece, as a process may have no more than 256 open.
+
+    Attributes:
+        path: Of the file.
+        layout: Its tensors, without those that only an EMA reads.
+        metadata: The header's texts.
+        identity: Tells this file from the one that may have this path later.
+    """
+
+    path: StrPath
+    layout: dict[str, Tensor]
+    metadata: dict[str, str]
+    identity: tuple[int, ...]
+
+    @classmethod
+    def at(cls, path: StrPath) -> "_Source":
+        with Path(path).open("rb") as file:
+            layout, metadata = read_header(file, path)
+            own = {name: tensor for name, tensor in layout.items() if not is_state(name)}
+            return cls(path, own, metadata, _identity(file))
+
+    def piece(self, name: str, begin: int) -> np.ndarray:
+        """Read a piece of a tensor, from element `begin` on.
+
+        Raises:
+            ValueError: The file was changed.
+        """
+        tensor = self.layout[name]
+        piece = np.empty(min(_PIECE, tensor.size - begin), tensor.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(tensor.begin + begin * tensor.dtype.itemsize)
+            if _identity(file) != self.identity or _read_into(file, piece) != piece.nbytes:
+                raise ValueError(f"{self.path} was changed while it was read")
+        return piece
+
+
+def _identity(file: BufferedReader | FileIO) -> tuple[int, ...]:
+    """Return what changes when the file is changed or replaced."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_into(file: FileIO, array: np.ndarray) -> int:
+    """Fill an array from where a file is; return how many bytes there were, for one read may bring less."""
+    rest = memoryview(array.view(np.uint8).data)
+    while rest and (count := file.readinto(rest)):
+        rest = rest[count:]
+    return array.nbytes - len(rest)
+
+
+def _piece_of_mean(
+    sources: Sequence[_Source], shares: Sequence[float], name: str, begin: int, dtype: np.dtype
+) -> np.ndarray:
+    """Return a piece of a tensor's mean, from element `begin` on; that of the last file if it has no mean."""
+    own = sources[0].layout[name].dtype
+    if not _has_mean(own):
+        return sources[-1].piece(name, begin)
+    wide = np.result_type(own, np.float64)
+    with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
+        terms = (
+            np.multiply(source.piece(name, begin), share, dtype=wide)
+            for source, share in zip(sources, shares, strict=True)
+        )
+        return _narrowed(reduce(np.add, terms) / sum(shares), dtype)
+
+
+def _narrowed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round float64 once to a type; the casts of ml_dtypes round to float32 first, and so twice.
+
+    Float32 is therefore rounded to odd: what was cut off stays visible in the last bit, on the right side
+    of every tie of a narrower type.
+    """
+    if dtype.isbuiltin == 1:
+        return x.astype(dtype)
+    near = x.astype(np.float32)
+    bits = near.view(np.uint32)
+    bits -= np.abs(near) > np.abs(x)
+    bits |= near != x
+    return near.astype(dtype)
+
+
+def _check_fit(first: _Source, other: _Source) -> None:
+    """Raise ValueError unless two files have tensors of the same names, shapes and types."""
+    for name in sorted(first.layout.keys() ^ other.layout.keys()):
+        has, lacks = (first, other) if name in first.layout else (other, first)
+        raise ValueError(
+            f"all files must have the same tensors: {has.path} has {name!r}, {lacks.path} has not"
+        )
+    for name, tensor in first.layout.items():
+        for what in ("shape", "dtype"):
+            needed, got = getattr(tensor, what), getattr(other.layout[name], what)
+            if needed != got:
+                raise ValueError(
+                    f"{name!r} must have one {what} in all files, "
+                    f"got {needed} in {first.path} and {got} in {other.path}"
+                )

@@ -1,0 +1,373 @@
+"""EMA.save and EMA.load: a run that was stopped goes on as if it never was, and others read its averages."""
+
+import json
+import os
+import re
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fastema import EMA, checkpoint, schedules
+from processes import output_of, skip_without
+
+CONFIGURATIONS = {
+    "fixed": {"decay": 0.9},
+    "schedule": {"decay": schedules.dynamic(0.99, start_step=2)},
+    "several": {"decay": [0.5, schedules.constant(0.9), schedules.dynamic(0.99)]},
+    "one of several": {"decay": [0.5]},
+    "every third": {"decay": schedules.dynamic(0.99), "every": 3},
+    "from a step on": {"decay": 0.9, "start_step": 4},
+    "zeros": {"decay": 0.9, "initial": "zeros"},
+    "several from zeros": {"decay": [0.0, 0.9], "initial": "zeros", "every": 2},
+    "stochastic": {"decay": 0.99, "rounding": "stochastic", "dtype": "bfloat16", "seed": 7, "every": 2},
+    "compensated": {"decay": [0.999, 0.9], "rounding": "compensated"},
+    "wide": {"decay": 0.9, "dtype": "float64"},
+}
+
+
+def weights_at(step, dtype=None):
+    """Return the weights after a step of training, the same in every run: those that `dtype` can average."""
+    rng = np.random.default_rng(step)
+    weights = {
+        "dense.kernel": np.asfortranarray(rng.standard_normal((3, 4)), np.float32),
+        "dense.bias": rng.standard_normal(4).astype(ml_dtypes.bfloat16),
+        "scale": np.array(rng.standard_normal(), np.float32),
+        "steps": np.array(step),
+        "mask": rng.integers(0, 2, 3).astype(np.bool_),
+        "nothing": np.zeros((0, 2), np.float32),
+    }
+    unfit = {"bfloat16": np.float32, "float64": ml_dtypes.bfloat16}.get(dtype)
+    return {name: weight for name, weight in weights.items() if weight.dtype != unfit}
+
+
+def train(ema, weights, steps):
+    for step in steps:
+        for name, value in weights_at(step).items():
+            if name in weights:
+                weights[name][...] = value
+        ema.update()
+
+
+def bits_of(state):
+    """Return a state with arrays as types, shapes and bytes, to be compared."""
+    if isinstance(state, dict):
+        return {key: bits_of(x) for key, x in state.items()}
+    if isinstance(state, list):
+        return [bits_of(x) for x in state]
+    is_array = isinstance(state, np.ndarray | np.generic)
+    return (state.dtype, state.shape, state.tobytes()) if is_array else state
+
+
+def all_of(ema):
+    return bits_of([ema.state_dict(), ema.step, ema.decay, ema.is_swapped])
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ema.safetensors"
+
+
+# --- going on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+@pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_run_that_is_stopped_anywhere_goes_on_with_the_bits_of_one_that_is_not(path, options, swapped):
+    last, dtype = 7, options.get("dtype")
+    straight_weights = weights_at(0, dtype)
+    straight = EMA(straight_weights, **options)
+    train(straight, straight_weights, range(1, last + 1))
+    for stop in range(last + 1):
+        weights = weights_at(0, dtype)
+        ema = EMA(weights, **options)
+        train(ema, weights, range(1, stop + 1))
+        if swapped:
+            ema.swap()
+        ema.save(path)
+
+        others = weights_at(99, dtype)  # the model of a new process
+        resumed = EMA.load(path, others)
+        assert all_of(resumed) == all_of(ema)
+        if swapped:
+            assert bits_of(others) == bits_of(weights)
+            ema.swap()
+            resumed.swap()
+            assert bits_of(others) == bits_of(weights)
+            assert all_of(resumed) == all_of(ema)
+        train(resumed, others, range(stop + 1, last + 1))
+        assert all_of(resumed) == all_of(straight)
+
+
+def test_another_process_goes_on_with_the_same_bits(path):
+    weights = {"w": np.zeros(1000, np.float32), "half": np.zeros(10, np.float16)}
+    code = """
+        import sys, hashlib
+        import numpy as np
+        import fastema
+
+        path, start, stop = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+        weights = {"w": np.zeros(1000, np.float32), "half": np.zeros(10, np.float16)}
+        schedule = fastema.schedules.dynamic(0.99)
+        if start:
+            ema = fastema.EMA.load(path, weights)
+            ema.swap()  # it was saved while swapped
+        else:
+            ema = fastema.EMA(weights, [schedule, 0.5], every=3, rounding="compensated")
+        for step in range(start, stop):
+            for x in weights.values():
+                x[...] = np.random.default_rng(step).standard_normal(x.shape)
+            ema.update()
+        digest = hashlib.sha256(b"".join(x.tobytes() for k in (0, 1) for x in ema.averages_of(k).values()))
+        ema.swap()
+        ema.save(path)
+        print(digest.hexdigest())
+    """
+    output_of(code, path, 0, 4)
+    assert EMA.load(path, weights).step == 4
+    assert output_of(code, path, 4, 10) == output_of(code, path.with_name("straight"), 0, 10)
+
+
+def test_what_a_load_may_change(path):
+    weights = weights_at(0)
+    EMA(weights, schedules.dynamic(0.9), every=4).save(path)
+    ema = EMA.load(path, weights, decay=0.5, every=1, threads=1, memory=path.with_name("mapped"))
+    train(ema, weights, [1])
+    assert ema.decay == 0.5
+
+
+def test_a_schedule_of_ones_own_is_given_again(path):
+    def falling(step):
+        return 1.0 / (step + 1)
+
+    weights = weights_at(0)
+    ema = EMA(weights, [0.9, falling])
+    train(ema, weights, [1, 2])
+    ema.save(path)
+    name = rf"{re.escape(__name__)}\.test_a_schedule_of_ones_own_is_given_again\.<locals>\.falling"
+    with pytest.raises(ValueError, match=rf"decay must be given: of the schedule {name} "):
+        EMA.load(path, weights)
+    resumed = EMA.load(path, weights, decay=[0.9, falling])
+    assert all_of(resumed) == all_of(ema)
+    train(resumed, weights, [3])
+    assert resumed.decay == (0.9, 0.25)
+
+
+def test_a_module_of_torch_and_its_buffers(path):
+    skip_without("torch")
+    import torch
+    from safetensors.torch import load_file
+
+    def model(seed):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+
+    def step(net, number):
+        torch.manual_seed(number)
+        net(torch.randn(5, 3)).square().sum().backward()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.sub_(0.01 * parameter.grad)
+                parameter.grad = None
+
+    for buffers in ("copy", "average", "ignore"):
+        net = model(0)
+        ema = EMA(net, 0.9, buffers=buffers)
+        step(net, 1)
+        ema.update()
+        ema.save(path)
+        averaged = model(2)
+        averaged.load_state_dict(load_file(path), strict=buffers != "ignore")  # no name but the module's own
+        assert all(torch.equal(averaged.state_dict()[name], x) for name, x in ema.averages.items())
+        other = model(1)
+        other.load_state_dict(net.state_dict())
+        resumed = EMA.load(path, other)
+        for training, average in ((net, ema), (other, resumed)):
+            step(training, 2)
+            average.update()
+        assert all_of(resumed) == all_of(ema)
+
+
+def test_values_that_never_change(path):
+    skip_without("jax")
+    import jax.numpy as jnp
+
+    values = {"w": jnp.zeros(3)}
+    ema = EMA(values, 0.5)
+    ema.update({"w": jnp.ones(3)})
+    ema.save(path)
+    resumed = EMA.load(path, values)
+    for average in (ema, resumed):
+        average.update({"w": jnp.full(3, 7.0)})
+    assert all_of(resumed) == all_of(ema)
+
+
+def test_an_update_in_the_background_is_in_the_file(path):
+    skip_without("jax")
+    import jax.numpy as jnp
+
+    ema = EMA([jnp.zeros(1000)], 0.5, background=True)
+    ema.update([jnp.ones(1000)])
+    ema.save(path)
+    assert (checkpoint.File(path)["0"] == 0.5).all()
+
+
+# --- what others read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+@pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_every_reader_finds_the_averages_under_the_names_of_the_values(path, options, swapped):
+    weights = weights_at(0, options.get("dtype"))
+    ema = EMA(weights, **options)
+    for step in range(1, 4):
+        train(ema, weights, [step])
+        if swapped:
+            ema.swap()
+        ema.save(path)
+        loaded = safetensors.numpy.load_file(path)
+        assert bits_of({name: loaded[name] for name in weights}) == bits_of(ema.averages)
+        for k in range(1, len(ema.decay) if isinstance(ema.decay, tuple) else 1):
+            averaged = {name: x for name, x in ema.averages_of(k).items() if name not in ("steps", "mask")}
+            found = {name: loaded[f"fastema.averages.{k}.{name}"] for name in averaged}
+            assert bits_of(found) == bits_of(averaged)
+        if swapped:
+            ema.swap()
+
+
+def test_a_plain_average_is_a_plain_file(path):
+    weights = weights_at(0)
+    EMA(weights, 0.9).save(path)
+    file = checkpoint.File(path)
+    assert set(file) == set(weights)
+    assert file.metadata["format"] == "pt"
+
+
+def test_the_mean_of_such_files_is_of_their_averages(path):
+    weights = weights_at(0)
+    ema = EMA(weights, [0.9, 0.5], initial="zeros", rounding="compensated")
+    paths = [path.with_name(f"{step}.safetensors") for step in (1, 2)]
+    for step in (1, 2):
+        train(ema, weights, [step])
+        if step == 2:
+            ema.swap()
+        ema.save(paths[step - 1])
+    checkpoint.average(paths, path)
+    file = checkpoint.File(path)
+    assert set(file) == set(weights)
+    first, second = (checkpoint.File(x)["dense.kernel"].astype(np.float64) for x in paths)
+    assert (file["dense.kernel"] == ((first + second) / 2).astype(np.float32)).all()
+    assert file.metadata == {"format": "pt"}
+    checkpoint.average(paths[:1], path)  # all its metadata are those of all files
+    with pytest.raises(ValueError, match=r"ema.safetensors holds no state of an EMA"):
+        EMA.load(path, weights)
+
+
+def test_saving_makes_no_copies(path):
+    weights = [np.zeros(1 << 20, np.float32) for _ in range(4)]
+    ema = EMA(weights, [0.9, 0.99], rounding="compensated")
+    ema.save(path)
+    tracemalloc.start()
+    try:
+        ema.save(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20, "one of twenty arrays has 4 MiB"
+
+
+# --- what does not fit ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "refusal"),
+    [
+        ({"scale": None}, {}, (ValueError, r"ema.safetensors does not fit: .*unknown: \['scale'\]")),
+        ({"more": np.zeros(2)}, {}, (ValueError, r"ema.safetensors does not fit: .*missing: \['more'\]")),
+        (
+            {"dense.kernel": np.zeros((4, 3), np.float32)},
+            {},
+            (ValueError, r"does not fit: .*\['dense.kernel'\] must have shape \(4, 3\), got \(3, 4\)"),
+        ),
+        ({"steps": np.zeros((), np.int32)}, {}, (TypeError, r"\['steps'\] must be int32, got int64")),
+        ({"scale": np.zeros(())}, {}, (TypeError, r"\['scale'\] must be float64, got float32")),
+        ({}, {"decay": [0.5, 0.9]}, (ValueError, r"state must be of 2 decays, got 1")),
+        ({}, {"rounding": "compensated"}, (ValueError, r"state\['carries'\] must hold 1 dict.* got 0")),
+    ],
+    ids=["lacks", "more", "shape", "type", "dtype", "decays", "carries"],
+)
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+def test_a_file_that_does_not_fit_is_refused_by_name_and_nothing_changes(
+    path, change, options, refusal, swapped
+):
+    weights = weights_at(0)
+    ema = EMA(weights, 0.9)
+    if swapped:
+        ema.swap()
+    ema.save(path)
+    others = {name: x for name, x in {**weights_at(1), **change}.items() if x is not None}
+    before = bits_of(others)
+    error, message = refusal
+    with pytest.raises(error, match=message):
+        EMA.load(path, others, **options)
+    assert bits_of(others) == before
+
+
+def test_a_value_that_cannot_be_changed_refuses_a_state_saved_while_swapped(path):
+    weights = weights_at(0)
+    ema = EMA(weights, 0.9)
+    ema.swap()
+    ema.save(path)
+    others = weights_at(1)
+    others["scale"].flags.writeable = False
+    before = bits_of(others)
+    with pytest.raises(ValueError, match=r"values\['scale'\]"):
+        EMA.load(path, others)
+    assert bits_of(others) == before
+
+
+def test_a_file_of_a_later_version_or_with_a_later_schedule_is_refused(path):
+    weights = weights_at(0)
+    EMA(weights, schedules.dynamic(0.9)).save(path)
+    file = checkpoint.File(path)
+    for change, message in (
+        ({"version": 2}, r"ema.safetensors was written by a later fastema"),
+        (
+            {"config": {"decay": {"schedule": "spiral"}, "rounding": "nearest"}},
+            r"of the schedule spiral .* only",
+        ),
+    ):
+        state = {**json.loads(file.metadata["fastema"]), **change}
+        checkpoint.write(path, file, {"fastema": json.dumps(state)})
+        with pytest.raises(ValueError, match=message):
+            EMA.load(path, weights)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1}', '{"version": 1, "products": 3}'])
+def test_a_file_whose_state_is_damaged_is_refused_by_name(path, text):
+    checkpoint.write(path, {"w": np.ones(2)}, {"fastema": text})
+    with pytest.raises(ValueError, match=r"ema.safetensors holds a state that EMA.save\(\) did not write"):
+        EMA.load(path, {"w": np.ones(2)})
+
+
+def test_names_that_are_taken_for_the_state_are_refused_and_the_old_file_stays(path):
+    EMA(weights_at(0), 0.9).save(path)
+    before = path.read_bytes()
+    for name in ("fastema.w", "__metadata__"):
+        for value in (np.zeros(2), np.arange(2)):
+            with pytest.raises(ValueError, match=name):
+                EMA({name: value}, 0.9).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_loading_leaves_the_file_alone(path):
+    weights = weights_at(0)
+    EMA(weights, 0.9).save(path)
+    before = path.read_bytes()
+    ema = EMA.load(path, weights)
+    train(ema, weights, [1, 2])
+    assert path.read_bytes() == before
+    assert ema.step == 2

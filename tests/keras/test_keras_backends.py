@@ -1,0 +1,36 @@
+"""Keras on TensorFlow, JAX and torch: keras_everywhere.py on each, in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from processes import SUPPORT, skip_without
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_what_holds_everywhere_holds_here(backend):
+    skip_without(backend)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            str(SUPPORT / "keras_everywhere.py"),
+        ],
+        cwd=SUPPORT,
+        env={**os.environ, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) > 25

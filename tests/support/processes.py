@@ -1,0 +1,85 @@
+"""Programs in processes of their own."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+SUPPORT = Path(__file__).parent
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def skip_without(package):
+    """Skip a test whose program needs a package; it is not imported here."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+
+
+def environment_of_programs(**environment):
+    """Return this process' environment with these variables; the modules of this folder can be imported."""
+    path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **environment}
+
+
+def python(code, *arguments, **environment):
+    """Run a program; return the finished process with its output as text."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=environment_of_programs(**environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def output_of(code, *arguments, **environment):
+    """Run a program that must succeed; return what it printed."""
+    done = python(code, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def ranks(count, code, *arguments, **environment):
+    """Run a program in so many processes at once, which must all succeed.
+
+    Each finds its number as RANK and theirs as WORLD_SIZE. All are ended after two minutes: a collective that
+    one of them never enters keeps the others waiting.
+    """
+    shared = environment_of_programs(WORLD_SIZE=str(count), **environment)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+            env={**shared, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    end = time.monotonic() + 120
+    try:
+        errors = [each.communicate(timeout=max(1, end - time.monotonic()))[1] for each in started]
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    failed = [text for each, text in zip(started, errors, strict=True) if each.returncode]
+    assert not failed, "\n".join(failed)
+
+
+def free_ports(count):
+    """Return ports of this machine that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("localhost", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -8,13 +8,12 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "dispatch.hpp"
 #include "fastema/core.hpp"
-#include "parallel.hpp"
 
 namespace py = pybind11;
 using fastema::DType;
@@ -29,17 +28,21 @@ std::string type_name(const py::handle& object) {
   return text(py::type::handle_of(object).attr("__name__"));
 }
 
-// How errors call the arrays of one argument: "averages[3]", "averages" where a single array was
-// given, "averages[1][3]" where there are several lists of them.
+// How errors call the arrays of one argument: "averages[3]", "averages['layer.weight']" where the
+// values have names, "averages" where a single array was given, "averages[1][3]" where several
+// averages share a value.
 struct Argument {
   std::string name;
-  bool single = false;
-  std::size_t lists = 1;
+  bool single;
+  std::size_t each;  // how many arrays share a name or number
+  py::object names;  // a sequence of str, or None
 
   std::string operator[](std::size_t i) const {
+    const std::string list = each > 1 ? "[" + std::to_string(i % each) + "]" : "";
+    if (!names.is_none())
+      return name + list + "[" + text(py::repr(names[py::int_(i / each)])) + "]";
     if (single) return name;
-    const std::string list = lists > 1 ? "[" + std::to_string(i % lists) + "]" : "";
-    return name + list + "[" + std::to_string(i / lists) + "]";
+    return name + list + "[" + std::to_string(i / each) + "]";
   }
 };
 
@@ -54,7 +57,103 @@ struct Label {
 std::string operator+(const Label& label, const char* rest) { return label.str() + rest; }
 std::string both(const Label& x, const Label& y) { return x + " and " + y.str(); }
 
+// What is to be done with pairs. An update computes; the others move bytes, whatever they mean.
+enum class Verb { update, swap, copy };
+
+Verb verb_of(const std::string& name) {
+  if (name == "update") return Verb::update;
+  if (name == "swap") return Verb::swap;
+  if (name == "copy") return Verb::copy;
+  throw py::value_error("verb must be 'update', 'swap' or 'copy', got " +
+                        text(py::repr(py::str(name))));
+}
+
+// What a caller says of its lists.
+struct Terms {
+  Argument averages, values, carries;
+  Verb verb;
+  bool floats;  // whether types that cannot be averaged are refused; updates always do
+  std::size_t averages_per_value;  // those of one value follow each other
+
+  Terms(const std::string& verb_name, bool only_floats,
+        const std::pair<std::string, std::string>& arguments, const py::object& names, bool single,
+        std::size_t each)
+      : averages{arguments.first, single, each, names},
+        values{arguments.second, single, 1, names},
+        carries{"carries", single, each, names},
+        verb(verb_of(verb_name)),
+        floats(only_floats || verb == Verb::update),
+        averages_per_value(each) {}
+};
+
+// An array as far as it is checked: NumPy's, or a described one, whose memory no one here may read.
+struct Array {
+  py::dtype dtype;
+  std::span<const py::ssize_t> shape, strides;
+  py::ssize_t itemsize, size;
+  const void* data;
+  bool writable, aligned;
+  bool c_order, f_order;           // in C's or Fortran's order; without elements both
+  std::vector<py::ssize_t> own{};  // shape and strides of a described array
+};
+
 bool flagged(const py::array& array, int flag) { return (array.flags() & flag) == flag; }
+
+Array numpy_array(const py::array& array) {
+  const auto axes = static_cast<std::size_t>(array.ndim());
+  return {.dtype = array.dtype(),
+          .shape = {array.shape(), axes},
+          .strides = {array.strides(), axes},
+          .itemsize = array.itemsize(),
+          .size = array.size(),
+          .data = array.data(),
+          .writable = array.writeable(),
+          .aligned = flagged(array, npy::NPY_ARRAY_ALIGNED_),
+          .c_order = flagged(array, npy::NPY_ARRAY_C_CONTIGUOUS_),
+          .f_order = flagged(array, npy::NPY_ARRAY_F_CONTIGUOUS_)};
+}
+
+// Of fastema._types.Descriptor: (dtype, shape, strides in bytes, address, writable).
+Array described_array(const py::tuple& descriptor) {
+  const auto shape = descriptor[1].cast<std::vector<py::ssize_t>>();
+  const auto strides = descriptor[2].cast<std::vector<py::ssize_t>>();
+  const auto address = descriptor[3].cast<std::uintptr_t>();
+  const py::dtype dtype = descriptor[0].cast<py::dtype>();
+  if (shape.size() != strides.size()) throw py::value_error("a stride is needed for each axis");
+  py::ssize_t size = 1;
+  for (const py::ssize_t length : shape) size *= length;
+  const auto alignment = static_cast<std::uintptr_t>(dtype.alignment());
+  Array array{.dtype = dtype,
+              .shape = {},
+              .strides = {},
+              .itemsize = dtype.itemsize(),
+              .size = size,
+              .data = reinterpret_cast<const void*>(address),
+              .writable = descriptor[4].cast<bool>(),
+              .aligned = address % alignment == 0,
+              .c_order = size == 0,
+              .f_order = size == 0,
+              .own = shape};
+  array.own.insert(array.own.end(), strides.begin(), strides.end());
+  array.shape = {array.own.data(), shape.size()};
+  array.strides = {array.own.data() + shape.size(), shape.size()};
+  return array;
+}
+
+// `described`: whether a description will do, as where nothing is going to be read.
+Array array_of(const py::handle& object, const Label& label, bool described) {
+  if (py::isinstance<py::array>(object)) {
+    return numpy_array(py::reinterpret_borrow<py::array>(object));
+  }
+  if (described && py::isinstance<py::tuple>(object) && py::len(object) == 5) {
+    return described_array(py::reinterpret_borrow<py::tuple>(object));
+  }
+  throw py::type_error(label + " must be a NumPy array, got " + type_name(object));
+}
+
+std::string listed(std::span<const py::ssize_t> numbers) {
+  return text(py::tuple(py::cast(std::vector<py::ssize_t>(numbers.begin(), numbers.end()))));
+}
 
 // ml_dtypes registers bfloat16 with NumPy when it is imported, under a number of its own.
 int bfloat16_number() {
@@ -79,22 +178,19 @@ std::optional<DType> known_dtype(const py::dtype& dtype) {
 // Shapes and strides without the axes of length 1, whose strides mean nothing.
 using Axes = std::vector<std::pair<py::ssize_t, py::ssize_t>>;  // (stride in elements, length)
 
-Axes axes_of(const py::array& array) {
+Axes axes_of(const Array& array) {
   Axes axes;
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
-    if (array.shape(i) == 1) continue;
+  for (std::size_t i = 0; i < array.shape.size(); ++i) {
+    if (array.shape[i] == 1) continue;
     // an odd stride in bytes is no multiple of the element: not dense, whatever it is rounded to
-    if (array.strides(i) % array.itemsize() != 0) return {{0, 0}};
-    axes.emplace_back(array.strides(i) / array.itemsize(), array.shape(i));
+    if (array.strides[i] % array.itemsize != 0) return {{0, 0}};
+    axes.emplace_back(array.strides[i] / array.itemsize, array.shape[i]);
   }
   return axes;
 }
 
-bool dense(const py::array& array) {
-  if (flagged(array, npy::NPY_ARRAY_C_CONTIGUOUS_) ||
-      flagged(array, npy::NPY_ARRAY_F_CONTIGUOUS_)) {
-    return true;  // an array without elements is both
-  }
+bool dense(const Array& array) {
+  if (array.c_order || array.f_order) return true;
   Axes axes = axes_of(array);
   std::sort(axes.begin(), axes.end());
   py::ssize_t expected = 1;
@@ -105,61 +201,56 @@ bool dense(const py::array& array) {
   return true;
 }
 
-bool same_shape(const py::array& a, const py::array& b) {
-  return a.ndim() == b.ndim() && std::equal(a.shape(), a.shape() + a.ndim(), b.shape());
+bool same_order(const Array& a, const Array& b) {
+  return (a.c_order && b.c_order) || (a.f_order && b.f_order) || axes_of(a) == axes_of(b);
 }
 
-bool same_order(const py::array& a, const py::array& b) {
-  for (const int flag : {npy::NPY_ARRAY_C_CONTIGUOUS_, npy::NPY_ARRAY_F_CONTIGUOUS_}) {
-    if (flagged(a, flag) && flagged(b, flag)) return true;
+// What only bytes are moved of: any type but those that count references.
+DType dtype_of(const Array& array, const Label& label, bool floats) {
+  if (floats) {
+    const std::optional<DType> dtype = known_dtype(array.dtype);
+    if (dtype) return *dtype;
+    throw py::type_error(
+        label + " must be float16, bfloat16, float32 or float64 in native byte order, got " +
+        text(py::repr(array.dtype)));
   }
-  return axes_of(a) == axes_of(b);
-}
-
-py::array array_of(const py::handle& object, const Label& label) {
-  if (!py::isinstance<py::array>(object)) {
-    throw py::type_error(label + " must be a NumPy array, got " + type_name(object));
+  if (array.dtype.attr("hasobject").cast<bool>()) {
+    throw py::type_error(label + " must hold numbers, got " + text(py::repr(array.dtype)));
   }
-  return py::reinterpret_borrow<py::array>(object);
+  return DType::byte;
 }
 
-DType dtype_of(const py::array& array, const Label& label) {
-  const std::optional<DType> dtype = known_dtype(array.dtype());
-  if (dtype) return *dtype;
-  throw py::type_error(label +
-                       " must be float16, bfloat16, float32 or float64 in native byte order, got " +
-                       text(py::repr(array.dtype())));
-}
-
-void check_memory(const py::array& array, const Label& label, bool written) {
-  if (!flagged(array, npy::NPY_ARRAY_ALIGNED_)) {
-    throw py::value_error(label + " must be aligned to its " + std::to_string(array.itemsize()) +
+void check_memory(const Array& array, const Label& label, bool written, bool aligned) {
+  if (aligned && !array.aligned) {
+    throw py::value_error(label + " must be aligned to its " + std::to_string(array.itemsize) +
                           "-byte elements, and is not; make a copy of it");
   }
   if (!dense(array)) {
     throw py::value_error(label + " must be dense (no holes, no negative strides), got strides " +
-                          text(array.attr("strides")) + " for shape " + text(array.attr("shape")));
+                          listed(array.strides) + " for shape " + listed(array.shape));
   }
-  if (written && !array.writeable()) {
+  if (written && !array.writable) {
     throw py::value_error(label + " must be writable, and is read-only");
   }
 }
 
-Span span_of(const py::array& array, const Label& label, bool written) {
-  const DType dtype = dtype_of(array, label);
-  check_memory(array, label, written);
-  return {const_cast<void*>(array.data()), static_cast<std::size_t>(array.size()), dtype};
+Span span_of(const Array& array, const Label& label, bool written, bool floats) {
+  const DType dtype = dtype_of(array, label, floats);
+  check_memory(array, label, written, floats);
+  const py::ssize_t elements = floats ? array.size : array.size * array.itemsize;
+  return {const_cast<void*>(array.data), static_cast<std::size_t>(elements), dtype};
 }
 
-void check_alike(const py::array& a, const py::array& b, const Label& a_label,
-                 const Label& b_label) {
-  const auto differ = [&](const char* what, const char* attribute) {
-    return both(a_label, b_label) + " must have one " + what + ", got " + text(a.attr(attribute)) +
-           " and " + text(b.attr(attribute));
+void check_alike(const Array& a, const Array& b, const Label& a_label, const Label& b_label) {
+  const auto differ = [&](const char* what, const std::string& x, const std::string& y) {
+    return py::value_error(both(a_label, b_label) + " must have one " + what + ", got " + x +
+                           " and " + y);
   };
-  if (a.size() != b.size()) throw py::value_error(differ("size", "size"));
-  if (!same_shape(a, b)) throw py::value_error(differ("shape", "shape"));
-  if (!same_order(a, b)) throw py::value_error(differ("order in memory", "strides"));
+  if (a.size != b.size) throw differ("size", std::to_string(a.size), std::to_string(b.size));
+  if (!std::equal(a.shape.begin(), a.shape.end(), b.shape.begin(), b.shape.end())) {
+    throw differ("shape", listed(a.shape), listed(b.shape));
+  }
+  if (!same_order(a, b)) throw differ("order in memory", listed(a.strides), listed(b.strides));
 }
 
 // Memory that one array covers, for the overlap check.
@@ -193,6 +284,8 @@ std::string overlap_in(const std::vector<Extent>& extents, bool all_written) {
   }
   return {};
 }
+
+constexpr const char* kWithoutCarry = " is compensated, and cannot be swapped without its carry";
 
 double decay_of(const py::handle& object) {
   const double decay = PyFloat_AsDouble(object.ptr());
@@ -230,152 +323,191 @@ std::uint64_t count_of(const py::handle& object, const char* name) {
   return count;
 }
 
-// Averages and values (or the two sides of a swap) that were checked once and are kept alive.
-class Pairs {
+void check_length(const std::string& a, std::size_t a_length, const std::string& b,
+                  std::size_t b_length) {
+  if (a_length == b_length) return;
+  throw py::value_error(a + " and " + b + " must have one length, got " + std::to_string(a_length) +
+                        " and " + std::to_string(b_length));
+}
+
+// Lists that were checked against each other.
+class Checked {
  public:
-  // `lists`: how many averages share each value; those of one value follow each other in `a`.
-  // `carries`: empty, or as many as averages. `exchanged`: both sides will be written.
-  Pairs(const py::list& a, const py::list& b, const py::list& carries, const std::string& a_name,
-        const std::string& b_name, bool single, std::size_t lists, bool exchanged)
-      : a_{a_name, single, lists}, b_{b_name, single, 1}, carry_{"carries", single, lists} {
-    check_length(a_name, a.size() / lists, b_name, b.size());
-    if (!carries.empty()) check_length(a_name, a.size(), carry_.name, carries.size());
-    std::vector<Extent> extents;
-    for (std::size_t i = 0; i < a.size(); ++i) {
-      add(a[i], b[i / lists], exchanged, extents);
-      if (!carries.empty()) add_carry(carries[i], extents);
+  Checked(const py::list& averages, const py::list& values, const py::list& carries,
+          const Terms& terms, bool described)
+      : terms_(terms), described_(described) {
+    const std::size_t each = terms.averages_per_value;
+    if (terms.verb == Verb::swap && each != 1) {
+      throw py::value_error("swap needs one list of averages, got several");
     }
-    std::sort(extents.begin(), extents.end(),
+    check_length(terms.averages.name, averages.size() / each, terms.values.name, values.size());
+    if (!terms.averages.names.is_none()) {
+      check_length("names", py::len(terms.averages.names), terms.values.name, values.size());
+    }
+    if (!carries.empty()) {
+      check_length(terms.averages.name, averages.size(), terms.carries.name, carries.size());
+    }
+    pairs.reserve(averages.size());
+    for (std::size_t i = 0; i < averages.size(); ++i) {
+      const Array average = array_of(averages[i], {&terms.averages, i}, described);
+      add(average, values[i / each], i);
+      if (!carries.empty()) add_carry(average, carries[i], i);
+    }
+    std::sort(extents_.begin(), extents_.end(),
               [](const Extent& x, const Extent& y) { return x.begin < y.begin; });
-    const std::string overlap = overlap_in(extents, exchanged);
+    const std::string overlap = overlap_in(extents_, terms.verb == Verb::swap);
     if (!overlap.empty()) throw py::value_error(overlap);
-    overlap_if_exchanged_ = overlap_in(extents, true);
+    overlap_if_swapped = overlap_in(extents_, true);
+    extents_.clear();
   }
 
-  std::size_t size() const { return pairs_.size() / a_.lists; }
+  std::vector<fastema::Pair> pairs;
+  std::size_t bytes = 0;           // of averages
+  std::string overlap_if_swapped;  // what keeps swap() from writing both sides
 
-  // `decay`: a number, or a sequence of as many as there are lists of averages.
+ private:
+  void add(const Array& a, const py::handle& value, std::size_t i) {
+    const std::size_t each = terms_.averages_per_value;
+    const Label a_label{&terms_.averages, i}, b_label{&terms_.values, i / each};
+    const Array b = array_of(value, b_label, described_);
+    const bool swapped = terms_.verb == Verb::swap;
+    const Span a_span = span_of(a, a_label, true, terms_.floats);
+    const Span b_span = span_of(b, b_label, swapped, terms_.floats);
+    check_types(a, b, a_span.dtype, b_span.dtype, a_label, b_label);
+    check_alike(a, b, a_label, b_label);
+    add_extent(a_span, true, a_label);
+    if (i % each == 0) add_extent(b_span, swapped, b_label);
+    pairs.push_back({a_span, b_span});
+    bytes += a_span.size * fastema::size_of(a_span.dtype);
+  }
+
+  void check_types(const Array& a, const Array& b, DType a_dtype, DType b_dtype,
+                   const Label& a_label, const Label& b_label) const {
+    const bool update = terms_.verb == Verb::update;
+    if (update ? fastema::offered(a_dtype, b_dtype)
+               : a.dtype.is(b.dtype) || a.dtype.equal(b.dtype)) {
+      return;
+    }
+    throw py::type_error(
+        both(a_label, b_label) +
+        (update
+             ? " must have one type, or be float32 and a 16-bit type, or float64 and float32; got "
+         : terms_.verb == Verb::swap ? " must have one type to be swapped, got "
+                                     : " must have one type to be copied, got ") +
+        text(a.dtype) + " and " + text(b.dtype));
+  }
+
+  // Completes the pair that was added last.
+  void add_carry(const Array& average, const py::handle& object, std::size_t i) {
+    const Label label{&terms_.carries, i}, a_label{&terms_.averages, i};
+    if (terms_.verb != Verb::update) throw py::type_error(a_label + kWithoutCarry);
+    fastema::Pair& pair = pairs.back();
+    const std::size_t element = fastema::carry_size(pair.average.dtype, pair.value.dtype);
+    if (element == 0) {
+      throw py::type_error(a_label +
+                           " must be float32, or bfloat16 as its value, to be compensated, got " +
+                           text(average.dtype));
+    }
+    const Array carry = array_of(object, label, described_);
+    const char* needed = element == 4 ? "float32" : "int16";
+    if (!carry.dtype.equal(py::dtype(needed))) {
+      throw py::type_error(label + " must be " + needed + " beside a " + text(average.dtype) +
+                           " average, got " + text(carry.dtype));
+    }
+    check_memory(carry, label, true, true);
+    check_alike(average, carry, a_label, label);
+    pair.carry = carry.size > 0 ? const_cast<void*>(carry.data) : &no_elements_;
+    add_extent({pair.carry, pair.average.size, pair.average.dtype}, true, label);
+  }
+
+  void add_extent(const Span& span, bool written, const Label& label) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(span.data);
+    const std::size_t size = span.size * fastema::size_of(span.dtype);
+    if (size > 0) extents_.push_back({begin, begin + size, label, written});
+  }
+
+  const Terms& terms_;  // outlives the construction, which is all it is needed for
+  bool described_;
+  std::vector<Extent> extents_;
+  static inline double no_elements_ = 0.0;
+};
+
+std::vector<double> decays_of(const py::handle& object, std::size_t each) {
+  if (each == 1) return {decay_of(object)};
+  if (!py::isinstance<py::sequence>(object)) {
+    throw py::type_error("decay must be a sequence of " + std::to_string(each) +
+                         " numbers, one for each list of averages, got " + type_name(object));
+  }
+  std::vector<double> decays;
+  for (const py::handle& decay : py::reinterpret_borrow<py::sequence>(object)) {
+    decays.push_back(decay_of(decay));
+  }
+  check_length("averages", each, "decay", decays.size());
+  return decays;
+}
+
+// Averages and values that were checked once and are kept alive.
+class Pairs {
+ public:
+  Pairs(const py::list& averages, const py::list& values, const py::list& carries,
+        const std::string& verb, bool only_floats,
+        const std::pair<std::string, std::string>& arguments, const py::object& names, bool single,
+        std::size_t averages_per_value)
+      : terms_(verb, only_floats, arguments, names, single, averages_per_value),
+        checked_(averages, values, carries, terms_, false) {
+    for (std::size_t i = 0; i < averages.size(); ++i) {
+      hold(averages[i], {&terms_.averages, i});
+      hold(values[i / averages_per_value], {&terms_.values, i / averages_per_value});
+      if (!carries.empty()) hold(carries[i], {&terms_.carries, i});
+    }
+  }
+  Pairs(const Pairs&) = delete;  // labels point into it
+  Pairs& operator=(const Pairs&) = delete;
+
+  std::size_t size() const { return checked_.pairs.size() / terms_.averages_per_value; }
+
+  // `decay`: a number, or a sequence of as many as averages share a value.
   void update(const py::handle& decay, const py::handle& threads, bool stochastic,
               const py::handle& seed, const py::handle& step) const {
-    const std::vector<double> decays = decays_of(decay);
+    check_verb(Verb::update, "update");
+    const std::vector<double> decays = decays_of(decay, terms_.averages_per_value);
     const fastema::Options options{threads_of(threads), stochastic, count_of(seed, "seed"),
                                    count_of(step, "step")};
     check_unmoved();
-    without_lock([&] { fastema::update(pairs_, decays, options); });
+    without_lock([&] { fastema::update(checked_.pairs, decays, options); });
   }
 
-  // The same for what most calls are.
-  void update_plainly(const py::handle& decay, const py::handle& threads) const {
-    if (a_.lists != 1) return update(decay, threads, false, py::int_(0), py::int_(0));
+  // The same for what most calls are, without what that does not need.
+  void update_to_nearest(const py::handle& decay, const py::handle& threads) const {
+    if (terms_.averages_per_value != 1) {
+      return update(decay, threads, false, py::int_(0), py::int_(0));
+    }
+    check_verb(Verb::update, "update");
     const double one = decay_of(decay);
     const fastema::Options options{.threads = threads_of(threads)};
     check_unmoved();
-    without_lock([&] { fastema::update(pairs_, {&one, 1}, options); });
+    without_lock([&] { fastema::update(checked_.pairs, {&one, 1}, options); });
   }
 
   void swap(const py::handle& threads_object) const {
     const int threads = threads_of(threads_object);
-    if (a_.lists != 1) throw py::value_error("swap needs one list of averages, got several");
-    for (std::size_t i = 0; i < size(); ++i) check_exchangeable(i);
-    if (!overlap_if_exchanged_.empty()) throw py::value_error(overlap_if_exchanged_);
+    if (terms_.verb == Verb::update) {
+      check_swappable();
+    } else {
+      check_verb(Verb::swap, "swap");
+    }
     check_unmoved();
-    without_lock([&] { fastema::swap(pairs_, threads); });
+    without_lock([&] { fastema::swap(checked_.pairs, threads); });
+  }
+
+  void copy(const py::handle& threads_object) const {
+    const int threads = threads_of(threads_object);
+    check_verb(Verb::copy, "copy");
+    check_unmoved();
+    without_lock([&] { fastema::copy(checked_.pairs, threads); });
   }
 
  private:
-  // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
-  template <class Body>
-  void without_lock(const Body& body) const {
-    if (bytes_ < kBrief) return body();
-    const py::gil_scoped_release release;
-    body();
-  }
-
-  static void check_length(const std::string& a, std::size_t a_length, const std::string& b,
-                           std::size_t b_length) {
-    if (a_length == b_length) return;
-    throw py::value_error(a + " and " + b + " must have one length, got " +
-                          std::to_string(a_length) + " and " + std::to_string(b_length));
-  }
-
-  void add(const py::handle& a, const py::handle& b, bool exchanged, std::vector<Extent>& extents) {
-    const Label a_label{&a_, pairs_.size()}, b_label{&b_, pairs_.size() / a_.lists};
-    const py::array a_array = array_of(a, a_label), b_array = array_of(b, b_label);
-    const Span average = span_of(a_array, a_label, true);
-    const Span value = span_of(b_array, b_label, exchanged);
-    if (exchanged ? average.dtype != value.dtype : !fastema::offered(average.dtype, value.dtype)) {
-      throw py::type_error(both(a_label, b_label) +
-                           (exchanged ? " must have one type, got "
-                                      : " must have one type, or be float32 and a 16-bit type, or "
-                                        "float64 and float32; got ") +
-                           text(a_array.dtype()) + " and " + text(b_array.dtype()));
-    }
-    check_alike(a_array, b_array, a_label, b_label);
-    add_extent(average, true, a_label, extents);
-    if (pairs_.size() % a_.lists == 0) add_extent(value, exchanged, b_label, extents);
-    pairs_.push_back({average, value});
-    bytes_ += average.size * fastema::size_of(average.dtype);
-    hold(a_array, a_label);
-    hold(b_array, b_label);
-  }
-
-  // Completes the pair that was added last.
-  void add_carry(const py::handle& object, std::vector<Extent>& extents) {
-    const Label label{&carry_, pairs_.size() - 1}, a_label{&a_, pairs_.size() - 1};
-    fastema::Pair& pair = pairs_.back();
-    const std::size_t element = fastema::carry_size(pair.average.dtype, pair.value.dtype);
-    const py::array average = held_[held_.size() - 2].array;
-    if (element == 0) {
-      throw py::type_error(a_label +
-                           " must be float32, or bfloat16 as its value, to be compensated, got " +
-                           text(average.dtype()));
-    }
-    const py::array array = array_of(object, label);
-    const char* needed = element == 4 ? "float32" : "int16";
-    if (!array.dtype().equal(py::dtype(needed))) {
-      throw py::type_error(label + " must be " + needed + " beside a " + text(average.dtype()) +
-                           " average, got " + text(array.dtype()));
-    }
-    check_memory(array, label, true);
-    check_alike(average, array, a_label, label);
-    pair.carry = array.size() > 0 ? const_cast<void*>(array.data()) : &no_elements_;
-    add_extent({pair.carry, pair.average.size, pair.average.dtype}, true, label, extents);
-    hold(array, label);
-  }
-
-  static void add_extent(const Span& span, bool written, const Label& label,
-                         std::vector<Extent>& extents) {
-    const auto begin = reinterpret_cast<std::uintptr_t>(span.data);
-    const std::size_t bytes = span.size * fastema::size_of(span.dtype);
-    if (bytes > 0) extents.push_back({begin, begin + bytes, label, written});
-  }
-
-  std::vector<double> decays_of(const py::handle& object) const {
-    if (a_.lists == 1) return {decay_of(object)};
-    if (!py::isinstance<py::sequence>(object)) {
-      throw py::type_error("decay must be a sequence of " + std::to_string(a_.lists) +
-                           " numbers, one for each list of averages, got " + type_name(object));
-    }
-    std::vector<double> decays;
-    for (const py::handle& decay : py::reinterpret_borrow<py::sequence>(object)) {
-      decays.push_back(decay_of(decay));
-    }
-    check_length("averages", a_.lists, "decay", decays.size());
-    return decays;
-  }
-
-  void check_exchangeable(std::size_t i) const {
-    if (pairs_[i].average.dtype != pairs_[i].value.dtype) {
-      throw py::type_error(both({&a_, i}, {&b_, i}) + " must have one type to be swapped");
-    }
-    if (pairs_[i].carry != nullptr) {
-      throw py::type_error(a_[i] + " is compensated, and cannot be swapped without its carry");
-    }
-    if (!held_[2 * i + 1].array.writeable()) {
-      throw py::value_error(b_[i] + " must be writable, and is read-only");
-    }
-  }
-
   // An array, and where it was when it was checked.
   struct Held {
     py::array array;
@@ -384,8 +516,42 @@ class Pairs {
     Label label;
   };
 
-  void hold(const py::array& array, const Label& label) {
+  void hold(const py::handle& object, const Label& label) {
+    const auto array = py::reinterpret_borrow<py::array>(object);
     held_.push_back({array, array.data(), array.size(), label});
+  }
+
+  // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
+  template <class Body>
+  void without_lock(const Body& body) const {
+    if (checked_.bytes < kBrief) return body();
+    const py::gil_scoped_release release;
+    body();
+  }
+
+  void check_verb(Verb verb, const char* name) const {
+    if (verb == terms_.verb) return;
+    throw py::value_error(std::string("pairs must be made for verb='") + name + "' to " + name);
+  }
+
+  void check_swappable() const {
+    if (terms_.averages_per_value != 1) {
+      throw py::value_error("swap needs one list of averages, got several");
+    }
+    for (std::size_t i = 0; i < size(); ++i) {
+      const fastema::Pair& pair = checked_.pairs[i];
+      const Label a{&terms_.averages, i}, b{&terms_.values, i};
+      if (pair.average.dtype != pair.value.dtype) {
+        throw py::type_error(both(a, b) + " must have one type to be swapped, got " +
+                             fastema::name_of(pair.average.dtype) + " and " +
+                             fastema::name_of(pair.value.dtype));
+      }
+      if (pair.carry != nullptr) throw py::type_error(a + kWithoutCarry);
+      if (!held_[2 * i + 1].array.writeable()) {
+        throw py::value_error(b + " must be writable, and is read-only");
+      }
+    }
+    if (!checked_.overlap_if_swapped.empty()) throw py::value_error(checked_.overlap_if_swapped);
   }
 
   // Arrays can be resized in place, which frees their memory.
@@ -397,23 +563,45 @@ class Pairs {
     }
   }
 
-  const Argument a_, b_, carry_;
+  const Terms terms_;
+  const Checked checked_;
   std::vector<Held> held_;  // average, value and carry of each pair
-  std::vector<fastema::Pair> pairs_;
-  std::size_t bytes_ = 0;             // of averages
-  std::string overlap_if_exchanged_;  // what keeps swap() from writing both sides
-  static inline double no_elements_ = 0.0;
   static constexpr std::size_t kBrief = 16 << 10;
 };
 
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const fastema::Kernels* kernels : fastema::available()) names.emplace_back(kernels->name);
+void check(const py::list& averages, const py::list& values, const py::list& carries,
+           const std::string& verb, bool only_floats,
+           const std::pair<std::string, std::string>& arguments, const py::object& names,
+           bool single, std::size_t averages_per_value) {
+  const Terms terms(verb, only_floats, arguments, names, single, averages_per_value);
+  const Checked checked(averages, values, carries, terms, true);
+}
+
+std::vector<double> check_numbers(const py::handle& decay, const py::handle& threads,
+                                  const py::handle& seed, const py::handle& step,
+                                  std::size_t averages_per_value) {
+  std::vector<double> decays = decays_of(decay, averages_per_value);
+  threads_of(threads);
+  count_of(seed, "seed");
+  count_of(step, "step");
+  return decays;
+}
+
+std::vector<std::pair<std::string, std::string>> mixes() {
+  std::vector<std::pair<std::string, std::string>> names;
+  for (const auto& [average, value] : fastema::mixes()) {
+    names.emplace_back(fastema::name_of(average), fastema::name_of(value));
+  }
   return names;
 }
 
+std::vector<std::string> instruction_sets() {
+  const auto names = fastema::instruction_sets();
+  return {names.begin(), names.end()};
+}
+
 void use_instruction_set(const std::string& name) {
-  if (!fastema::activate(name)) {
+  if (!fastema::use_instruction_set(name)) {
     throw py::value_error("name must be one of " + text(py::repr(py::cast(instruction_sets()))) +
                           " on this machine, got " + text(py::repr(py::str(name))));
   }
@@ -422,7 +610,7 @@ void use_instruction_set(const std::string& name) {
 py::dict build_config() {
   using namespace py::literals;
   return py::dict("version"_a = FASTEMA_VERSION, "compiler"_a = FASTEMA_COMPILER,
-                  "instruction_set"_a = fastema::active().name,
+                  "instruction_set"_a = fastema::instruction_set(),
                   "instruction_sets"_a = instruction_sets(), "openmp"_a = fastema::openmp_version(),
                   "threads"_a = fastema::default_threads());
 }
@@ -430,19 +618,32 @@ py::dict build_config() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
-  m.doc() = "The native core: averages and swaps lists of NumPy arrays in place.";
+  m.doc() = "The native core: averages, swaps and copies lists of NumPy arrays in place.";
 
-  py::class_<Pairs>(m, "Pairs")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const std::string&,
-                    const std::string&, bool, std::size_t, bool>(),
-           py::arg("a"), py::arg("b"), py::arg("carries"), py::arg("a_name"), py::arg("b_name"),
-           py::arg("single"), py::arg("lists"), py::arg("exchanged"))
-      .def("__len__", &Pairs::size)
+  const auto terms = [](auto&& define) {
+    define(py::arg("averages"), py::arg("values"), py::arg("carries") = py::list(), py::kw_only(),
+           py::arg("verb") = "update", py::arg("only_floats") = false,
+           py::arg("arguments") = std::pair("averages", "values"), py::arg("names") = py::none(),
+           py::arg("single") = false, py::arg("averages_per_value") = 1);
+  };
+  py::class_<Pairs> pairs(m, "Pairs");
+  terms([&](const auto&... arguments) {
+    pairs.def(py::init<const py::list&, const py::list&, const py::list&, const std::string&, bool,
+                       const std::pair<std::string, std::string>&, const py::object&, bool,
+                       std::size_t>(),
+              arguments...);
+    m.def("check", check, arguments...);
+  });
+  pairs.def("__len__", &Pairs::size)
+      .def("update", &Pairs::update_to_nearest, py::arg("decay"), py::arg("threads") = 0)
       .def("update", &Pairs::update, py::arg("decay"), py::arg("threads"), py::arg("stochastic"),
            py::arg("seed"), py::arg("step"))
-      .def("update_plainly", &Pairs::update_plainly, py::arg("decay"), py::arg("threads"))
-      .def("swap", &Pairs::swap, py::arg("threads"));
+      .def("swap", &Pairs::swap, py::arg("threads") = 0)
+      .def("copy", &Pairs::copy, py::arg("threads") = 0);
 
+  m.def("check_numbers", check_numbers, py::arg("decay"), py::arg("threads") = 0,
+        py::arg("seed") = 0, py::arg("step") = 0, py::kw_only(), py::arg("averages_per_value") = 1);
+  m.def("mixes", mixes);
   m.def("instruction_sets", instruction_sets);
   m.def("use_instruction_set", use_instruction_set, py::arg("name"));
   m.def("build_config", build_config);

@@ -1,12 +1,14 @@
-// update() and swap(): the kernels applied to the pieces of a list.
+// update(), swap() and copy(): the kernels applied to the pieces of a list.
 #include "fastema/core.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "dispatch.hpp"
+#include "formula.hpp"
 #include "kernels.hpp"
-#include "parallel.hpp"
+#include "team.hpp"
 
 namespace fastema {
 namespace {
@@ -15,23 +17,13 @@ namespace {
 constexpr std::size_t kPiece = std::size_t{512} << 10;
 constexpr std::size_t kCached = std::size_t{8} << 20;  // smaller lists may well lie in caches
 
-const Mix* mix_of(const Kernels& kernels, DType average, DType value) noexcept {
-  if (average == value) {
-    switch (average) {
-      case DType::f16:
-        return &kernels.f16;
-      case DType::bf16:
-        return &kernels.bf16;
-      case DType::f32:
-        return &kernels.f32;
-      case DType::f64:
-        return &kernels.f64;
-    }
-  }
-  if (average == DType::f32 && value == DType::f16) return &kernels.f32_from_f16;
-  if (average == DType::f32 && value == DType::bf16) return &kernels.f32_from_bf16;
-  if (average == DType::f64 && value == DType::f32) return &kernels.f64_from_f32;
-  return nullptr;
+constexpr DType kFloats[] = {DType::f16, DType::bf16, DType::f32, DType::f64};
+constexpr std::size_t index_of(DType dtype) noexcept { return static_cast<std::size_t>(dtype); }
+static_assert(index_of(DType::f16) == 0 && index_of(DType::bf16) == 1 &&
+              index_of(DType::f32) == 2 && index_of(DType::f64) == 3);  // as in Kernels::loops
+
+const Loops& loops_of(const Kernels& kernels, DType average, DType value) noexcept {
+  return kernels.loops[index_of(average)][index_of(value)];
 }
 
 std::size_t bytes_of(const Span& span) noexcept { return span.size * size_of(span.dtype); }
@@ -103,23 +95,6 @@ void* at(const Span& span, std::size_t first) noexcept {
   return static_cast<std::byte*>(span.data) + first * size_of(span.dtype);
 }
 
-// Sebastiano Vigna's splitmix64.
-std::uint64_t mixed(std::uint64_t x) noexcept {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// A piece never crosses a multiple of 2^32 elements, so one key serves all of a part.
-Noise noise_of(const Options& options, std::size_t pair, std::size_t first) noexcept {
-  const std::uint64_t element = first;
-  const std::uint64_t call = mixed(mixed(options.seed) ^ options.step);
-  const std::uint64_t key = mixed(mixed(call ^ pair) ^ (element >> 32));
-  return {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32),
-          static_cast<std::uint32_t>(element)};
-}
-
 struct Updater {
   const Kernels& kernels;
   std::span<const Pair> pairs;
@@ -137,13 +112,13 @@ struct Updater {
   void update_one(std::size_t index, double decay, std::size_t first,
                   std::size_t size) const noexcept {
     const Pair& pair = pairs[index];
-    const Mix& mix = *mix_of(kernels, pair.average.dtype, pair.value.dtype);
+    const Loops& loops = loops_of(kernels, pair.average.dtype, pair.value.dtype);
     Run run{.average = at(pair.average, first),
             .into = nullptr,
             .carry = nullptr,
             .value = at(pair.value, first),
             .size = size,
-            .weight = 1.0 - decay,
+            .decay = decay,
             .noise = {},
             .far = far};
     if (pair.into != nullptr) {
@@ -152,13 +127,15 @@ struct Updater {
     if (pair.carry != nullptr) {
       const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
       run.carry = static_cast<std::byte*>(pair.carry) + first * element;
-      if (decay != 0.0) return mix.compensated(run);
+      if (!copies(decay)) return loops.compensated(run);
       std::memset(run.carry, 0, size * element);
     }
-    if (decay == 0.0) return mix.copy(run);
-    if (!options.stochastic || mix.at_random == nullptr) return mix.update(run);
-    run.noise = noise_of(options, index, first);
-    mix.at_random(run);
+    if (copies(decay)) return loops.copy(run);
+    if (!options.stochastic || loops.stochastic == nullptr) return loops.update(run);
+    // a piece never crosses a multiple of 2^32 elements, so one key serves all of a part
+    run.noise = {key_of(options.seed, options.step, index, first),
+                 static_cast<std::uint32_t>(first)};
+    loops.stochastic(run);
   }
 };
 
@@ -166,6 +143,8 @@ struct Updater {
 
 std::size_t size_of(DType dtype) noexcept {
   switch (dtype) {
+    case DType::byte:
+      return 1;
     case DType::f16:
     case DType::bf16:
       return 2;
@@ -177,13 +156,48 @@ std::size_t size_of(DType dtype) noexcept {
   return 8;
 }
 
+const char* name_of(DType dtype) noexcept {
+  switch (dtype) {
+    case DType::f16:
+      return "float16";
+    case DType::bf16:
+      return "bfloat16";
+    case DType::f32:
+      return "float32";
+    case DType::f64:
+      return "float64";
+    case DType::byte:
+      break;
+  }
+  return "byte";
+}
+
+std::span<const Mix> mixes() noexcept {
+  struct Found {
+    std::array<Mix, 16> mixes{};
+    std::size_t count = 0;
+
+    Found() noexcept {
+      for (const DType average : kFloats) {
+        for (const DType value : kFloats) {
+          if (offered(average, value)) mixes[count++] = {average, value};
+        }
+      }
+    }
+  };
+  static const Found found;
+  return {found.mixes.data(), found.count};
+}
+
 bool offered(DType average, DType value) noexcept {
-  return mix_of(active(), average, value) != nullptr;
+  return average != DType::byte && value != DType::byte &&
+         loops_of(active(), average, value).update != nullptr;
 }
 
 std::size_t carry_size(DType average, DType value) noexcept {
-  const Mix* mix = mix_of(active(), average, value);
-  return mix == nullptr || mix->compensated == nullptr ? 0 : size_of(average);
+  const bool compensated =
+      offered(average, value) && loops_of(active(), average, value).compensated != nullptr;
+  return compensated ? size_of(average) : 0;
 }
 
 void update(std::span<const Pair> pairs, std::span<const double> decays,
@@ -198,6 +212,13 @@ void swap(std::span<const Pair> pairs, int threads) noexcept {
   run({pairs, 1}, threads, [&](std::size_t i, std::size_t first, std::size_t size) noexcept {
     const Pair& pair = pairs[i];
     exchange(at(pair.average, first), at(pair.value, first), size * size_of(pair.average.dtype));
+  });
+}
+
+void copy(std::span<const Pair> pairs, int threads) noexcept {
+  run({pairs, 1}, threads, [&](std::size_t i, std::size_t first, std::size_t size) noexcept {
+    const Pair& pair = pairs[i];
+    std::memcpy(at(pair.average, first), at(pair.value, first), size * size_of(pair.average.dtype));
   });
 }
 

@@ -8,6 +8,8 @@
 #include <cpuid.h>
 #endif
 
+#include "fastema/core.hpp"
+
 namespace fastema {
 
 extern const Kernels kernels_baseline;
@@ -27,6 +29,7 @@ bool has_f16c() noexcept {  // older Clangs' __builtin_cpu_supports does not kno
 
 struct Found {
   std::array<const Kernels*, 3> kernels{};
+  std::array<const char*, 3> names{};
   std::size_t count = 0;
 
   Found() noexcept {
@@ -41,6 +44,7 @@ struct Found {
     }
 #endif
     kernels[count++] = &kernels_baseline;
+    for (std::size_t i = 0; i < count; ++i) names[i] = kernels[i]->name;
   }
 };
 
@@ -56,16 +60,18 @@ std::atomic<const Kernels*>& chosen() noexcept {
 
 }  // namespace
 
-std::span<const Kernels* const> available() noexcept {
-  return {found().kernels.data(), found().count};
-}
-
 const Kernels& active() noexcept { return *chosen().load(std::memory_order_acquire); }
 
-bool activate(std::string_view name) noexcept {
-  for (const Kernels* kernels : available()) {
-    if (name == kernels->name) {
-      chosen().store(kernels, std::memory_order_release);
+std::span<const char* const> instruction_sets() noexcept {
+  return {found().names.data(), found().count};
+}
+
+const char* instruction_set() noexcept { return active().name; }
+
+bool use_instruction_set(std::string_view name) noexcept {
+  for (std::size_t i = 0; i < found().count; ++i) {
+    if (name == found().names[i]) {
+      chosen().store(found().kernels[i], std::memory_order_release);
       return true;
     }
   }

@@ -35,7 +35,7 @@ inline To as(From x) {
   return __builtin_bit_cast(To, x);
 }
 
-// What a vector type does differently from a number; vectors specialise it (wide.hpp).
+// What a vector type does differently from a number; vectors specialise it (vectors.hpp).
 template <class F>
 struct Lanes;
 template <>
@@ -46,6 +46,15 @@ struct Lanes<float> {
 };
 template <class F>
 using Word = typename Lanes<F>::Word;
+
+// A decay of 0 copies: the average becomes the value, exactly, whatever it was.
+inline bool copies(double decay) { return decay == 0.0; }
+
+// What any other decay leaves to the value: formed in float64, D, and rounded once to F.
+template <class F, class D>
+inline F weight_of(D decay) {
+  return static_cast<F>(D(1) - decay);
+}
 
 // Three operations, each rounded: sub, mul, add. Never fused (-ffp-contract=off), never lerp.
 template <class F>
@@ -190,17 +199,32 @@ inline Word<F> narrow_f16_at_random(F x, Word<F> random) {
 }
 
 // --- random bits ---------------------------------------------------------------------------------
-// Counter-based: a hash of the element's place and two keys, so that an element's bits depend on
+// Counter-based: a hash of the element's place and a key, so that an element's bits depend on
 // nothing else. One hash serves two neighbours: the even element takes its lower half, the odd one
-// its upper. (The mixing is the later part of Chris Wellons' lowbias32, with a key before each
-// multiplication.)
+// its upper. (The mixing is the later part of Chris Wellons' lowbias32, with half of the key before
+// each multiplication.)
 
 template <class W>
-inline W hash(W counter, uint32_t key0, uint32_t key1) {
-  W x = (counter ^ key0) * 0x7feb352du;
-  x = x ^ key1;
+inline W hash(W counter, uint64_t key) {
+  W x = (counter ^ static_cast<uint32_t>(key)) * 0x7feb352du;
+  x = x ^ static_cast<uint32_t>(key >> 32);
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
+}
+
+// Sebastiano Vigna's splitmix64.
+inline uint64_t splitmix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// The key of an element, by the pair's place in the list and the element's in its array: one key
+// serves 2^32 elements, from one multiple of that to the next.
+inline uint64_t key_of(uint64_t seed, uint64_t step, uint64_t pair, uint64_t element) {
+  const uint64_t call = splitmix64(splitmix64(seed) ^ step);
+  return splitmix64(splitmix64(call ^ pair) ^ (element >> 32));
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include "kernels.hpp"
 
 #include "formula.hpp"
-#include "wide.hpp"
+#include "vectors.hpp"
 
 namespace fastema {
 namespace {
@@ -100,7 +100,7 @@ template <class A, class V>
 void update(const Run& run) noexcept {
   A* a = static_cast<A*>(run.average);
   const V* v = static_cast<const V*>(run.value);
-  const A w = static_cast<A>(run.weight);
+  const A w = weight_of<A>(run.decay);
   constexpr size_t kBlock = kLine / sizeof(V);
   const auto step = [w](A* to, const V* from, size_t) { update_all(to, from, kBlock, w); };
   if (run.into != nullptr) {
@@ -159,11 +159,11 @@ inline void all_blocks(const Run& run, size_t odd, const Step& step) {
   if (i < run.size) partial(i, run.size - i, 0);
 }
 
-inline Floats weight_of(const Run& run) { return Floats{} + static_cast<float>(run.weight); }
+inline Floats weights_of(const Run& run) { return Floats{} + weight_of<float>(run.decay); }
 
 template <class A, class V>
 void update_wide(const Run& run) noexcept {
-  const Floats w = weight_of(run);
+  const Floats w = weights_of(run);
   all_blocks<kLanes, A, V>(run, kAnyPlace,
                            [w](A* a, const V* v, size_t) { store(a, blend(load(a), load(v), w)); });
 }
@@ -184,7 +184,7 @@ inline Words pair_up(Words even, Words odd) { return (odd & 0xffff0000) | (even 
 inline Words pair_up_lower(Words even, Words odd) { return (odd << 16) | (even & 0xffff); }
 
 void update_bf16(const Run& run) noexcept {
-  const Floats w = weight_of(run);
+  const Floats w = weights_of(run);
   all_blocks<2 * kLanes, bf16, bf16>(run, kAnyPlace, [w](bf16* to, const bf16* from, size_t) {
     const Words a = read<Words>(to), v = read<Words>(from);
     const Floats even = blend(even_bf16(a), even_bf16(v), w);
@@ -212,12 +212,12 @@ inline void all_blocks_at_random(const Run& run, const Step& step) {
   const Words lanes = counters();
   all_blocks<2 * kLanes, A, A>(run, noise.first % 2, [&](A* a, const A* v, size_t i) {
     const uint32_t pair = (noise.first + static_cast<uint32_t>(i)) / 2;
-    step(a, v, hash(lanes + pair, noise.key0, noise.key1));
+    step(a, v, hash(lanes + pair, noise.key));
   });
 }
 
 void update_bf16_at_random(const Run& run) noexcept {
-  const Floats w = weight_of(run);
+  const Floats w = weights_of(run);
   all_blocks_at_random<bf16>(run, [w](bf16* to, const bf16* from, Words random) {
     const Words a = read<Words>(to), v = read<Words>(from);
     const Words below = random & 0xffff, above = random >> 16;
@@ -233,7 +233,7 @@ void update_bf16_at_random(const Run& run) noexcept {
 }
 
 void update_f16_at_random(const Run& run) noexcept {
-  const Floats w = weight_of(run);
+  const Floats w = weights_of(run);
   all_blocks_at_random<f16>(run, [w](f16* to, const f16* from, Words random) {
     const Floats x = blend(load(to), load(from), w);
     const Floats y = blend(load(to + kLanes), load(from + kLanes), w);
@@ -273,7 +273,7 @@ inline void all_blocks_with_carry(const Run& run, const Step& step) {
 
 template <class V>
 void update_f32_compensated(const Run& run) noexcept {
-  const Floats w = weight_of(run);
+  const Floats w = weights_of(run);
   all_blocks_with_carry<kLanes, float, float, V>(run, [w](float* a, float* carry, const V* v) {
     Floats high = load(a), low = load(carry);
     blend_compensated(high, low, load(v), w);
@@ -283,7 +283,7 @@ void update_f32_compensated(const Run& run) noexcept {
 }
 
 void update_bf16_compensated(const Run& run) noexcept {
-  const Floats w = weight_of(run);
+  const Floats w = weights_of(run);
   all_blocks_with_carry<2 * kLanes, bf16, uint16_t, bf16>(
       run, [w](bf16* a, uint16_t* carry, const bf16* from) {
         const Words h = read<Words>(a), l = read<Words>(carry), v = read<Words>(from);
@@ -326,15 +326,20 @@ void swap(void* a, void* b, size_t bytes) noexcept {
 extern const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS);
 const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
     .name = FASTEMA_TEXT(FASTEMA_KERNELS),
-    .f16 = {update_wide<f16, f16>, copy<f16>, update_f16_at_random, nullptr},
-    .bf16 = {update_bf16, copy<bf16>, update_bf16_at_random, update_bf16_compensated},
-    .f32 = {update<float, float>, copy<float>, nullptr, update_f32_compensated<float>},
-    .f64 = {update<double, double>, copy<double>, nullptr, nullptr},
-    .f32_from_f16 = {update_wide<float, f16>, copy_wide<float, f16>, nullptr,
-                     update_f32_compensated<f16>},
-    .f32_from_bf16 = {update_wide<float, bf16>, copy_wide<float, bf16>, nullptr,
-                      update_f32_compensated<bf16>},
-    .f64_from_f32 = {update<double, float>, copy_f64_from_f32, nullptr, nullptr},
+    .loops =
+        {
+            {{update_wide<f16, f16>, copy<f16>, update_f16_at_random, nullptr}, {}, {}, {}},
+            {{}, {update_bf16, copy<bf16>, update_bf16_at_random, update_bf16_compensated}, {}, {}},
+            {{update_wide<float, f16>, copy_wide<float, f16>, nullptr, update_f32_compensated<f16>},
+             {update_wide<float, bf16>, copy_wide<float, bf16>, nullptr,
+              update_f32_compensated<bf16>},
+             {update<float, float>, copy<float>, nullptr, update_f32_compensated<float>},
+             {}},
+            {{},
+             {},
+             {update<double, float>, copy_f64_from_f32, nullptr, nullptr},
+             {update<double, double>, copy<double>, nullptr, nullptr}},
+        },
     .swap = swap,
 };
 

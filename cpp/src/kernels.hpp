@@ -9,9 +9,9 @@ namespace fastema {
 
 constexpr size_t kLine = 64;  // bytes: a cache line, and the widest vector
 
-// Where an element's random bits come from; see formula.hpp.
+// Where a run's random bits come from; see formula.hpp.
 struct Noise {
-  uint32_t key0, key1;
+  uint64_t key;    // of all its elements
   uint32_t first;  // the place of the first element within its tensor, modulo 2^32
 };
 
@@ -22,26 +22,25 @@ struct Run {
   void* carry;  // of compensated averages
   const void* value;
   size_t size;
-  double weight;  // 1 - decay, rounded once to the compute type by the kernel
-  Noise noise;    // of stochastic rounding
-  bool far;       // the list is larger than caches: read ahead of its use, write `into` past them
+  double decay;
+  Noise noise;  // of stochastic rounding
+  bool far;     // the list is larger than caches: read ahead of its use, write `into` past them
 };
 
 using Kernel = void (*)(const Run& run) noexcept;
 using Swap = void (*)(void* a, void* b, size_t bytes) noexcept;
 
 // What can be done with averages of one type and values of another; null: not offered.
-struct Mix {
+struct Loops {
   Kernel update;
   Kernel copy;  // what a decay of 0 means: the average becomes the value, exactly
-  Kernel at_random;
+  Kernel stochastic;
   Kernel compensated;
 };
 
 struct Kernels {
   const char* name;
-  Mix f16, bf16, f32, f64;  // average and value of one type
-  Mix f32_from_f16, f32_from_bf16, f64_from_f32;
+  Loops loops[4][4];  // of averages, of values: f16, bf16, f32, f64, as in DType
   Swap swap;
 };
 

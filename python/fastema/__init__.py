@@ -19,21 +19,38 @@ Where is what?
 * `fastema.tensorflow`: the same for tf.Variables, also in graphs.
 * `fastema.cuda`: decays computed on the device, and averages in host memory of weights on a GPU.
 * `build_config`, `instruction_sets`, `use_instruction_set`: what this build is, and what it runs on.
+* `Array`, `Arrays`, `Decay`, `Rounding`: the types of arguments, for annotations of your own.
+
+Those with a prefix are loaded when they are first named: ``import fastema`` alone loads no framework.
 
 On the command line, ``python -m fastema`` has demo, info, bench and average. In the sources, python/docs has
 whole training loops, other libraries' calls beside ours, and how averages are computed.
 """
 
+from importlib import import_module, util
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from . import _core, checkpoint, posthoc, schedules
 from ._build import build_config, instruction_sets, use_instruction_set
+from ._types import Array, Arrays, Decay, Rounding
 from .ema import EMA
 from .functional import Pairs, copies, swap, update
+
+if TYPE_CHECKING:
+    from . import cuda as cuda
+    from . import keras as keras
+    from . import tensorflow as tensorflow
 
 __version__: str = _core.build_config()["version"]
 
 __all__ = [
     "EMA",
+    "Array",
+    "Arrays",
+    "Decay",
     "Pairs",
+    "Rounding",
     "build_config",
     "checkpoint",
     "copies",
@@ -44,3 +61,27 @@ __all__ = [
     "update",
     "use_instruction_set",
 ]
+
+# What is loaded when it is first named, and what it cannot be loaded without.
+_ON_DEMAND = {"cuda": (), "keras": ("keras",), "tensorflow": ("tensorflow",)}
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
+
+    def __getattr__(name: str) -> ModuleType:
+        if name not in _ON_DEMAND:
+            raise AttributeError(f"module 'fastema' has no attribute {name!r}")
+        try:
+            return import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name not in _ON_DEMAND[name]:
+                raise
+            raise ImportError(
+                f"fastema.{name} needs {error.name}, which is not installed: pip install 'fastema[keras]'",
+                name=error.name,
+            ) from error
+
+
+def __dir__() -> list[str]:
+    # help() asks for every name of these
+    found = [name for name, needed in _ON_DEMAND.items() if all(map(util.find_spec, needed))]
+    return sorted([*__all__, *found])

@@ -1,21 +1,52 @@
-from typing import Any
+"""The native core as Python sees it. Arrays are NumPy's; everything is checked before anything changes."""
+
+from collections.abc import Sequence
+from typing import Any, Unpack, overload
+
+import numpy as np
+
+from ._types import Descriptor, Terms
 
 class Pairs:
+    """Averages and values that were checked once and are kept alive."""
+
     def __init__(
         self,
-        a: list[Any],
-        b: list[Any],
-        carries: list[Any],
-        a_name: str,
-        b_name: str,
-        single: bool,
-        lists: int,
-        exchanged: bool,
+        averages: list[np.ndarray],
+        values: list[np.ndarray],
+        carries: list[np.ndarray] = [],
+        **terms: Unpack[Terms],
     ) -> None: ...
     def __len__(self) -> int: ...
-    def update(self, decay: Any, threads: int, stochastic: bool, seed: int, step: int) -> None: ...
-    def update_plainly(self, decay: Any, threads: int) -> None: ...
-    def swap(self, threads: int) -> None: ...
+    @overload
+    def update(self, decay: float | Sequence[float], threads: int = 0) -> None: ...
+    @overload
+    def update(
+        self, decay: float | Sequence[float], threads: int, stochastic: bool, seed: int, step: int
+    ) -> None: ...
+    def swap(self, threads: int = 0) -> None: ...
+    def copy(self, threads: int = 0) -> None: ...
+
+def check(
+    averages: list[np.ndarray] | list[Descriptor],
+    values: list[np.ndarray] | list[Descriptor],
+    carries: list[np.ndarray] | list[Descriptor] = [],
+    **terms: Unpack[Terms],
+) -> None:
+    """Check arrays as `Pairs` does, without making any; they may lie where the host cannot read."""
+
+def check_numbers(
+    decay: float | Sequence[float],
+    threads: int = 0,
+    seed: int = 0,
+    step: int = 0,
+    *,
+    averages_per_value: int = 1,
+) -> list[float]:
+    """Check the numbers of an update, and return its decays, one for each average of a value."""
+
+def mixes() -> list[tuple[str, str]]:
+    """Return the types of averages and of their values that updates take."""
 
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> None: ...

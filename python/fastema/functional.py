@@ -1,27 +1,26 @@
 """Averaging and swapping lists of arrays, without any state of its own."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
-
-import ml_dtypes
-import numpy as np
+from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
 from ._arrays import as_list, interleaved, is_movable, is_on_cuda, packed_copies, views
+from ._types import Array, Arrays, Rounding, Terms, average_type
 
-Rounding = Literal["nearest", "stochastic"]
+if TYPE_CHECKING:
+    from .cuda._pairs import Pairs as DevicePairs
 
 
 def update(
-    averages: Any,
-    values: Any,
+    averages: Arrays,
+    values: Arrays,
     decay: float,
     *,
     threads: int = 0,
     rounding: Rounding = "nearest",
     seed: int = 0,
     step: int = 0,
-    carries: Any = None,
+    carries: Arrays | None = None,
 ) -> None:
     """Move averages towards values, in place: ``average += (1 - decay) * (value - average)``.
 
@@ -71,7 +70,7 @@ def update(
     Pairs(averages, values, carries=carries).update(decay, threads, rounding=rounding, seed=seed, step=step)
 
 
-def swap(a: Any, b: Any, *, threads: int = 0) -> None:
+def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
     """Exchange the contents of arrays, in place and bit for bit.
 
     No temporary copy is made, and no arithmetic: swapping twice is nothing, for NaN payloads,
@@ -100,10 +99,11 @@ def swap(a: Any, b: Any, *, threads: int = 0) -> None:
     """
     a_list, single = as_list(a, "a")
     b_list, _ = as_list(b, "b")
-    _paired(a_list, b_list, [], ("a", "b", single, 1), exchanged=True).swap(threads)
+    pairs = paired(a_list, b_list, verb="swap", only_floats=True, arguments=("a", "b"), single=single)
+    pairs.swap(threads)
 
 
-def copies(values: Any, dtype: Any = None) -> Any:
+def copies(values: Arrays, dtype: Any = None) -> Any:
     """Make averages that start at the values, packed in memory as updates like it best.
 
     Args:
@@ -127,30 +127,9 @@ def copies(values: Any, dtype: Any = None) -> Any:
     """
     arrays, single = as_list(values, "values")
     found = views(arrays, "values", single)
-    wide = [np.float32 if view.dtype in (np.float16, ml_dtypes.bfloat16) else view.dtype for view in found]
-    made = packed_copies(found, wide if dtype is None else [dtype] * len(found))
+    dtypes = [average_type(view.dtype) if dtype is None else dtype for view in found]
+    made = packed_copies(found, dtypes)
     return made[0] if single else made
-
-
-def _paired(
-    a: list[Any], b: list[Any], carries: list[Any], names: tuple[str, str, bool, int], *, exchanged: bool
-) -> Any:
-    """Return the core's pairs, or a CUDA device's where the first average lies on one.
-
-    Args:
-        a: Averages.
-        b: Values.
-        carries: None, or one for each average.
-        names: Of `a` and `b`, whether each is a single array, and how many averages share a value.
-        exchanged: Whether both sides will be written.
-    """
-    if a and is_on_cuda(a[0]):
-        from .cuda._pairs import Pairs as CudaPairs  # noqa: PLC0415 - no CPU needs it
-
-        return CudaPairs(a, b, carries, names, exchanged=exchanged)
-    a_name, b_name, single, lists = names
-    sides = views(a, a_name, single), views(b, b_name, single), views(carries, "carries", single)
-    return _core.Pairs(*sides, a_name, b_name, single, lists, exchanged)
 
 
 class Pairs:
@@ -188,12 +167,12 @@ class Pairs:
 
     __slots__ = ("_addresses", "_compensated", "_movable", "_native")
 
-    def __init__(self, averages: Any, values: Any, *, carries: Any = None) -> None:
-        self._set_up([averages], values, None if carries is None else [carries])
+    def __init__(self, averages: Arrays, values: Arrays, *, carries: Arrays | None = None) -> None:
+        self._set_up(*_lists([averages], values, None if carries is None else [carries]))
 
     @classmethod
     def several(
-        cls, averages: Sequence[Any], values: Any, *, carries: Sequence[Any] | None = None
+        cls, averages: Sequence[Arrays], values: Arrays, *, carries: Sequence[Arrays] | None = None
     ) -> "Pairs":
         """Pair several lists of averages with the same values, which an update reads only once.
 
@@ -213,20 +192,13 @@ class Pairs:
             ([array([0.25, 0.25])], [array([0.5, 0.5])])
         """
         pairs = cls.__new__(cls)
-        pairs._set_up(list(averages), values, None if carries is None else list(carries))
+        pairs._set_up(*_lists(averages, values, carries))
         return pairs
 
-    def _set_up(self, averages: list[Any], values: Any, carries: list[Any] | None) -> None:
-        b, single = as_list(values, "values")
-        a = interleaved(averages, "averages", len(b))
-        c = [] if carries is None else interleaved(carries, "carries", len(b))
-        lists = len(averages)
-        if lists == 0:
-            raise ValueError("averages must hold one list or more, got none")
-        single = single and lists == 1 and len(a) == 1
-        self._native = _paired(a, b, c, ("averages", "values", single, lists), exchanged=False)
-        self._compensated = bool(c)
-        self._movable = [x for x in (*a, *b, *c) if is_movable(x)]
+    def _set_up(self, averages: list[Array], values: list[Array], carries: list[Array], terms: Terms) -> None:
+        self._native = _checked(averages, values, carries, terms)
+        self._compensated = bool(carries)
+        self._movable: list[Any] = [x for x in (*averages, *values, *carries) if is_movable(x)]
         self._addresses = [x.data_ptr() for x in self._movable]
 
     def _check_unmoved(self) -> None:
@@ -264,7 +236,7 @@ class Pairs:
         if check and self._movable:
             self._check_unmoved()
         if rounding == "nearest" and seed == step == 0:
-            self._native.update_plainly(decay, threads)
+            self._native.update(decay, threads)
         elif rounding == "stochastic" and self._compensated:
             raise ValueError("rounding must be 'nearest' where averages have carries, got 'stochastic'")
         elif rounding in ("nearest", "stochastic"):
@@ -282,3 +254,56 @@ class Pairs:
         if self._movable:
             self._check_unmoved()
         self._native.swap(threads)
+
+    def _copy(self, threads: int = 0) -> None:
+        """Make averages what their values are, bit for bit; of pairs that were made for it."""
+        if self._movable:
+            self._check_unmoved()
+        self._native.copy(threads)
+
+
+def paired(
+    averages: list[Array], values: list[Array], carries: Sequence[Array] = (), **terms: Unpack[Terms]
+) -> Pairs:
+    """Pair lists as the rest of the library has them.
+
+    Args:
+        averages: Those that share a value follow each other.
+        values: One for all averages in a row that share it.
+        carries: None, or one for each average.
+        **terms: What will be done, and what errors call the arrays.
+
+    Raises:
+        TypeError: As for `update`.
+        ValueError: As for `update`.
+    """
+    pairs = Pairs.__new__(Pairs)
+    pairs._set_up(averages, values, list(carries), terms)
+    return pairs
+
+
+def _checked(
+    averages: list[Array], values: list[Array], carries: list[Array], terms: Terms
+) -> "_core.Pairs | DevicePairs":
+    """Return the core's pairs, or a CUDA device's where the first average lies on one."""
+    if averages and is_on_cuda(averages[0]):
+        from .cuda._pairs import Pairs  # noqa: PLC0415 - no CPU needs it
+
+        return Pairs(averages, values, carries, **terms)
+    first, second = terms.get("arguments", ("averages", "values"))
+    single = terms.get("single", False)
+    sides = views(averages, first, single), views(values, second, single), views(carries, "carries", single)
+    return _core.Pairs(*sides, **terms)
+
+
+def _lists(
+    averages: Sequence[Arrays], values: Arrays, carries: Sequence[Arrays] | None
+) -> tuple[list[Array], list[Array], list[Array], Terms]:
+    """Return what a user gave as lists, and what the core is to be told of them."""
+    if len(averages) == 0:
+        raise ValueError("averages must hold one list or more, got none")
+    b, single = as_list(values, "values")
+    a = interleaved(averages, "averages", len(b))
+    c = [] if carries is None else interleaved(carries, "carries", len(b))
+    single = single and len(averages) == 1 and len(a) == 1
+    return a, b, c, {"single": single, "averages_per_value": len(averages)}

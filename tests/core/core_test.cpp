@@ -11,9 +11,8 @@
 #include <thread>
 #include <vector>
 
-#include "dispatch.hpp"
 #include "formula.hpp"
-#include "parallel.hpp"
+#include "team.hpp"
 
 namespace {
 
@@ -28,8 +27,8 @@ struct Case {
 
 void expect(bool holds, const char* type, const char* what, const Case& c) {
   if (holds) return;
-  std::printf("%s %s: %s differs at size %zu, offset %zu, %d threads\n", active().name, type, what,
-              c.size, c.offset, c.threads);
+  std::printf("%s %s: %s differs at size %zu, offset %zu, %d threads\n", instruction_set(), type,
+              what, c.size, c.offset, c.threads);
   ++failures;
 }
 
@@ -94,13 +93,6 @@ Span span(std::vector<T>& x, std::size_t offset) {
   return {x.data() + offset, x.size() - offset, Type<T>::dtype};
 }
 
-std::uint64_t mixed(std::uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 template <class A, class V>
 void check_update(const Case& c, bool stochastic) {
   const double decay = 0.99;
@@ -112,15 +104,13 @@ void check_update(const Case& c, bool stochastic) {
   auto nothing = noise<V>(0, 6);
   auto expected = a;
   using C = Compute<A>;
-  const C w = static_cast<C>(1.0 - decay);
+  const C w = weight_of<C>(decay);
   const Options options{c.threads, stochastic, 11, 12};
-  const std::uint64_t key = mixed(mixed(mixed(mixed(11) ^ 12) ^ 2) ^ 0);
+  const std::uint64_t key = key_of(11, 12, 2, 0);
   for (std::size_t i = 0; i < c.size; ++i) {
     const std::size_t at = i + c.offset;
     const C x = blend<C>(Type<A>::widen(expected[at]), Type<V>::widen(v[at]), w);
-    const std::uint32_t two =
-        hash(static_cast<std::uint32_t>(i / 2), static_cast<std::uint32_t>(key),
-             static_cast<std::uint32_t>(key >> 32));
+    const std::uint32_t two = hash(static_cast<std::uint32_t>(i / 2), key);
     const std::uint32_t random = i % 2 == 0 ? two & 0xffff : two >> 16;
     expected[at] = stochastic ? Type<A>::narrow_at_random(x, random) : Type<A>::narrow(x);
   }
@@ -193,6 +183,23 @@ void check_swap(const Case& c) {
          "swap twice", c);
 }
 
+// Bytes in any number at any address, of types that the core need not know.
+void check_bytes(const Case& c) {
+  std::vector<unsigned char> a(3 * c.size + c.offset), b(a.size());
+  for (std::size_t i = 0; i < b.size(); ++i) b[i] = static_cast<unsigned char>(31 * i + 7);
+  const auto b0 = b;
+  const auto bytes = [&](std::vector<unsigned char>& x) {
+    return Span{x.data() + c.offset, x.size() - c.offset, DType::byte};
+  };
+  const Pair pair{bytes(a), bytes(b)};
+  fastema::copy({&pair, 1}, c.threads);
+  expect(same(a.data() + c.offset, b0.data() + c.offset, b.size() - c.offset) && b == b0, "bytes",
+         "copy", c);
+  a.assign(a.size(), 1);
+  fastema::swap({&pair, 1}, c.threads);
+  expect(same(a.data() + c.offset, b0.data() + c.offset, b.size() - c.offset), "bytes", "swap", c);
+}
+
 // Several averages of one value are those averages one by one.
 void check_several(const Case& c) {
   const double decays[] = {0.9, 0.99, 0.0};
@@ -253,6 +260,7 @@ void check_all(const Case& c) {
   check_swap<bf16>(c);
   check_swap<float>(c);
   check_swap<double>(c);
+  check_bytes(c);
 }
 
 // Calls from many threads at once, over shared values, while the instruction set is chosen anew.
@@ -276,7 +284,8 @@ void check_storm() {
                       {const_cast<float*>(values.data()), values.size(), DType::f32}};
       const Pair exchanged{span(mine, 0), span(other, 0)};
       for (int i = 0; i < 20; ++i) {
-        activate(available()[static_cast<std::size_t>(i + t) % available().size()]->name);
+        use_instruction_set(
+            instruction_sets()[static_cast<std::size_t>(i + t) % instruction_sets().size()]);
         fastema::update({&pair, 1}, {&decay, 1}, {});
         fastema::swap({&exchanged, 1}, 0);
         fastema::swap({&exchanged, 1}, 0);
@@ -310,8 +319,8 @@ void check_helpers() {
 
 int main() {
   check_helpers();
-  for (const Kernels* kernels : available()) {
-    activate(kernels->name);
+  for (const char* name : instruction_sets()) {
+    use_instruction_set(name);
     for (const std::size_t offset : {0, 1, 5}) {
       for (std::size_t size = 0; size < 140; ++size) check_all({size, offset, 1});
       for (const std::size_t size : {65535, 131073, 262147}) {

@@ -1,16 +1,24 @@
-// The core's public face: what can be averaged and swapped, without a word about who asks.
-// It knows no Python and no TensorFlow; the bindings check, this trusts.
+// The core's whole face: what can be averaged, swapped and copied, and where that runs, without a
+// word about who asks. It knows no Python and no TensorFlow; the bindings check, this trusts.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 namespace fastema {
 
-enum class DType : std::uint8_t { f16, bf16, f32, f64 };
+enum class DType : std::uint8_t {
+  f16,
+  bf16,
+  f32,
+  f64,
+  byte,  // of whatever swap() and copy() move: they ask for no more
+};
 
 std::size_t size_of(DType dtype) noexcept;  // bytes of one element
+const char* name_of(DType dtype) noexcept;  // as NumPy calls it
 
 // A dense run of elements, in any order that both sides of a pair share.
 struct Span {
@@ -19,8 +27,9 @@ struct Span {
   DType dtype;
 };
 
-// update() writes the average (or `into`) and only reads the value; swap() writes both.
-// Both have one size, and nothing that is written overlaps anything else in the list.
+// update() and copy() write the average (an update may write `into` instead) and only read the
+// value; swap() writes both. Both have one size, and nothing that is written overlaps anything else
+// in the list.
 struct Pair {
   Span average;
   Span value;
@@ -28,7 +37,13 @@ struct Pair {
   void* into = nullptr;   // where the new average is written, and the old one stays; null: in place
 };
 
-// Whether update() knows this mix of types.
+// The types of an average and its value.
+struct Mix {
+  DType average, value;
+};
+
+// What update() knows.
+std::span<const Mix> mixes() noexcept;
 bool offered(DType average, DType value) noexcept;
 
 // The bytes of one element of a compensated average's carry, 0 where there is none for this mix: 4,
@@ -49,7 +64,23 @@ struct Options {
 void update(std::span<const Pair> pairs, std::span<const double> decays,
             const Options& options) noexcept;
 
-// Exchanges the contents of both sides bit for bit. Both have one type.
+// Exchange the contents of both sides, or make averages what their values are, bit for bit. Both
+// sides have one type.
 void swap(std::span<const Pair> pairs, int threads) noexcept;
+void copy(std::span<const Pair> pairs, int threads) noexcept;
+
+// The instruction sets that this build holds and this machine runs, best first; the last is
+// "baseline". The best is used unless another is chosen, for all threads; false, and nothing
+// changes, where there is none of that name.
+std::span<const char* const> instruction_sets() noexcept;
+const char* instruction_set() noexcept;
+bool use_instruction_set(std::string_view name) noexcept;
+
+// What 0 threads means: as many as OpenMP would take here and now; without it, as many as the
+// machine has.
+int default_threads() noexcept;
+
+// The OpenMP this was built with (yyyymm), 0 for none.
+int openmp_version() noexcept;
 
 }  // namespace fastema

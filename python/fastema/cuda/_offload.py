@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import _core
 from .._arrays import as_list, interleaved, is_movable, views
+from .._types import Terms
 from . import _driver
 from ._arrays import Group
 
@@ -91,12 +92,11 @@ class Offload:
         c = [] if carries is None else interleaved(carries, "carries", len(b))
         lists = len(averages)
         single = single and lists == 1 and len(a) == 1
-        self._values, self._named = b, ("averages", "values", single, lists)
+        self._values, self._lists = b, lists
+        self._terms: Terms = {"single": single, "averages_per_value": lists}
         self._driver = _driver.load()
         self._averages, self._carries = views(a, "averages", single), views(c, "carries", single)
         self._group = self._seen()
-        # The core checks numbers too: an update of no arrays does nothing else.
-        self._numbers = _core.Pairs([], [], [], *self._named, False)
         self._movable = [[x for x in side if is_movable(x)] for side in ([*a, *c], b)]
         self._moved_to = self._lie()
         with self._driver.on(self._group.device):
@@ -110,13 +110,13 @@ class Offload:
         return len(self._values)
 
     def _seen(self) -> Group:
-        group = Group({"values": self._values}, self._named[2])
-        _core.Pairs(self._averages, group.faces[0], self._carries, *self._named, False)
+        group = Group({"values": self._values}, self._terms["single"])
+        _core.check(self._averages, group.faces[0], self._carries, **self._terms)
         return group
 
     def _cut(self) -> list[_Chunk]:
         """Cut all values into chunks that fill a slot each, and pair their averages with the slots."""
-        faces, lists = self._group.faces[0], self._named[3]
+        faces, lists = self._group.faces[0], self._lists
         total = sum(-(-face.nbytes // _LINE) * _LINE for face in faces)
         size = min(SLOT, max(total, _LINE))
         count = min(SLOTS, max(1, -(-total // size)))
@@ -145,7 +145,7 @@ class Offload:
             averages = [x for part in chunk.parts for x in part.averages]
             carries = [x for part in chunk.parts for x in part.carries]
             targets = [part.target for part in chunk.parts]
-            chunk.pairs = _core.Pairs(averages, targets, carries, "averages", "values", False, lists, False)
+            chunk.pairs = _core.Pairs(averages, targets, carries, averages_per_value=lists)
         self._slots = count
         return chunks
 
@@ -166,13 +166,13 @@ class Offload:
             ValueError: As for `fastema.update`.
         """
         self.wait()
-        self._numbers.update_plainly(decay, threads)
+        decays = _core.check_numbers(decay, threads, averages_per_value=self._lists)
         self._follow()
         driver, group = self._driver, self._group
         with driver.on(group.device):
             ready = [driver.record(stream) for stream in (*group.streams(), *group.producers)]
         self._read = Future()
-        asked = float(decay) if self._named[3] == 1 else [float(x) for x in decay]
+        asked = decays[0] if self._lists == 1 else decays
         self._job = self._worker.submit(self._work, ready, asked, threads, self._read)
 
     def fence(self) -> None:
@@ -235,7 +235,7 @@ class Offload:
                     if len(events) == len(chunks) and not read.done():
                         read.set_result(events[-1])
                     driver.finish(events[i])
-                    chunk.pairs.update_plainly(decay, threads)
+                    chunk.pairs.update(decay, threads)
                     if len(events) < len(chunks):
                         events.append(self._copy(chunks[i + self._slots]))
                 if not chunks:

@@ -1,11 +1,12 @@
 """Pairs of arrays on one CUDA device: the same checks and verbs as the core's, by one launch a call."""
 
 from threading import Lock
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from .. import _core
+from .._types import Terms
 from . import _driver, _plan
 from ._arrays import Group
 from ._schedule import Schedule
@@ -26,8 +27,6 @@ _UPDATE = np.dtype(
 )
 _SWAP = np.dtype([("tensors", "<u8"), ("chunks", "<u8"), ("chunk", "<u4")], align=True)
 
-Names = tuple[str, str, bool, int]  # of both sides, whether each is one array, lists of averages
-
 
 class Pairs:
     """What `fastema.Pairs` holds where its arrays lie on a CUDA device; arguments as for `_core.Pairs`.
@@ -36,20 +35,17 @@ class Pairs:
     addresses that changed are uploaded.
     """
 
-    def __init__(
-        self, a: list[Any], b: list[Any], carries: list[Any], names: Names, *, exchanged: bool
-    ) -> None:
-        a_name, b_name, _, lists = names
-        if lists > LISTS:
-            raise ValueError(f"{a_name} must hold {LISTS} lists or fewer on CUDA, got {lists}")
+    def __init__(self, a: list[Any], b: list[Any], carries: list[Any], **terms: Unpack[Terms]) -> None:
+        a_name, b_name = terms.get("arguments", ("averages", "values"))
+        self._lists = terms.get("averages_per_value", 1)
+        if self._lists > LISTS:
+            raise ValueError(f"{a_name} must hold {LISTS} lists or fewer on CUDA, got {self._lists}")
         self._driver = _driver.load()
         self._arguments = {a_name: a, b_name: b, "carries": carries}
-        self._named = names
+        self._terms = terms
         self._lock = Lock()  # of the arguments of a launch, which all calls share
-        self._group = self._seen(exchanged)
-        self._exchangeable = exchanged
-        # The core checks numbers too: an update of no arrays does nothing else.
-        self._numbers = _core.Pairs([], [], [], *self._named, False)
+        self._group = self._seen()
+        self._swappable = terms.get("verb") == "swap"
         with self._driver.on(self._group.device):
             self._build()
 
@@ -58,15 +54,14 @@ class Pairs:
 
     # --- the plan ---------------------------------------------------------------------------------
 
-    def _seen(self, exchanged: bool) -> Group:
+    def _seen(self) -> Group:
         """See where the arrays lie, and have the core check them."""
-        group = Group(self._arguments, self._named[2])
-        a, b, carries = group.faces
-        _core.Pairs(a, b, carries, *self._named, exchanged)
+        group = Group(self._arguments, self._terms.get("single", False))
+        _core.check(*group.faces, **self._terms)
         return group
 
     def _build(self) -> None:
-        driver, device, lists = self._driver, self._group.device, self._named[3]
+        driver, device, lists = self._driver, self._group.device, self._lists
         self._tables = _tables(self._group)
         sizes = np.array([value.size for value in self._group.faces[1]], np.int64)
         chunk = _plan.chunk_size(int(sizes.sum()), driver.multiprocessors(device))
@@ -105,9 +100,9 @@ class Pairs:
             self._follow()
 
     def _follow(self) -> None:
-        group = self._seen(False)
+        group = self._seen()
         group.check_unchanged(self._group)
-        self._group, self._exchangeable = group, False
+        self._group, self._swappable = group, self._terms.get("verb") == "swap"
         if self._blocks == 0:
             return
         tables = _tables(group)
@@ -121,44 +116,38 @@ class Pairs:
 
     # --- the verbs --------------------------------------------------------------------------------
 
-    def update_plainly(self, decay: Any, threads: int) -> None:
-        """As `_core.Pairs.update_plainly`."""
-        self.update(decay, threads, False, 0, 0)
-
-    def update(self, decay: Any, threads: int, stochastic: bool, seed: int, step: int) -> None:
+    def update(
+        self, decay: Any, threads: int = 0, stochastic: bool = False, seed: int = 0, step: int = 0
+    ) -> None:
         """As `_core.Pairs.update`; `decay` may be a `Schedule`."""
         with self._lock:
             self._update(decay, threads, stochastic, seed, step)
 
     def _update(self, decay: Any, threads: int, stochastic: bool, seed: int, step: int) -> None:
-        lists = self._named[3]
+        lists = self._lists
         schedule = decay if isinstance(decay, Schedule) else None
         if schedule is None:
-            self._numbers.update(decay, threads, stochastic, seed, step)
-            if lists == 1:
-                self._decays[0] = float(decay)
-            else:
-                self._decays[:lists] = [float(x) for x in decay]
+            self._decays[:lists] = _core.check_numbers(decay, threads, seed, step, averages_per_value=lists)
             self._state[0] = 0
         else:
-            self._numbers.update([0.0] * lists if lists > 1 else 0.0, threads, stochastic, seed, step)
+            _core.check_numbers(0.0, threads, seed, step)
         self._seed[0], self._step[0] = seed, step
         rounding = "compensated" if self._group.faces[2] else "stochastic" if stochastic else "nearest"
         self._launch(self._entries[rounding], self._update_arguments, schedule)
 
-    def swap(self, threads: int) -> None:
+    def copy(self, threads: int = 0) -> None:
+        """As `_core.Pairs.copy`, of types that are averaged."""
+        self.update(0.0, threads)
+
+    def swap(self, threads: int = 0) -> None:
         """As `_core.Pairs.swap`."""
         with self._lock:
-            if not self._exchangeable:
-                self._check_exchangeable()
-            self._numbers.swap(threads)
+            _core.check_numbers(0.0, threads)
+            if not self._swappable:
+                swap: Terms = {**self._terms, "verb": "swap", "only_floats": True}
+                _core.check(*self._group.faces, **swap)
+                self._swappable = True
             self._launch(SWAP, self._swap_arguments, None)
-
-    def _check_exchangeable(self) -> None:
-        a, b, carries = self._group.faces
-        _core.Pairs(_empty(a), _empty(b), _empty(carries), *self._named, False).swap(0)
-        _core.Pairs(a, b, [], *self._named, True)  # no two may overlap
-        self._exchangeable = True
 
     def _launch(self, expression: str, arguments: np.ndarray, schedule: Schedule | None) -> None:
         if self._blocks == 0:
@@ -169,7 +158,7 @@ class Pairs:
             for other in (*others, *group.producers):
                 driver.wait(stream, driver.record(other))
             if schedule is not None:
-                self._state[0] = schedule.settle(group.device, self._named[3], stream)
+                self._state[0] = schedule.settle(group.device, self._lists, stream)
             if expression not in self._launches:
                 self._launches[expression] = driver.kernel(expression, arguments, group.device)
             if schedule is not None:
@@ -183,11 +172,3 @@ class Pairs:
 def _tables(group: Group) -> tuple[np.ndarray, np.ndarray]:
     a, b, carries = group.faces
     return _plan.tensor_table(a, b), np.array([carry.ctypes.data for carry in carries], np.uint64)
-
-
-def _empty(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Return arrays without elements, of the same types and as writable."""
-    made = [np.empty(0, array.dtype) for array in arrays]
-    for empty, array in zip(made, arrays, strict=True):
-        empty.flags.writeable = array.flags.writeable
-    return made

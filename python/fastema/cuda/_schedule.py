@@ -44,7 +44,7 @@ class Schedule:
             raise ValueError(f"schedules must be from 1 to {LISTS}, got {len(given)}")
         if not 0 < every < 2**32:
             raise ValueError(f"every must be 1 or more, below 2**32, got {every!r}")
-        _NOTHING.update(0.0, 0, False, 0, step)
+        _core.check_numbers(0.0, step=step)
         self._arguments = np.zeros(1, _ADVANCE)
         self._arguments["lists"] = len(given)
         for i, schedule in enumerate(given):
@@ -113,14 +113,10 @@ class Schedule:
             self._memory.stream = stream
 
 
-# The core checks numbers: an update of no arrays does nothing else.
-_NOTHING = _core.Pairs([], [], [], "averages", "values", True, 1, False)
-
-
 def _parameters(schedule: Any, name: str, every: int) -> tuple[Any, ...]:
     kind = type(schedule).__name__
     if isinstance(schedule, int | float):
-        _NOTHING.update_plainly(schedule, 0)
+        _core.check_numbers(schedule)
         return SCHEDULES["constant"], every, 0, float(schedule), 1.0, 1.0, 0.0
     if type(schedule).__module__ != "fastema.schedules" or kind not in SCHEDULES:
         raise TypeError(

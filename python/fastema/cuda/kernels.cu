@@ -102,12 +102,23 @@ FASTEMA_ROUNDED(sub, -, double, "f64", "d")
 FASTEMA_ROUNDED(mul, *, double, "f64", "d")
 #undef FASTEMA_ROUNDED
 
+inline float narrow(double from) {
+#if defined(__CUDA_ARCH__)
+  float to;
+  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(to) : "d"(from));
+  return to;
+#else
+  return static_cast<float>(from);
+#endif
+}
+
 // What formula.hpp computes with.
 template <class T>
 struct Number {
   T x;
   Number() = default;
   Number(T y) : x(y) {}
+  explicit operator Number<float>() const { return narrow(x); }
   friend Number operator+(Number a, Number b) { return add(a.x, b.x); }
   friend Number operator-(Number a, Number b) { return sub(a.x, b.x); }
   friend Number operator*(Number a, Number b) { return mul(a.x, b.x); }
@@ -122,16 +133,6 @@ inline Double widen(Single from) {
   return to;
 #else
   return static_cast<double>(from.x);
-#endif
-}
-
-inline Single narrow(Double from) {
-#if defined(__CUDA_ARCH__)
-  float to;
-  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(to) : "d"(from.x));
-  return to;
-#else
-  return static_cast<float>(from.x);
 #endif
 }
 
@@ -370,7 +371,8 @@ struct Row {
   const V* value;
   Compute<A> weight;
   bool copy;
-  uint32_t place, key0, key1;  // of random bits: the first element's place, two keys
+  uint32_t place;  // of random bits: the first element's place, and the key
+  uint64_t key;
 
   // kBoth: value and carry can be accessed as widely as the average.
   template <bool kBoth, int N>
@@ -390,9 +392,9 @@ struct Row {
   template <int kCount>
   void draw(uint32_t at, uint32_t* random) const {
     const uint32_t first = place + at;
-    uint32_t one = hash(first / 2, key0, key1);
+    uint32_t one = hash(first / 2, key);
     for (uint32_t i = 0; i < kCount; ++i) {
-      const uint32_t next = hash(first / 2 + i + 1, key0, key1);
+      const uint32_t next = hash(first / 2 + i + 1, key);
       random[i] = first % 2 == 0 ? one : next << 16 | one >> 16;
       one = next;
     }
@@ -511,35 +513,19 @@ struct Asked {
   uint64_t seed, step;
 };
 
-// Sebastiano Vigna's splitmix64.
-inline uint64_t mixed(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 template <class A, class V, Rounding kRounding>
 inline void update_row(const Tensor& tensor, void* carry, uint64_t first, uint64_t last,
                        const Asked& asked) {
   Row<A, V, kRounding> row;
-  row.copy = asked.decay == 0;
-  const Double weight = Double(1) - Double(asked.decay);
-  if constexpr (sizeof(Compute<A>) == 8) {
-    row.weight = weight.x;
-  } else {
-    row.weight = narrow(weight).x;
-  }
+  row.copy = copies(asked.decay);
+  row.weight = weight_of<NumberOf<A>>(Double(asked.decay)).x;
   while (first < last) {
     uint64_t end = last;
     row.average = static_cast<A*>(tensor.average) + first;
     row.value = static_cast<const V*>(tensor.value) + first;
     if constexpr (kRounding == kCompensated) row.carry = static_cast<A*>(carry) + first;
-    if constexpr (kRounding == kStochastic) {  // the keys change every 2^32 elements
-      const uint64_t call = mixed(mixed(asked.seed) ^ asked.step);
-      const uint64_t key = mixed(mixed(call ^ tensor.id) ^ (first >> 32));
-      row.key0 = static_cast<uint32_t>(key);
-      row.key1 = static_cast<uint32_t>(key >> 32);
+    if constexpr (kRounding == kStochastic) {  // the key changes every 2^32 elements
+      row.key = key_of(asked.seed, asked.step, tensor.id, first);
       row.place = static_cast<uint32_t>(first);
       const uint64_t next = ((first >> 32) + 1) << 32;
       if (end > next) end = next;

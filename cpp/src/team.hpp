@@ -28,10 +28,4 @@ class Pieces {
 void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void*) noexcept,
                 const void* context) noexcept;
 
-// As many as OpenMP would take here and now; without it, as many as the machine has.
-int default_threads() noexcept;
-
-// The OpenMP this was built with (yyyymm), 0 for none.
-int openmp_version() noexcept;
-
 }  // namespace fastema

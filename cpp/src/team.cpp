@@ -1,4 +1,4 @@
-#include "parallel.hpp"
+#include "team.hpp"
 
 #include <pthread.h>
 #ifdef __linux__
@@ -17,13 +17,14 @@
 
 #ifdef __SSE2__
 #include <immintrin.h>
-#else
-#include <cfenv>
 #endif
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+
+#include "environment.hpp"
+#include "fastema/core.hpp"
 
 namespace fastema {
 namespace {
@@ -47,38 +48,6 @@ void wait(const std::atomic<std::uint32_t>& word, std::uint32_t old) noexcept {
     if (steady_clock::now() > end) return word.wait(old, std::memory_order_acquire);
   }
 }
-
-// Round to nearest, subnormals kept. Frameworks set flush-to-zero on their threads, and an average
-// must have the same bits there. Of x86, vector instructions look at MXCSR alone, and reading it
-// costs nothing; fegetenv would cost more than a small update.
-class DefaultEnvironment {
- public:
-#ifdef __SSE2__
-  DefaultEnvironment() noexcept : saved_(_mm_getcsr()) {
-    if ((saved_ & kModes) != kDefault) _mm_setcsr((saved_ & ~kModes) | kDefault);
-  }
-  ~DefaultEnvironment() {
-    if ((saved_ & kModes) != kDefault) _mm_setcsr(saved_);
-  }
-#else
-  DefaultEnvironment() noexcept {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultEnvironment() { std::fesetenv(&saved_); }
-#endif
-  DefaultEnvironment(const DefaultEnvironment&) = delete;
-  DefaultEnvironment& operator=(const DefaultEnvironment&) = delete;
-
- private:
-#ifdef __SSE2__
-  static constexpr unsigned kModes = 0xffc0;  // masks, rounding, flush-to-zero, subnormals-are-zero
-  static constexpr unsigned kDefault = 0x1f80;  // all exceptions masked, and nothing else
-  const unsigned saved_;
-#else
-  std::fenv_t saved_;
-#endif
-};
 
 // A thread that has work for half a millisecond must not wait for one that only spins, as other
 // libraries' threads do between their own jobs. Linux, since 6.12, lets those go first who ask for

@@ -1,0 +1,166 @@
+"""Types and arguments that every room shares: what an array is, which are averaged, what a number must be.
+
+Knowledge of element types that the core has (which mixes are offered) is asked of it, never repeated.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
+
+import ml_dtypes
+import numpy as np
+
+from . import _core
+
+
+class SupportsDLPack(Protocol):
+    """An array of any library that exports its memory: torch's, JAX's, CuPy's, NumPy's."""
+
+    def __dlpack__(self) -> object:
+        """Export the memory."""
+
+
+class SupportsCudaArrayInterface(Protocol):
+    """An array in the memory of a CUDA device."""
+
+    @property
+    def __cuda_array_interface__(self) -> Mapping[str, Any]:
+        """Where the memory is, and what lies in it."""
+
+
+Array: TypeAlias = np.ndarray | SupportsDLPack | SupportsCudaArrayInterface
+"""An array of any library."""
+
+Arrays: TypeAlias = Array | Sequence[Array]
+"""One array or several."""
+
+Decay: TypeAlias = float | Callable[[int], float]
+"""From 0 to 1, towards 1 is slower; or a schedule, called with the number of updates."""
+
+Rounding: TypeAlias = Literal["nearest", "stochastic"]
+"""How an update rounds averages of 16 bits."""
+
+
+class Descriptor(NamedTuple):
+    """What the core's checks ask of an array whose memory the host cannot read.
+
+    Attributes:
+        dtype: Of the elements, in native byte order.
+        shape: The length of each axis.
+        strides: Of each axis, in bytes.
+        address: Where the first element lies.
+        writable: Whether the array may be changed.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    address: int
+    writable: bool
+
+
+class Terms(TypedDict, total=False):
+    """What the core is told of lists beside the arrays themselves; each may be left out.
+
+    Attributes:
+        verb: What will be done. ``"update"``, the default, takes types that are averaged, and allows swaps
+            too; the others move bytes, and take any types.
+        only_floats: Whether the others, too, are to refuse types that cannot be averaged.
+        arguments: What errors call both lists; ``("averages", "values")``.
+        names: What errors call each value and its averages, as ``values['layer.weight']``. None: by their
+            numbers.
+        single: Whether errors are to call the only array by its argument alone.
+        averages_per_value: How many averages in a row share each value; 1.
+    """
+
+    verb: Literal["update", "swap", "copy"]
+    only_floats: bool
+    arguments: tuple[str, str]
+    names: Sequence[str] | None
+    single: bool
+    averages_per_value: int
+
+
+FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
+"""What is averaged; other types are copied."""
+
+MIXES = frozenset(_core.mixes())
+"""The names of the types of averages and of their values that the core offers."""
+
+
+def compute_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type in which averages of a type are computed."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def average_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type of averages of values of a type, where none is asked for.
+
+    An average of 16 bits stands still unless it is rounded stochastically or compensated.
+    """
+    return np.dtype(np.float32) if dtype in FLOATS and dtype.itemsize == 2 else dtype
+
+
+def float_type(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
+    """Return NumPy's type of a name, of a type of NumPy's or of torch's.
+
+    Raises:
+        TypeError: It is no type that is averaged.
+    """
+    text = str(dtype).removeprefix("torch.")
+    chosen: np.dtype[Any] = np.dtype(text if text in map(str, FLOATS) else dtype)
+    if chosen not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {chosen}")
+    return chosen
+
+
+def check_share(number: object, name: str, also: str = "") -> float:
+    """Return a number from 0 to 1.
+
+    Args:
+        number: What was given.
+        name: What errors call it.
+        also: What errors say may be given besides, as ``", or a schedule"``.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is out of range.
+    """
+    try:
+        share = float(number)  # type: ignore[arg-type] # anything that says it is a number
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number from 0 to 1{also}, got {number!r}") from None
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name} must be from 0 to 1, got {number!r}")
+    return share
+
+
+def check_decay(decay: Decay, name: str = "decay") -> Decay:
+    """Return a decay as a float, or a schedule as it is; raises as `check_share`."""
+    return decay if callable(decay) else check_share(decay, name, ", or a schedule")
+
+
+def check_count(number: object, name: str, least: int = 0) -> int:
+    """Return a whole number that is not below another.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is below.
+    """
+    try:
+        count = operator.index(number)  # type: ignore[arg-type] # anything that says it is a number
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {number!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be {least} or more, got {number!r}")
+    return count
+
+
+def check_choice(choice: object, name: str, choices: tuple[object, ...]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if choice not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {choice!r}")

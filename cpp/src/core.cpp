@@ -17,10 +17,15 @@ namespace {
 constexpr std::size_t kPiece = std::size_t{512} << 10;
 constexpr std::size_t kCached = std::size_t{8} << 20;  // smaller lists may well lie in caches
 
+// In the order of DType, which is that of Kernels::loops.
+struct Type {
+  std::size_t size;
+  const char* name;
+};
+constexpr Type kTypes[] = {
+    {2, "float16"}, {2, "bfloat16"}, {4, "float32"}, {8, "float64"}, {1, "byte"}};
 constexpr DType kFloats[] = {DType::f16, DType::bf16, DType::f32, DType::f64};
 constexpr std::size_t index_of(DType dtype) noexcept { return static_cast<std::size_t>(dtype); }
-static_assert(index_of(DType::f16) == 0 && index_of(DType::bf16) == 1 &&
-              index_of(DType::f32) == 2 && index_of(DType::f64) == 3);  // as in Kernels::loops
 
 const Loops& loops_of(const Kernels& kernels, DType average, DType value) noexcept {
   return kernels.loops[index_of(average)][index_of(value)];
@@ -141,36 +146,8 @@ struct Updater {
 
 }  // namespace
 
-std::size_t size_of(DType dtype) noexcept {
-  switch (dtype) {
-    case DType::byte:
-      return 1;
-    case DType::f16:
-    case DType::bf16:
-      return 2;
-    case DType::f32:
-      return 4;
-    case DType::f64:
-      break;
-  }
-  return 8;
-}
-
-const char* name_of(DType dtype) noexcept {
-  switch (dtype) {
-    case DType::f16:
-      return "float16";
-    case DType::bf16:
-      return "bfloat16";
-    case DType::f32:
-      return "float32";
-    case DType::f64:
-      return "float64";
-    case DType::byte:
-      break;
-  }
-  return "byte";
-}
+std::size_t size_of(DType dtype) noexcept { return kTypes[index_of(dtype)].size; }
+const char* name_of(DType dtype) noexcept { return kTypes[index_of(dtype)].name; }
 
 std::span<const Mix> mixes() noexcept {
   struct Found {

@@ -99,8 +99,8 @@ def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
     """
     a_list, single = as_list(a, "a")
     b_list, _ = as_list(b, "b")
-    pairs = paired(a_list, b_list, verb="swap", only_floats=True, arguments=("a", "b"), single=single)
-    pairs.swap(threads)
+    terms: Terms = {"verb": "swap", "only_floats": True, "arguments": ("a", "b"), "single": single}
+    _checked(a_list, b_list, [], terms).swap(threads)
 
 
 def copies(values: Arrays, dtype: Any = None) -> Any:

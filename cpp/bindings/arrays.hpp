@@ -1,0 +1,67 @@
+// Arrays as Python gives them: checked against each other, or an error that names the user's array.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "fastema/core.hpp"
+
+namespace bindings {
+
+namespace py = pybind11;
+
+// How errors call the arrays of one argument: "averages[3]", "averages['layer.weight']" where the
+// values have names, "averages" where a single array was given, "averages[1][3]" where several
+// averages share a value.
+struct Argument {
+  std::string name;
+  bool single;
+  std::size_t each;  // how many arrays share a name or number
+  py::object names;  // a sequence of str, or None
+
+  std::string operator[](std::size_t i) const;
+};
+
+// One array of an argument; its name is put together only where an error needs it.
+struct Label {
+  const Argument* argument;
+  std::size_t index;
+
+  std::string str() const { return (*argument)[index]; }
+};
+
+std::string operator+(const Label& label, const char* rest);
+std::string both(const Label& x, const Label& y);
+// What is to be done with pairs. An update computes; the others move bytes, whatever they mean.
+enum class Verb { update, swap, copy };
+
+// What a caller says of its lists.
+struct Terms {
+  Argument averages, values, carries;
+  Verb verb;
+  bool floats;  // whether types that cannot be averaged are refused; updates always do
+  std::size_t averages_per_value;  // those of one value follow each other
+
+  Terms(const std::string& verb, bool only_floats, const py::tuple& arguments,
+        const py::object& names, bool single, std::size_t averages_per_value);
+};
+
+// Lists that were checked.
+struct Checked {
+  std::vector<fastema::Pair> pairs;
+  std::size_t bytes = 0;           // of averages
+  std::string overlap_if_swapped;  // what keeps swap() from writing both sides
+};
+
+// `described`: whether descriptions will do, as where nothing is going to be read.
+Checked check(const py::list& averages, const py::list& values, const py::list& carries,
+              const Terms& terms, bool described);
+
+inline constexpr const char* kWithoutCarry =
+    " is compensated, and cannot be swapped without its carry";
+
+}  // namespace bindings

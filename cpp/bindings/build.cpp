@@ -1,0 +1,52 @@
+// What this build is and what it runs on.
+#include <pybind11/stl.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fastema/core.hpp"
+#include "module.hpp"
+#include "numbers.hpp"
+
+namespace bindings {
+namespace {
+
+std::vector<std::pair<std::string, std::string>> mixes() {
+  std::vector<std::pair<std::string, std::string>> names;
+  for (const auto& [average, value] : fastema::mixes()) {
+    names.emplace_back(fastema::name_of(average), fastema::name_of(value));
+  }
+  return names;
+}
+
+std::vector<std::string> instruction_sets() {
+  const auto names = fastema::instruction_sets();
+  return {names.begin(), names.end()};
+}
+
+void use_instruction_set(const std::string& name) {
+  if (!fastema::use_instruction_set(name)) {
+    throw py::value_error("name must be one of " + text(py::repr(py::cast(instruction_sets()))) +
+                          " on this machine, got " + text(py::repr(py::str(name))));
+  }
+}
+
+py::dict build_config() {
+  using namespace py::literals;
+  return py::dict("version"_a = FASTEMA_VERSION, "compiler"_a = FASTEMA_COMPILER,
+                  "instruction_set"_a = fastema::instruction_set(),
+                  "instruction_sets"_a = instruction_sets(), "openmp"_a = fastema::openmp_version(),
+                  "threads"_a = fastema::default_threads());
+}
+
+}  // namespace
+
+void bind_build(py::module_& m) {
+  m.def("mixes", mixes);
+  m.def("instruction_sets", instruction_sets);
+  m.def("use_instruction_set", use_instruction_set, py::arg("name"));
+  m.def("build_config", build_config);
+}
+
+}  // namespace bindings

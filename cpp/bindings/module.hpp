@@ -1,0 +1,11 @@
+// What each file of the binding adds to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace bindings {
+
+void bind_pairs(pybind11::module_& m);
+void bind_build(pybind11::module_& m);
+
+}  // namespace bindings

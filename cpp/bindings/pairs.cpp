@@ -1,0 +1,182 @@
+// Lists of arrays as Python holds them: check everything with the GIL, then run without it. A call
+// that raises has changed nothing.
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "arrays.hpp"
+#include "module.hpp"
+#include "numbers.hpp"
+
+namespace bindings {
+namespace {
+
+// Averages and values that were checked once and are kept alive.
+class Pairs {
+ public:
+  Pairs(const py::list& averages, const py::list& values, const py::list& carries,
+        const std::string& verb, bool only_floats, const py::tuple& arguments,
+        const py::object& names, bool single, std::size_t averages_per_value)
+      : terms_(verb, only_floats, arguments, names, single, averages_per_value),
+        checked_(check(averages, values, carries, terms_, false)) {
+    held_.reserve(2 * averages.size() + carries.size());
+    for (std::size_t i = 0; i < averages.size(); ++i) {
+      hold(averages[i], {&terms_.averages, i});
+      hold(values[i / averages_per_value], {&terms_.values, i / averages_per_value});
+      if (!carries.empty()) hold(carries[i], {&terms_.carries, i});
+    }
+  }
+  Pairs(const Pairs&) = delete;  // labels point into it
+  Pairs& operator=(const Pairs&) = delete;
+
+  std::size_t size() const { return checked_.pairs.size() / terms_.averages_per_value; }
+
+  // `decay`: a number, or a sequence of as many as averages share a value.
+  void update(const py::handle& decay, const py::handle& threads, bool stochastic,
+              const py::handle& seed, const py::handle& step) const {
+    check_verb(Verb::update, "update");
+    const std::vector<double> decays = decays_of(decay, terms_.averages_per_value);
+    const fastema::Options options{threads_of(threads), stochastic, count_of(seed, "seed"),
+                                   count_of(step, "step")};
+    check_unmoved();
+    without_lock([&] { fastema::update(checked_.pairs, decays, options); });
+  }
+
+  // The same for what most calls are, without what that does not need.
+  void update_to_nearest(const py::handle& decay, const py::handle& threads) const {
+    if (terms_.averages_per_value != 1) {
+      return update(decay, threads, false, py::int_(0), py::int_(0));
+    }
+    check_verb(Verb::update, "update");
+    const double one = decay_of(decay);
+    const fastema::Options options{.threads = threads_of(threads)};
+    check_unmoved();
+    without_lock([&] { fastema::update(checked_.pairs, {&one, 1}, options); });
+  }
+
+  void swap(const py::handle& threads_object) const {
+    const int threads = threads_of(threads_object);
+    if (terms_.verb == Verb::update) {
+      check_swappable();
+    } else {
+      check_verb(Verb::swap, "swap");
+    }
+    check_unmoved();
+    without_lock([&] { fastema::swap(checked_.pairs, threads); });
+  }
+
+  void copy(const py::handle& threads_object) const {
+    const int threads = threads_of(threads_object);
+    check_verb(Verb::copy, "copy");
+    check_unmoved();
+    without_lock([&] { fastema::copy(checked_.pairs, threads); });
+  }
+
+ private:
+  // An array, and where it was when it was checked.
+  struct Held {
+    py::array array;
+    const void* data;
+    py::ssize_t size;
+    Label label;
+  };
+
+  void hold(const py::handle& object, const Label& label) {
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    held_.push_back({array, array.data(), array.size(), label});
+  }
+
+  // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
+  template <class Body>
+  void without_lock(const Body& body) const {
+    if (checked_.bytes < kBrief) return body();
+    const py::gil_scoped_release release;
+    body();
+  }
+
+  void check_verb(Verb verb, const char* name) const {
+    if (verb == terms_.verb) return;
+    throw py::value_error(std::string("pairs must be made for verb='") + name + "' to " + name);
+  }
+
+  void check_swappable() const {
+    if (terms_.averages_per_value != 1) {
+      throw py::value_error("swap needs one list of averages, got several");
+    }
+    for (std::size_t i = 0; i < size(); ++i) {
+      const fastema::Pair& pair = checked_.pairs[i];
+      const Label a{&terms_.averages, i}, b{&terms_.values, i};
+      if (pair.average.dtype != pair.value.dtype) {
+        throw py::type_error(both(a, b) + " must have one type to be swapped, got " +
+                             fastema::name_of(pair.average.dtype) + " and " +
+                             fastema::name_of(pair.value.dtype));
+      }
+      if (pair.carry != nullptr) throw py::type_error(a + kWithoutCarry);
+      if (!held_[2 * i + 1].array.writeable()) {
+        throw py::value_error(b + " must be writable, and is read-only");
+      }
+    }
+    if (!checked_.overlap_if_swapped.empty()) throw py::value_error(checked_.overlap_if_swapped);
+  }
+
+  // Arrays can be resized in place, which frees their memory.
+  void check_unmoved() const {
+    for (const Held& held : held_) {
+      if (held.array.data() != held.data || held.array.size() != held.size) {
+        throw py::value_error(held.label + " was resized after it was paired; make the pairs anew");
+      }
+    }
+  }
+
+  const Terms terms_;
+  const Checked checked_;
+  std::vector<Held> held_;  // average, value and carry of each pair
+  static constexpr std::size_t kBrief = 16 << 10;
+};
+
+void check_alone(const py::list& averages, const py::list& values, const py::list& carries,
+                 const std::string& verb, bool only_floats, const py::tuple& arguments,
+                 const py::object& names, bool single, std::size_t averages_per_value) {
+  check(averages, values, carries,
+        Terms(verb, only_floats, arguments, names, single, averages_per_value), true);
+}
+
+std::vector<double> check_numbers(const py::handle& decay, const py::handle& threads,
+                                  const py::handle& seed, const py::handle& step,
+                                  std::size_t averages_per_value) {
+  std::vector<double> decays = decays_of(decay, averages_per_value);
+  threads_of(threads);
+  count_of(seed, "seed");
+  count_of(step, "step");
+  return decays;
+}
+
+}  // namespace
+
+void bind_pairs(py::module_& m) {
+  const auto with_terms = [](const auto& define) {
+    define(py::arg("averages"), py::arg("values"), py::arg("carries") = py::list(), py::kw_only(),
+           py::arg("verb") = "update", py::arg("only_floats") = false,
+           py::arg("arguments") = py::make_tuple("averages", "values"),
+           py::arg("names") = py::none(), py::arg("single") = false,
+           py::arg("averages_per_value") = 1);
+  };
+  py::class_<Pairs> pairs(m, "Pairs");
+  with_terms([&](const auto&... terms) {
+    pairs.def(py::init<const py::list&, const py::list&, const py::list&, const std::string&, bool,
+                       const py::tuple&, const py::object&, bool, std::size_t>(),
+              terms...);
+    m.def("check", check_alone, terms...);
+  });
+  pairs.def("__len__", &Pairs::size)
+      .def("update", &Pairs::update_to_nearest, py::arg("decay"), py::arg("threads") = 0)
+      .def("update", &Pairs::update, py::arg("decay"), py::arg("threads"), py::arg("stochastic"),
+           py::arg("seed"), py::arg("step"))
+      .def("swap", &Pairs::swap, py::arg("threads") = 0)
+      .def("copy", &Pairs::copy, py::arg("threads") = 0);
+  m.def("check_numbers", check_numbers, py::arg("decay"), py::arg("threads") = 0,
+        py::arg("seed") = 0, py::arg("step") = 0, py::kw_only(), py::arg("averages_per_value") = 1);
+}
+
+}  // namespace bindings

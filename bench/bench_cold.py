@@ -38,12 +38,13 @@ def cold(name: str, samples: int) -> harness.Result:
     calls = {"fastema": lambda: pairs.update(0.999), **rivals.contestants(averages, values, 0.999)}
     other = np.zeros(CACHES // 4, np.float32)
 
-    def settle() -> None:
+    def settle(_: harness.Call) -> None:
         np.add(other, 1, out=other)
         time.sleep(PAUSE)
 
     moved = 3 * sum(a.nbytes for a in averages)
-    return harness.run(f"{name}, cold", moved, calls, {}, samples, settle=settle)
+    once = harness.Stopwatch(settle, most=1)
+    return harness.run(f"{name}, cold", moved, calls, {}, samples, stopwatch=once)
 
 
 def main(arguments: list[str] | None = None) -> None:

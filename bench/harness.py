@@ -36,50 +36,64 @@ class Timing:
     upper: float
 
 
-Calls = Mapping[str, Callable[[], object]]
+Call = Callable[[], object]
+Calls = Mapping[str, Call]
 
 
-def measure(
-    contestants: Calls, samples: int, settle: Callable[[], object] | None = None
-) -> dict[str, Timing]:
-    """Time each contestant in turns: one sample of each, then again.
+def warm_up(call: Call) -> None:
+    """Call until its own threads are awake, and those of the contestant before it no longer spin."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_UP:
+        call()
 
-    Args:
-        contestants: Their names and calls.
-        samples: How many of each.
-        settle: Called before each sample, which then is one call. None: untimed calls of the contestant
-            come before each sample, so that its own threads are awake, and those of the one before it
-            no longer spin.
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """The host's clock, and how a sample is taken with it.
+
+    Attributes:
+        settle: Called with a contestant before each of its samples.
+        sample: How many seconds one takes: tiny calls are repeated within it.
+        most: How many calls it is at most.
+        refusals: Errors by which a contestant says that it cannot run here.
     """
+
+    settle: Callable[[Call], object] = warm_up
+    sample: float = SAMPLE
+    most: int = 10_000_000
+    refusals: tuple[type[Exception], ...] = ()
+
+    def seconds(self, call: Call, repeat: int) -> float:
+        """Return the time of one call, of so many in a row."""
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        return (time.perf_counter() - start) / repeat
+
+
+WARM = Stopwatch()
+
+
+def measure(contestants: Calls, samples: int, stopwatch: Stopwatch = WARM) -> dict[str, Timing]:
+    """Time each contestant in turns: one sample of each, then again."""
     repeats = {}
     for name, call in contestants.items():
-        call()  # first calls allocate, trace and compile
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(SAMPLE / max(time.perf_counter() - start, 1e-9)))
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
+        try:
+            stopwatch.seconds(call, 1)  # first calls allocate, trace and compile
+            once = stopwatch.seconds(call, 1)
+        except stopwatch.refusals as reason:
+            print(f"    {name} cannot run: {reason}", file=sys.stderr)
+            continue
+        repeats[name] = max(1, min(stopwatch.most, round(stopwatch.sample / max(once, 1e-9))))
+    taken: dict[str, list[float]] = {name: [] for name in repeats}
     for _ in range(samples):
-        for name, call in contestants.items():
-            if settle is None:
-                warm_up(call)
-            else:
-                settle()
-            repeat = repeats[name] if settle is None else 1
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            taken[name].append((time.perf_counter() - start) / repeat)
+        for name, repeat in repeats.items():
+            stopwatch.settle(contestants[name])
+            taken[name].append(stopwatch.seconds(contestants[name], repeat))
     return {
         name: Timing(*(float(q) for q in np.quantile(times, (0.5, 0.25, 0.75))))
         for name, times in taken.items()
     }
-
-
-def warm_up(call: Callable[[], object]) -> None:
-    """Call until awake."""
-    start = time.perf_counter()
-    while time.perf_counter() - start < WARM_UP:
-        call()
 
 
 @cache
@@ -103,7 +117,7 @@ def _ceiling_library() -> ctypes.CDLL | None:
     return library
 
 
-def ceilings(kind: str, a: np.ndarray, b: np.ndarray) -> dict[str, Callable[[], object]]:
+def ceilings(kind: str, a: np.ndarray, b: np.ndarray) -> dict[str, Call]:
     """Return the candidates for this machine's ceiling on two flat arrays; the fastest one is it.
 
     Args:
@@ -120,7 +134,7 @@ def ceilings(kind: str, a: np.ndarray, b: np.ndarray) -> dict[str, Callable[[], 
     )
     function = getattr(library, f"ceiling_{kind}")
 
-    def candidate(chunk: int, distance: int) -> Callable[[], object]:
+    def candidate(chunk: int, distance: int) -> Call:
         return lambda: function(*pointers, *size, ctypes.c_size_t(chunk), ctypes.c_size_t(distance))
 
     return {
@@ -172,11 +186,11 @@ def run(
     ceiling: Calls,
     samples: int,
     *,
-    settle: Callable[[], object] | None = None,
+    stopwatch: Stopwatch = WARM,
 ) -> Result:
     """Measure one list, and say so."""
     print(f"  {title} ...", file=sys.stderr, flush=True)
-    timings, best = split_ceiling(measure({**contestants, **ceiling}, samples, settle))
+    timings, best = split_ceiling(measure({**contestants, **ceiling}, samples, stopwatch))
     return Result(title, bytes_moved, timings, best)
 
 

@@ -45,6 +45,13 @@ def gpt2() -> Shapes:
     return [(50257, d), (1024, d), *(shape for _ in range(12) for shape in block), (d,), (d,)]
 
 
+def llama_7b() -> Shapes:
+    """Return the parameters of Llama 7B: 291 arrays, 6.7 billion elements."""
+    d, hidden = 4096, 11008
+    layer = [(d, d)] * 4 + [(hidden, d), (hidden, d), (d, hidden), (d,), (d,)]
+    return [(32000, d), *layer * 32, (d,), (32000, d)]
+
+
 LISTS: dict[str, Shapes] = {
     "one of 64M": [(64_000_100,)],  # not a power of two: those can collide in caches
     "ResNet-50": resnet50(),
@@ -59,6 +66,21 @@ DTYPES = {
     "f32": np.float32,
     "f64": np.float64,
 }
+
+MIXES = [  # average and value
+    ("f32", "f32"),
+    ("f64", "f64"),
+    ("bf16", "bf16"),
+    ("f16", "f16"),
+    ("f32", "bf16"),
+    ("f32", "f16"),
+    ("f64", "f32"),
+]
+
+
+def itemsize(dtype: str) -> int:
+    """Return how many bytes an element of a type has."""
+    return np.dtype(DTYPES[dtype]).itemsize
 
 
 def elements(shapes: Shapes) -> int:

@@ -10,10 +10,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .harness import THREADS
+from .harness import THREADS, Call
 
 Arrays = list[np.ndarray]
-Call = Callable[[], object]
 
 
 class Unable(Exception):  # noqa: N818 - a reason, no error

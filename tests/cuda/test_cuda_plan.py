@@ -19,7 +19,7 @@ from fastema import cuda, schedules
 from fastema.cuda import _driver, _plan
 from mixes import MIXES, of_many_magnitudes
 from processes import output_of
-from refusals import BAD_NUMBERS, BAD_PAIRS, error_of
+from refusals import BAD_NUMBERS, BAD_PAIRS, error_of, read_only
 from tolerances import POWERS, assert_close
 
 bfloat16 = ml_dtypes.bfloat16
@@ -225,11 +225,6 @@ def test_a_bad_number_is_refused_in_the_words_of_the_cpu(fake, arguments, error,
 
 def f32(size):
     return np.zeros(size, np.float32)
-
-
-def read_only(array):
-    array.flags.writeable = False
-    return array
 
 
 SHARED = f32(3)

@@ -178,8 +178,7 @@ def module_of(torch, values):
 
 
 @pytest.mark.parametrize("kind", ["constant", "equal_weights"])
-def test_torchs_averaged_model(trained, kind):
-    torch = pytest.importorskip("torch")
+def test_torchs_averaged_model(torch, trained, kind):
     from torch.optim import swa_utils
 
     module = module_of(torch, trained[0])
@@ -216,8 +215,7 @@ def test_tensorflow_addons_starts_one_step_later(trained, dynamic):
     assert oracle.same_bits(theirs, averaged(trained, kind(0.9, start_step=4 + 1)))
 
 
-def test_torch_ema_is_dynamic(trained):
-    torch = pytest.importorskip("torch")
+def test_torch_ema_is_dynamic(torch, trained):
     torch_ema = pytest.importorskip("torch_ema")
     parameter = torch.nn.Parameter(torch.tensor(trained[0]))
     theirs = torch_ema.ExponentialMovingAverage([parameter], decay=0.8, use_num_updates=True)
@@ -275,8 +273,7 @@ def test_warmup_is_that_of_timm_and_diffusers(source, ours):
         tolerances.assert_close(ours(step), decay, tolerances.POWERS)
 
 
-def test_warmup_is_that_of_lucidrains(trained):
-    torch = pytest.importorskip("torch")
+def test_warmup_is_that_of_lucidrains(torch, trained):
     ema_pytorch = pytest.importorskip("ema_pytorch")
     module = module_of(torch, trained[0])
     theirs = ema_pytorch.EMA(

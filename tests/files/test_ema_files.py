@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import golden
 from fastema import EMA, checkpoint, schedules
 from processes import output_of, skip_without
 
@@ -44,11 +45,7 @@ def weights_at(step, dtype=None):
 
 
 def train(ema, weights, steps):
-    for step in steps:
-        for name, value in weights_at(step).items():
-            if name in weights:
-                weights[name][...] = value
-        ema.update()
+    golden.train(ema, weights, steps, weights_at)
 
 
 def bits_of(state):
@@ -146,8 +143,8 @@ def test_a_schedule_of_ones_own_is_given_again(path):
     ema = EMA(weights, [0.9, falling])
     train(ema, weights, [1, 2])
     ema.save(path)
-    name = rf"{re.escape(__name__)}\.test_a_schedule_of_ones_own_is_given_again\.<locals>\.falling"
-    with pytest.raises(ValueError, match=rf"decay must be given: of the schedule {name} "):
+    name = re.escape(f"{__name__}.{falling.__qualname__}")
+    with pytest.raises(ValueError, match=f"decay must be given: of the schedule {name} "):
         EMA.load(path, weights)
     resumed = EMA.load(path, weights, decay=[0.9, falling])
     assert all_of(resumed) == all_of(ema)

@@ -1,8 +1,5 @@
 """What the wrapper averages: the original's numbers, and a NumPy replay of the training, to the bit."""
 
-import json
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
@@ -11,6 +8,7 @@ import tensorflow as tf
 import oracle
 import tolerances
 from keras_replay import (
+    arguments_of,
     assert_same_bits,
     averages_of,
     custom_loop,
@@ -19,23 +17,17 @@ from keras_replay import (
     small_model,
     wrap,
 )
+from original import CASES, GOLDEN
 from tolerances import assert_close
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "tfm_ema.json").read_text(encoding="ascii"))
-CASES = [name for name in GOLDEN if name.startswith("decay=")]
 biased = pytest.mark.filterwarnings("ignore:with dynamic_decay=False")
-
-
-def arguments_of(case):
-    decay, start, dynamic = (part.split("=")[1] for part in case.split(","))
-    return {"average_decay": float(decay), "start_step": int(start), "dynamic_decay": dynamic == "True"}
 
 
 @biased
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_values_of_the_original(case, graph):
-    optimizer = wrap(keras.optimizers.SGD(1.0), **arguments_of(case))
+    optimizer = wrap(keras.optimizers.SGD(1.0), **CASES[case])
     weight = keras.Variable(1.0)
     optimizer.shadow_copy([weight])
     step = lambda: optimizer.apply_gradients([(tf.constant(-1.0), weight)])  # noqa: E731
@@ -108,12 +100,7 @@ def test_16_bit_weights_have_float32_averages(dtype, average):
     ids=str,
 )
 def test_fit_averages_as_a_numpy_replay_to_the_bit(how, schedule):
-    optimizer = wrap(
-        average_decay=schedule["decay"],
-        start_step=schedule["start_step"],
-        dynamic_decay=schedule["dynamic"],
-        update_every=schedule.get("every", 1),
-    )
+    optimizer = wrap(**arguments_of(schedule))
     steps = fit(small_model(), optimizer, **how)
     assert optimizer.engine == "native"
     assert_same_bits(averages_of(optimizer), replay(steps, **schedule))

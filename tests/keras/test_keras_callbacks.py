@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fastema.keras import AverageModelCheckpoint, ExponentialMovingAverage, SwapEMAWeights
-from keras_replay import assert_same_bits, averages_of, problem, small_model, wrap
+from keras_replay import assert_same_bits, averages_of, everything_of, problem, small_model, weights_of, wrap
 from processes import output_of, skip_without
 
 X, Y = problem(32)  # two steps of 16 make an epoch
@@ -40,10 +40,6 @@ def trained(make=averaging, epochs=2, **arguments):
     return model
 
 
-def weights_of(model):
-    return [v.numpy() for v in model.trainable_variables]
-
-
 def all_averages_of(model):
     optimizer = model.optimizer
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
@@ -51,10 +47,6 @@ def all_averages_of(model):
     if isinstance(optimizer, ExponentialMovingAverage):
         return averages_of(optimizer)
     return [v.numpy() for v in optimizer._model_variables_moving_average]
-
-
-def everything_of(model):
-    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
 
 
 def with_averages(model, do):

@@ -1,7 +1,6 @@
 """The wrapper around optimizers of tf_keras (Keras 2): legacy ones, and those that follow Keras 3's."""
 
 import json
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,15 +10,14 @@ import tensorflow as tf
 import oracle
 import tolerances
 from fastema.keras import ExponentialMovingAverage
-from keras_replay import assert_same_bits, custom_loop, problem, replay
+from keras_replay import arguments_of, assert_same_bits, custom_loop, problem, replay
 from legacy_replay import averages_of, fit, small_model, values_of, wrap
+from original import CASES, GOLDEN
 from processes import output_of
 from tolerances import assert_close
 
 tf_keras = pytest.importorskip("tf_keras", reason="tf_keras, for optimizers of Keras 2, is not installed")
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "tfm_ema.json").read_text(encoding="ascii"))
-CASES = [name for name in GOLDEN if name.startswith("decay=")]
 biased = pytest.mark.filterwarnings("ignore:with dynamic_decay=False")
 old_names = pytest.mark.filterwarnings("ignore:lr and decay are old names:DeprecationWarning")
 legacy_format = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
@@ -94,10 +92,7 @@ def test_arguments_that_average_little_are_warned_of():
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_values_of_the_original(kind, case, graph):
-    decay, start, dynamic = (part.split("=")[1] for part in case.split(","))
-    optimizer = wrap(
-        kind.SGD(1.0), average_decay=float(decay), start_step=int(start), dynamic_decay=dynamic == "True"
-    )
+    optimizer = wrap(kind.SGD(1.0), **CASES[case])
     weight = tf.Variable(1.0)
     optimizer.shadow_copy([weight])
 
@@ -138,13 +133,7 @@ def test_golden_values_around_the_original_optimizer():
 )
 def test_fit_averages_as_a_numpy_replay_to_the_bit(kind, how, schedule):
     model = small_model()
-    optimizer = wrap(
-        kind.Adam(0.01),
-        average_decay=schedule["decay"],
-        start_step=schedule["start_step"],
-        dynamic_decay=schedule["dynamic"],
-        update_every=schedule.get("every", 1),
-    )
+    optimizer = wrap(kind.Adam(0.01), **arguments_of(schedule))
     steps = fit(model, optimizer, **how)
     assert optimizer.engine == "native"
     assert_same_bits(averages_of(optimizer, model.trainable_variables), replay(steps, **schedule))

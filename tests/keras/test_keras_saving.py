@@ -6,13 +6,8 @@ import pytest
 import tensorflow as tf
 
 from fastema.keras import ExponentialMovingAverage
-from keras_replay import assert_same_bits, averages_of, fit, small_model, wrap
+from keras_replay import assert_same_bits, averages_of, everything_of, fit, small_model, wrap
 from processes import output_of
-
-
-def everything_of(model):
-    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
-
 
 CONTINUE = """
     import sys

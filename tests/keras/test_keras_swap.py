@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import oracle
-from keras_replay import assert_same_bits, averages_of, fit, problem, small_model, wrap
+from keras_replay import assert_same_bits, averages_of, fit, problem, small_model, weights_of, wrap
 
 
 @pytest.fixture
@@ -15,10 +15,6 @@ def trained():
     optimizer = wrap()
     fit(model, optimizer, epochs=1)
     return model, optimizer
-
-
-def weights_of(model):
-    return [v.numpy() for v in model.trainable_variables]
 
 
 def test_swap_exchanges_and_swap_twice_is_nothing(trained):

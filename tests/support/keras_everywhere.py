@@ -9,6 +9,7 @@ import pytest
 
 import tolerances
 from keras_replay import (
+    arguments_of,
     assert_same_bits,
     averages_of,
     fit,
@@ -45,12 +46,7 @@ def assert_averaged(averages, expected):
     ids=str,
 )
 def test_fit_averages_as_a_numpy_replay(schedule):
-    optimizer = wrap(
-        average_decay=schedule["decay"],
-        start_step=schedule["start_step"],
-        dynamic_decay=schedule["dynamic"],
-        update_every=schedule.get("every", 1),
-    )
+    optimizer = wrap(**arguments_of(schedule))
     steps = fit(small_model(), optimizer)
     assert optimizer.engine == ENGINE
     assert_averaged(averages_of(optimizer), replay(steps, **schedule))

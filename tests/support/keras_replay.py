@@ -90,6 +90,20 @@ def replay(steps, initial="zeros", start=None, every=1, **schedule):
     return averages
 
 
+def arguments_of(schedule):
+    """Return the wrapper's arguments for what `replay` calls decay, start_step, dynamic and every."""
+    names = {"decay": "average_decay", "dynamic": "dynamic_decay", "every": "update_every"}
+    return {names.get(name, name): value for name, value in schedule.items()}
+
+
+def weights_of(model):
+    return [v.numpy() for v in model.trainable_variables]
+
+
+def everything_of(model):
+    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+
 def averages_of(optimizer):
     """Return the averages an optimizer holds."""
     count = len(optimizer.variables) - len(optimizer._optimizer.variables)

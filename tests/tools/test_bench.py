@@ -14,6 +14,7 @@ from fastema.bench import (
     bench_posthoc,
     bench_tensorflow,
     bench_update,
+    harness,
 )
 
 import fake_cuda
@@ -38,6 +39,16 @@ def test_a_call_takes_less_than_a_mebibyte_of_memory():
     assert bench_memory.extra_kilobytes("ResNet-50", "update") < 1024
     assert bench_memory.extra_kilobytes("ResNet-50", "swap") < 1024
     assert bench_memory.extra_kilobytes("ResNet-50", "NumPy") > 8 * 1024, "the measure sees nothing"
+
+
+def test_what_a_contestant_refuses_is_said_and_the_others_are_measured(capsys):
+    def refuse():
+        raise MemoryError("too little of it")
+
+    stopwatch = harness.Stopwatch(most=3, refusals=(MemoryError,))
+    timings = harness.measure({"one": refuse, "other": lambda: None}, 2, stopwatch)
+    assert list(timings) == ["other"]
+    assert "one cannot run: too little of it" in capsys.readouterr().err
 
 
 def test_every_kind_of_array_can_be_measured():

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <utility>
 
 #include "numbers.hpp"
@@ -18,7 +19,7 @@ using fastema::DType;
 using fastema::Span;
 using npy = py::detail::npy_api;
 
-Verb verb_of(const std::string& name) {
+Verb verb_of(std::string_view name) {
   if (name == "update") return Verb::update;
   if (name == "swap") return Verb::swap;
   if (name == "copy") return Verb::copy;
@@ -37,20 +38,19 @@ struct Array {
   std::vector<py::ssize_t> own{};  // shape and strides of a described array
 };
 
-bool flagged(const py::array& array, int flag) { return (array.flags() & flag) == flag; }
-
 Array numpy_array(const py::array& array) {
   const auto axes = static_cast<std::size_t>(array.ndim());
+  const int flags = array.flags();
   return {.dtype = array.dtype(),
           .shape = {array.shape(), axes},
           .strides = {array.strides(), axes},
           .itemsize = array.itemsize(),
           .size = array.size(),
           .data = array.data(),
-          .writable = array.writeable(),
-          .aligned = flagged(array, npy::NPY_ARRAY_ALIGNED_),
-          .c_order = flagged(array, npy::NPY_ARRAY_C_CONTIGUOUS_),
-          .f_order = flagged(array, npy::NPY_ARRAY_F_CONTIGUOUS_)};
+          .writable = (flags & npy::NPY_ARRAY_WRITEABLE_) != 0,
+          .aligned = (flags & npy::NPY_ARRAY_ALIGNED_) != 0,
+          .c_order = (flags & npy::NPY_ARRAY_C_CONTIGUOUS_) != 0,
+          .f_order = (flags & npy::NPY_ARRAY_F_CONTIGUOUS_) != 0};
 }
 
 // Of fastema._types.Descriptor: (dtype, shape, strides in bytes, address, writable).
@@ -244,10 +244,11 @@ class Checker {
     }
     checked_.pairs.reserve(averages.size());
     extents_.reserve(averages.size() + values.size() + carries.size());
+    const bool compensated = !carries.empty();
     for (std::size_t i = 0; i < averages.size(); ++i) {
-      const Array average = array_of(averages[i], {&terms_.averages, i}, described_);
-      add(average, values[i / each], i);
-      if (!carries.empty()) add_carry(average, carries[i], i);
+      const Array average = array_of(item(averages, i), {&terms_.averages, i}, described_);
+      add(average, item(values, i / each), i);
+      if (compensated) add_carry(average, item(carries, i), i);
     }
     std::sort(extents_.begin(), extents_.end(),
               [](const Extent& x, const Extent& y) { return x.begin < y.begin; });
@@ -337,14 +338,36 @@ std::string Argument::operator[](std::size_t i) const {
 std::string operator+(const Label& label, const char* rest) { return label.str() + rest; }
 std::string both(const Label& x, const Label& y) { return x + " and " + y.str(); }
 
-Terms::Terms(const std::string& verb_name, bool only_floats, const py::tuple& arguments,
-             const py::object& names, bool single, std::size_t each)
-    : averages{text(arguments[0]), single, each, names},
-      values{text(arguments[1]), single, 1, names},
-      carries{"carries", single, each, names},
-      verb(verb_of(verb_name)),
-      floats(only_floats || verb == Verb::update),
-      averages_per_value(each) {}
+Terms::Terms(const py::dict& terms, const py::kwargs& keywords)
+    : averages{.name = "averages"}, values{.name = "values"}, carries{.name = "carries"} {
+  read(terms);
+  read(keywords);
+  if (averages_per_value == 0) throw py::value_error("averages_per_value must be 1 or more, got 0");
+  floats = floats || verb == Verb::update;
+}
+
+void Terms::read(const py::dict& terms) {
+  for (const auto& [key, value] : terms) {
+    const auto name = key.cast<std::string_view>();
+    if (name == "verb") {
+      verb = verb_of(value.cast<std::string_view>());
+    } else if (name == "only_floats") {
+      floats = value.cast<bool>();
+    } else if (name == "arguments") {
+      const auto names = value.cast<py::tuple>();
+      averages.name = names[0].cast<std::string_view>();
+      values.name = names[1].cast<std::string_view>();
+    } else if (name == "names") {
+      averages.names = values.names = carries.names = py::reinterpret_borrow<py::object>(value);
+    } else if (name == "single") {
+      averages.single = values.single = carries.single = value.cast<bool>();
+    } else if (name == "averages_per_value") {
+      averages_per_value = averages.each = carries.each = value.cast<std::size_t>();
+    } else {
+      throw py::type_error("unknown keyword " + text(py::repr(key)));
+    }
+  }
+}
 
 Checked check(const py::list& averages, const py::list& values, const py::list& carries,
               const Terms& terms, bool described) {

@@ -19,9 +19,9 @@ namespace py = pybind11;
 // averages share a value.
 struct Argument {
   std::string name;
-  bool single;
-  std::size_t each;  // how many arrays share a name or number
-  py::object names;  // a sequence of str, or None
+  bool single = false;
+  std::size_t each = 1;           // how many arrays share a name or number
+  py::object names = py::none();  // a sequence of str, or None
 
   std::string operator[](std::size_t i) const;
 };
@@ -39,16 +39,23 @@ std::string both(const Label& x, const Label& y);
 // What is to be done with pairs. An update computes; the others move bytes, whatever they mean.
 enum class Verb { update, swap, copy };
 
-// What a caller says of its lists.
+// What a caller says of its lists: a dict (fastema._types.Terms), and keywords.
 struct Terms {
   Argument averages, values, carries;
-  Verb verb;
-  bool floats;  // whether types that cannot be averaged are refused; updates always do
-  std::size_t averages_per_value;  // those of one value follow each other
+  Verb verb = Verb::update;
+  bool floats = false;                 // whether types that cannot be averaged are refused
+  std::size_t averages_per_value = 1;  // those of one value follow each other
 
-  Terms(const std::string& verb, bool only_floats, const py::tuple& arguments,
-        const py::object& names, bool single, std::size_t averages_per_value);
+  Terms(const py::dict& terms, const py::kwargs& keywords);
+
+ private:
+  void read(const py::dict& terms);
 };
+
+// Borrowed, which is cheaper than list[i].
+inline py::handle item(const py::list& list, std::size_t i) {
+  return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i));
+}
 
 // Lists that were checked.
 struct Checked {

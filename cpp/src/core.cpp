@@ -56,19 +56,18 @@ void for_each_part(const Groups& groups, Pieces& pieces, const Body& body) noexc
   for (std::size_t piece; pieces.take(piece);) {
     const std::size_t from = piece * kPiece;
     const std::size_t to = from + kPiece;
-    while (index < groups.size() && begin + extent_of(groups[index]) <= from) {
-      begin += extent_of(groups[index++]);
-    }
-    while (index < groups.size()) {
+    for (; index < groups.size(); ++index) {
       const Span& average = groups[index].average;
+      const std::size_t end = begin + bytes_of(average);
+      const std::size_t next = begin + extent_of(groups[index]);
       const std::size_t first = std::max(from, begin);
-      const std::size_t last = std::min(to, begin + bytes_of(average));
+      const std::size_t last = std::min(to, end);
       if (first < last) {
         const std::size_t element = size_of(average.dtype);
         body(index, (first - begin) / element, (last - first) / element);
       }
-      if (begin + extent_of(groups[index]) > to) break;  // the next piece continues here
-      begin += extent_of(groups[index++]);
+      if (next > to) break;  // the next piece continues here
+      begin = next;
     }
   }
 }
@@ -105,7 +104,7 @@ struct Updater {
   std::span<const Pair> pairs;
   std::span<const double> decays;
   const Options& options;
-  bool far;
+  bool beyond_caches;
 
   void operator()(std::size_t group, std::size_t first, std::size_t size) const noexcept {
     for (std::size_t k = 0; k < decays.size(); ++k) {
@@ -119,15 +118,15 @@ struct Updater {
     const Pair& pair = pairs[index];
     const Loops& loops = loops_of(kernels, pair.average.dtype, pair.value.dtype);
     Run run{.average = at(pair.average, first),
-            .into = nullptr,
+            .output = nullptr,
             .carry = nullptr,
             .value = at(pair.value, first),
             .size = size,
             .decay = decay,
             .noise = {},
-            .far = far};
+            .beyond_caches = beyond_caches};
     if (pair.into != nullptr) {
-      run.into = static_cast<std::byte*>(pair.into) + first * size_of(pair.average.dtype);
+      run.output = static_cast<std::byte*>(pair.into) + first * size_of(pair.average.dtype);
     }
     if (pair.carry != nullptr) {
       const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
@@ -180,8 +179,8 @@ std::size_t carry_size(DType average, DType value) noexcept {
 void update(std::span<const Pair> pairs, std::span<const double> decays,
             const Options& options) noexcept {
   const Groups groups{pairs, decays.size()};
-  const bool far = count_pieces(groups) > kCached / kPiece;
-  run(groups, options.threads, Updater{active(), pairs, decays, options, far});
+  const bool beyond_caches = count_pieces(groups) > kCached / kPiece;
+  run(groups, options.threads, Updater{active(), pairs, decays, options, beyond_caches});
 }
 
 void swap(std::span<const Pair> pairs, int threads) noexcept {

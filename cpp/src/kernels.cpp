@@ -39,8 +39,9 @@ constexpr size_t group_of() {
 // Calls step(a, v, i) for blocks of kBlock elements from the i-th on, while there are whole ones;
 // returns where it stopped.
 template <size_t kBlock, class A, class V, class Step>
-inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool far, const Step& step) {
-  if (far) {
+inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool beyond_caches,
+                           const Step& step) {
+  if (beyond_caches) {
     constexpr size_t kGroup = group_of<kBlock, A, V>();
     for (; size - i >= kGroup; i += kGroup) {
       ask_for<kGroup * sizeof(A)>(a + i);
@@ -53,19 +54,19 @@ inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool far, co
   return i;
 }
 
-// The same, but the new averages go to `into`: each block is copied, changed and then written.
+// The same, but the new averages go to `output`: each block is copied, changed and then written.
 template <size_t kBlock, class A, class V, class Step>
-inline size_t whole_blocks_beside(A* into, const A* a, const V* v, size_t i, size_t size, bool far,
-                                  const Step& step) {
+inline size_t whole_blocks_beside(A* output, const A* a, const V* v, size_t i, size_t size,
+                                  bool beyond_caches, const Step& step) {
   const auto one_block = [&] {
     alignas(kLine) A block[kBlock];
     __builtin_memcpy(block, a + i, sizeof block);
     step(block, v + i, i);
-    __builtin_memcpy(into + i, block, sizeof block);
+    __builtin_memcpy(output + i, block, sizeof block);
     i += kBlock;
   };
-  if (far) {
-    while (size - i >= kBlock && head_of(into + i, kLine) > 0) one_block();
+  if (beyond_caches) {
+    while (size - i >= kBlock && head_of(output + i, kLine) > 0) one_block();
     constexpr size_t kGroup = group_of<kBlock, A, V>();
     for (; size - i >= kGroup; i += kGroup) {
       ask_for<kGroup * sizeof(A)>(a + i);
@@ -74,7 +75,7 @@ inline size_t whole_blocks_beside(A* into, const A* a, const V* v, size_t i, siz
       __builtin_memcpy(group, a + i, sizeof group);
 #pragma GCC unroll 8
       for (size_t j = 0; j < kGroup; j += kBlock) step(group + j, v + i + j, i + j);
-      stream_lines<sizeof group>(into + i, group);
+      stream_lines<sizeof group>(output + i, group);
     }
     end_streaming();
   }
@@ -91,9 +92,9 @@ void update_all(A* __restrict a, const V* __restrict v, size_t size, A w) {
 }
 
 template <class A, class V>
-void update_beside(A* __restrict into, const A* a, const V* v, size_t size, A w) {
+void update_beside(A* __restrict output, const A* a, const V* v, size_t size, A w) {
 #pragma omp simd
-  for (size_t i = 0; i < size; ++i) into[i] = blend(a[i], static_cast<A>(v[i]), w);
+  for (size_t i = 0; i < size; ++i) output[i] = blend(a[i], static_cast<A>(v[i]), w);
 }
 
 template <class A, class V>
@@ -103,21 +104,21 @@ void update(const Run& run) noexcept {
   const A w = weight_of<A>(run.decay);
   constexpr size_t kBlock = kLine / sizeof(V);
   const auto step = [w](A* to, const V* from, size_t) { update_all(to, from, kBlock, w); };
-  if (run.into != nullptr) {
-    A* into = static_cast<A*>(run.into);
-    size_t i = head_of(into, run.size);
-    update_beside(into, a, v, i, w);
-    i = whole_blocks_beside<kBlock>(into, a, v, i, run.size, run.far, step);
-    return update_beside(into + i, a + i, v + i, run.size - i, w);
+  if (run.output != nullptr) {
+    A* output = static_cast<A*>(run.output);
+    size_t i = head_of(output, run.size);
+    update_beside(output, a, v, i, w);
+    i = whole_blocks_beside<kBlock>(output, a, v, i, run.size, run.beyond_caches, step);
+    return update_beside(output + i, a + i, v + i, run.size - i, w);
   }
   size_t i = head_of(a, run.size);
   update_all(a, v, i, w);
-  if (run.far) i = whole_blocks<kBlock>(a, v, i, run.size, true, step);
+  if (run.beyond_caches) i = whole_blocks<kBlock>(a, v, i, run.size, true, step);
   update_all(a + i, v + i, run.size - i, w);
 }
 
 // Where a copy of the values goes.
-void* target_of(const Run& run) { return run.into == nullptr ? run.average : run.into; }
+void* target_of(const Run& run) { return run.output == nullptr ? run.average : run.output; }
 
 template <class T>
 void copy(const Run& run) noexcept {
@@ -142,20 +143,21 @@ template <size_t kBlock, class A, class V, class Step>
 inline void all_blocks(const Run& run, size_t odd, const Step& step) {
   A* a = static_cast<A*>(run.average);
   const V* v = static_cast<const V*>(run.value);
-  A* into = static_cast<A*>(target_of(run));
+  A* output = static_cast<A*>(target_of(run));
   const auto partial = [&](size_t from, size_t count, size_t before) {
     alignas(kLine) A a_block[kBlock] = {};
     alignas(kLine) V v_block[kBlock] = {};
     __builtin_memcpy(a_block + before, a + from, count * sizeof(A));
     __builtin_memcpy(v_block + before, v + from, count * sizeof(V));
     step(a_block, v_block, from - before);
-    __builtin_memcpy(into + from, a_block + before, count * sizeof(A));
+    __builtin_memcpy(output + from, a_block + before, count * sizeof(A));
   };
-  size_t i = head_of(into, run.size) % kBlock;
+  size_t i = head_of(output, run.size) % kBlock;
   if (odd != kAnyPlace && i % 2 != odd) i = odd < run.size ? odd : run.size;
   if (i > 0) partial(0, i, odd == kAnyPlace ? 0 : odd);
-  i = run.into == nullptr ? whole_blocks<kBlock>(a, v, i, run.size, run.far, step)
-                          : whole_blocks_beside<kBlock>(into, a, v, i, run.size, run.far, step);
+  i = run.output == nullptr
+          ? whole_blocks<kBlock>(a, v, i, run.size, run.beyond_caches, step)
+          : whole_blocks_beside<kBlock>(output, a, v, i, run.size, run.beyond_caches, step);
   if (i < run.size) partial(i, run.size - i, 0);
 }
 
@@ -207,7 +209,7 @@ inline Words counters() {
 
 // Calls step(a, v, random words) for blocks of 2 kLanes elements.
 template <class A, class Step>
-inline void all_blocks_at_random(const Run& run, const Step& step) {
+inline void all_blocks_stochastic(const Run& run, const Step& step) {
   const Noise noise = run.noise;
   const Words lanes = counters();
   all_blocks<2 * kLanes, A, A>(run, noise.first % 2, [&](A* a, const A* v, size_t i) {
@@ -216,9 +218,9 @@ inline void all_blocks_at_random(const Run& run, const Step& step) {
   });
 }
 
-void update_bf16_at_random(const Run& run) noexcept {
+void update_bf16_stochastic(const Run& run) noexcept {
   const Floats w = weights_of(run);
-  all_blocks_at_random<bf16>(run, [w](bf16* to, const bf16* from, Words random) {
+  all_blocks_stochastic<bf16>(run, [w](bf16* to, const bf16* from, Words random) {
     const Words a = read<Words>(to), v = read<Words>(from);
     const Words below = random & 0xffff, above = random >> 16;
     const Floats even = blend(even_bf16(a), even_bf16(v), w);
@@ -232,15 +234,15 @@ void update_bf16_at_random(const Run& run) noexcept {
   });
 }
 
-void update_f16_at_random(const Run& run) noexcept {
+void update_f16_stochastic(const Run& run) noexcept {
   const Floats w = weights_of(run);
-  all_blocks_at_random<f16>(run, [w](f16* to, const f16* from, Words random) {
+  all_blocks_stochastic<f16>(run, [w](f16* to, const f16* from, Words random) {
     const Floats x = blend(load(to), load(from), w);
     const Floats y = blend(load(to + kLanes), load(from + kLanes), w);
     const Words x_random = widen(lower_of(random)), y_random = widen(upper_of(random));
     if (all_normal_f16(x, y)) {
-      store_normal_at_random(to, x, x_random);
-      store_normal_at_random(to + kLanes, y, y_random);
+      store_normal_stochastic(to, x, x_random);
+      store_normal_stochastic(to + kLanes, y, y_random);
     } else {
       store_bits(to, narrow_f16_at_random(x, x_random));
       store_bits(to + kLanes, narrow_f16_at_random(y, y_random));
@@ -256,8 +258,9 @@ inline void all_blocks_with_carry(const Run& run, const Step& step) {
   A* a = static_cast<A*>(run.average);
   C* c = static_cast<C*>(run.carry);
   const V* v = static_cast<const V*>(run.value);
-  const size_t i = whole_blocks<kBlock>(
-      a, v, 0, run.size, run.far, [&](A* to, const V* from, size_t at) { step(to, c + at, from); });
+  const size_t i =
+      whole_blocks<kBlock>(a, v, 0, run.size, run.beyond_caches,
+                           [&](A* to, const V* from, size_t at) { step(to, c + at, from); });
   if (i == run.size) return;
   A a_block[kBlock] = {};
   C c_block[kBlock] = {};
@@ -328,8 +331,11 @@ const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
     .name = FASTEMA_TEXT(FASTEMA_KERNELS),
     .loops =
         {
-            {{update_wide<f16, f16>, copy<f16>, update_f16_at_random, nullptr}, {}, {}, {}},
-            {{}, {update_bf16, copy<bf16>, update_bf16_at_random, update_bf16_compensated}, {}, {}},
+            {{update_wide<f16, f16>, copy<f16>, update_f16_stochastic, nullptr}, {}, {}, {}},
+            {{},
+             {update_bf16, copy<bf16>, update_bf16_stochastic, update_bf16_compensated},
+             {},
+             {}},
             {{update_wide<float, f16>, copy_wide<float, f16>, nullptr, update_f32_compensated<f16>},
              {update_wide<float, bf16>, copy_wide<float, bf16>, nullptr,
               update_f32_compensated<bf16>},

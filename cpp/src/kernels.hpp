@@ -18,13 +18,13 @@ struct Noise {
 // What one call of a kernel works on: a run of elements of one pair.
 struct Run {
   void* average;
-  void* into;   // where the new average goes, and the old one stays; null: in place
-  void* carry;  // of compensated averages
+  void* output;  // where the new average goes, and the old one stays; null: in place
+  void* carry;   // of compensated averages
   const void* value;
   size_t size;
   double decay;
-  Noise noise;  // of stochastic rounding
-  bool far;     // the list is larger than caches: read ahead of its use, write `into` past them
+  Noise noise;         // of stochastic rounding
+  bool beyond_caches;  // the list is larger: read ahead of its use, write `output` past them
 };
 
 using Kernel = void (*)(const Run& run) noexcept;

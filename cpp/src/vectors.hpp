@@ -174,7 +174,7 @@ inline bool all_normal_f16([[maybe_unused]] Floats x, [[maybe_unused]] Floats y)
 inline void store_bits(f16* to, Words bits) { write(to, narrow(bits)); }
 
 // narrow_f16_normal_at_random, and stored: what is added in random bits, truncation carries over.
-inline void store_normal_at_random(f16* to, Floats x, Words random) {
+inline void store_normal_stochastic(f16* to, Floats x, Words random) {
 #if defined(__F16C__)
   constexpr int kTruncate = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
   const Floats carried = as<Floats>(as<Words>(x) + (random >> 3));

@@ -15,7 +15,8 @@ class Pairs:
         averages: list[np.ndarray],
         values: list[np.ndarray],
         carries: list[np.ndarray] = [],
-        **terms: Unpack[Terms],
+        terms: Terms = {},
+        **keywords: Unpack[Terms],
     ) -> None: ...
     def __len__(self) -> int: ...
     @overload

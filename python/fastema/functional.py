@@ -99,8 +99,11 @@ def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
     """
     a_list, single = as_list(a, "a")
     b_list, _ = as_list(b, "b")
-    terms: Terms = {"verb": "swap", "only_floats": True, "arguments": ("a", "b"), "single": single}
-    _checked(a_list, b_list, [], terms).swap(threads)
+    _checked(a_list, b_list, [], _ONE_SWAP if single else _SWAP).swap(threads)
+
+
+_SWAP: Terms = {"verb": "swap", "only_floats": True, "arguments": ("a", "b")}
+_ONE_SWAP: Terms = {**_SWAP, "single": True}
 
 
 def copies(values: Arrays, dtype: Any = None) -> Any:
@@ -292,8 +295,8 @@ def _checked(
         return Pairs(averages, values, carries, **terms)
     first, second = terms.get("arguments", ("averages", "values"))
     single = terms.get("single", False)
-    sides = views(averages, first, single), views(values, second, single), views(carries, "carries", single)
-    return _core.Pairs(*sides, **terms)
+    a, b = views(averages, first, single), views(values, second, single)
+    return _core.Pairs(a, b, views(carries, "carries", single) if carries else [], terms)
 
 
 def _lists(
@@ -305,5 +308,9 @@ def _lists(
     b, single = as_list(values, "values")
     a = interleaved(averages, "averages", len(b))
     c = [] if carries is None else interleaved(carries, "carries", len(b))
-    single = single and len(averages) == 1 and len(a) == 1
-    return a, b, c, {"single": single, "averages_per_value": len(averages)}
+    terms: Terms = {}  # what goes without saying costs nothing
+    if len(averages) > 1:
+        terms["averages_per_value"] = len(averages)
+    elif single and len(a) == 1:
+        terms["single"] = True
+    return a, b, c, terms

@@ -11,16 +11,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal, TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from . import _formula
 from ._build import OP_LIBRARY
+from ._types import check_choice, check_share
 
 __all__ = ["swap", "update"]
 
 Engine = Literal["auto", "native", "graph"]
+Value: TypeAlias = tf.Variable | tf.Tensor
 
 _NATIVE_MIXES = {  # average and value
     *((dtype, dtype) for dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64)),
@@ -31,11 +35,11 @@ _NATIVE_MIXES = {  # average and value
 
 
 def update(
-    averages: Sequence[Any],
-    values: Sequence[Any],
-    decay: Any,
+    averages: Sequence[tf.Variable],
+    values: Sequence[tf.Variable | tf.Tensor],
+    decay: float | tf.Tensor,
     *,
-    when: Any = None,
+    when: tf.Tensor | None = None,
     engine: Engine = "auto",
     bucket_bytes: int = 1 << 30,
 ) -> Literal["native", "graph"]:
@@ -78,8 +82,7 @@ def update(
         array([0.5, 1. ], dtype=float32)
     """
     averages, values = list(averages), list(values)
-    if engine not in ("auto", "native", "graph"):
-        raise ValueError(f"engine must be 'auto', 'native' or 'graph', got {engine!r}")
+    check_choice(engine, "engine", ("auto", "native", "graph"))
     _check_pairs(averages, values, ("averages", "values"))
     _check_distinct(averages, "averages")
     places = {id(average): i for i, average in enumerate(averages)}
@@ -88,8 +91,8 @@ def update(
             raise ValueError(f"values[{i}] must be no average, got averages[{places[id(value)]}]")
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes!r}")
-    if not tf.is_tensor(decay) and not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay must be from 0 to 1, got {decay!r}")
+    if not tf.is_tensor(decay):
+        check_share(decay, "decay")
     obstacle = "engine='graph' was asked for" if engine == "graph" else _obstacle(averages, values)
     if obstacle and engine == "native":
         raise RuntimeError(f"engine='native' cannot run here: {obstacle}")
@@ -101,14 +104,14 @@ def update(
     return "native"
 
 
-def _do(action: Callable[[], None], when: Any) -> None:
+def _do(action: Callable[[], None], when: tf.Tensor | None) -> None:
     if when is None:
         action()
     else:
         tf.cond(when, action, lambda: None)
 
 
-def swap(a: Sequence[Any], b: Sequence[Any]) -> None:
+def swap(a: Sequence[tf.Variable], b: Sequence[tf.Variable]) -> None:
     """Exchange the contents of variables, bit for bit, by exchanging their buffers.
 
     Costs nothing that grows with the size. Works in eager code, in ``tf.function`` and across the
@@ -142,12 +145,12 @@ def swap(a: Sequence[Any], b: Sequence[Any]) -> None:
         strategy_of(x).extended.update(x, _exchange, args=(y,), group=False)
 
 
-def strategy_of(variable: Any) -> Any:
+def strategy_of(variable: tf.Variable) -> tf.distribute.Strategy:
     """Return the strategy that distributes this variable; the default one where none does."""
     return getattr(variable, "distribute_strategy", None) or tf.distribute.get_strategy()
 
 
-def _exchange(x: Any, y: Any) -> None:
+def _exchange(x: tf.Variable, y: tf.Variable) -> None:
     x_value, y_value = _read(x, _bytes(x)), _read(y, _bytes(y))
     _assign(x, y_value)
     _assign(y, x_value)
@@ -156,7 +159,7 @@ def _exchange(x: Any, y: Any) -> None:
 _LARGE = 1 << 20  # bytes, from which on a copy costs more than an operation
 
 
-def _read(value: Any, size: int) -> Any:
+def _read(value: Value, size: int) -> tf.Tensor:
     """Return a tensor that shares a variable's buffer; other values as tensors.
 
     By the operation itself, which costs a fifth of a variable's own method in eager code.
@@ -173,11 +176,11 @@ def _read(value: Any, size: int) -> Any:
     return tf.raw_ops.ReadVariableOp(resource=value.handle, dtype=value.dtype)
 
 
-def _assign(variable: Any, value: Any) -> Any:
+def _assign(variable: tf.Variable, value: tf.Tensor) -> tf.Operation | None:
     return tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
 
-def _bytes(variable: Any) -> int:
+def _bytes(variable: Value) -> int:
     return int((variable.shape.num_elements() or 0) * variable.dtype.size)
 
 
@@ -185,7 +188,7 @@ def _under_xla() -> bool:
     return not tf.executing_eagerly() and bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
 
-def _check_pairs(a: list[Any], b: list[Any], names: tuple[str, str]) -> None:
+def _check_pairs(a: list[Value], b: list[Value], names: tuple[str, str]) -> None:
     if len(a) != len(b):
         raise ValueError(f"{names[0]} and {names[1]} must have one length, got {len(a)} and {len(b)}")
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -195,7 +198,7 @@ def _check_pairs(a: list[Any], b: list[Any], names: tuple[str, str]) -> None:
             )
 
 
-def _check_distinct(variables: list[Any], names: str) -> None:
+def _check_distinct(variables: list[tf.Variable], names: str) -> None:
     first: dict[int, int] = {}
     for i, variable in enumerate(variables):
         if first.setdefault(id(variable), i) != i:
@@ -204,7 +207,7 @@ def _check_distinct(variables: list[Any], names: str) -> None:
             )
 
 
-def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
+def _obstacle(averages: list[tf.Variable], values: list[Value]) -> str | None:
     """Say what keeps native code from running here; None where nothing does."""
     if _under_xla():
         return "this is compiled by XLA (jit_compile=True)"
@@ -215,9 +218,10 @@ def _obstacle(averages: list[Any], values: list[Any]) -> str | None:
             return f"averages[{i}] is {average.dtype.name}, values[{i}] {value.dtype.name}"
         if average.device and ("CPU" not in average.device or "/job:ps/" in average.device):
             return f"averages[{i}] lies on {average.device}"
-    if isinstance(_operations(), str):
-        _warn_once(_operations())
-        return str(_operations())
+    operations = _operations()
+    if isinstance(operations, str):
+        _warn_once(operations)
+        return operations
     return None
 
 
@@ -227,10 +231,10 @@ def _warn_once(reason: str) -> None:
 
 
 @cache
-def _operations() -> Any:
+def _operations() -> ModuleType | str:
     """Load the library of our op; return its Python module, or the reason why there is none."""
     try:
-        library = tf.load_op_library(str(OP_LIBRARY))
+        library: ModuleType = tf.load_op_library(str(OP_LIBRARY))
     except (tf.errors.OpError, OSError) as error:
         return f"{OP_LIBRARY.name} cannot be loaded: {error}"
     if not hasattr(library, "fastema_update"):
@@ -239,21 +243,25 @@ def _operations() -> Any:
     return library
 
 
-def _update_natively(averages: list[Any], values: list[Any], decay: Any, bucket_bytes: int) -> None:
+def _update_natively(
+    averages: list[tf.Variable], values: list[Value], decay: tf.Tensor, bucket_bytes: int
+) -> None:
     if not averages:
         return
     sizes = list(map(_bytes, averages))
-    if hasattr(_operations(), "fastema_update_in_place"):
-        _operations().fastema_update_in_place(
+    operations = _operations()
+    assert not isinstance(operations, str)  # `_obstacle` was asked before
+    if hasattr(operations, "fastema_update_in_place"):
+        operations.fastema_update_in_place(
             decay=decay,
             averages=[average.handle for average in averages],
             values=list(map(_read, values, sizes)),
         )
         return
-    done: list[Any] = []  # the assignments of one bucket, after which the next one begins
+    done: list[tf.Operation] = []  # the assignments of one bucket, after which the next one begins
     for bucket in _buckets(sizes, bucket_bytes):
         with tf.control_dependencies(done):
-            updated = _operations().fastema_update(
+            updated = operations.fastema_update(
                 decay=decay,
                 averages=list(map(_read, averages[bucket], sizes[bucket])),
                 values=list(map(_read, values[bucket], sizes[bucket])),
@@ -272,19 +280,21 @@ def _buckets(sizes: list[int], limit: int) -> list[slice]:
     return [slice(*bounds) for bounds in pairwise([*ends, len(sizes)])]
 
 
-def _update_by_framework(averages: list[Any], values: list[Any], decay: Any, when: Any) -> None:
-    weight = 1.0 - decay
+def _update_by_framework(
+    averages: list[tf.Variable], values: list[Value], decay: tf.Tensor, when: tf.Tensor | None
+) -> None:
+    weight, copies = _formula.weigh(decay, tf.equal)
 
-    def update_one(average: Any, value: Any, decay: Any, weight: Any) -> None:
+    def update_one(average: tf.Variable, value: Value, weight: tf.Tensor, copies: tf.Tensor) -> None:
         compute = _compute_type(average.dtype)
-        old, new = tf.cast(average, compute), tf.cast(value, compute)
-        blended = old + tf.cast(weight, compute) * (new - old)
-        average.assign(tf.cast(tf.where(tf.equal(decay, 0.0), new, blended), average.dtype))
+        average.assign(
+            _formula.blend(average, value, weight, copies, compute=compute, cast=tf.cast, where=tf.where)
+        )
 
-    def update_all(strategy: Any, values: list[Any], when: Any) -> None:
+    def update_all(strategy: tf.distribute.Strategy, values: list[Value], when: tf.Tensor | None) -> None:
         def update() -> None:
             for average, value in zip(averages, values, strict=True):
-                strategy.extended.update(average, update_one, args=(value, decay, weight), group=False)
+                strategy.extended.update(average, update_one, args=(value, weight, copies), group=False)
 
         # the condition is asked here: in a replica context no branch of one may wait for other replicas
         _do(update, None if when is None else strategy.experimental_local_results(when)[0])
@@ -304,7 +314,7 @@ def _compute_type(dtype: tf.DType) -> tf.DType:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def _agreed(values: list[Any]) -> list[Any]:
+def _agreed(values: list[Value]) -> list[Value]:
     """Replace variables that differ between replicas by their means; called in a replica context."""
     context = tf.distribute.get_replica_context()
     differing = [i for i, value in enumerate(values) if _differs(value)]
@@ -316,7 +326,7 @@ def _agreed(values: list[Any]) -> list[Any]:
     return [means.get(i, value) for i, value in enumerate(values)]
 
 
-def _differs(value: Any) -> bool:
+def _differs(value: Value) -> bool:
     """Tell whether replicas may hold different values: those that they assign each for itself."""
     return (
         isinstance(value, tf.distribute.DistributedValues)

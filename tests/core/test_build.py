@@ -53,3 +53,14 @@ def test_a_name_that_is_not_there_is_refused():
         fastema.use_instruction_set("mmx")
     done = python("import fastema", FASTEMA_ISA="mmx")
     assert "FASTEMA_ISA cannot be followed: name must be one of" in done.stderr
+
+
+def test_parts_that_need_a_framework_are_loaded_when_they_are_named():
+    names = "'cuda' in dir(fastema), 'fastema.cuda' in sys.modules, fastema.cuda.Schedule"
+    assert output_of(f"import sys, fastema; print({names})").startswith("True False <class")
+    missing = "import sys; sys.modules['tensorflow'] = None; import fastema; fastema.tensorflow"
+    assert (
+        "ImportError: fastema.tensorflow needs tensorflow, which is not installed" in python(missing).stderr
+    )
+    with pytest.raises(AttributeError, match="module 'fastema' has no attribute 'keras_'"):
+        fastema.keras_  # noqa: B018

@@ -434,7 +434,7 @@ def test_set_weights_also_takes_the_inner_state_alone_and_refuses_what_does_not_
     assert_same_bits(optimizer.get_weights()[2:], before[2:])
     with pytest.raises(ValueError, match="weights must hold 3 values, or 2 without the averages, got 1"):
         optimizer.set_weights([np.array(8)])
-    with pytest.raises(ValueError, match=r"weights\[2\] must have the shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"weights\[2\] must have the shape of .*, \(2,\), got \(3,\)"):
         optimizer.set_weights([np.array(8), np.zeros(2), np.zeros(3)])
     assert optimizer.iterations.numpy() == 7
 
@@ -488,7 +488,7 @@ def test_get_updates_is_one_step_of_a_graph_averaging_included(kind):
         gradients = optimizer.get_gradients(-weight, [weight])
         updates = optimizer.get_updates(-weight, [weight])
         average = optimizer.get_slot(weight, "average")
-        with pytest.raises(ValueError, match="`None` for gradient"):
+        with pytest.raises(ValueError, match="the loss has no gradient with respect to Variable"):
             optimizer.get_gradients(tf.constant(1.0), [weight])
         session.run(tf.compat.v1.global_variables_initializer())
         assert session.run(gradients) == [-1.0]
@@ -501,7 +501,7 @@ def test_get_updates_is_one_step_of_a_graph_averaging_included(kind):
 
 def test_gradients_of_a_graph_are_refused_in_eager_code(kind):
     weight = tf.Variable(1.0)
-    with pytest.raises(RuntimeError, match="get_gradients works in a graph only"):
+    with pytest.raises(RuntimeError, match="get_gradients and get_updates need TensorFlow.s graph mode"):
         wrap(kind.SGD(1.0)).get_updates(weight * 2, [weight])
 
 

@@ -37,9 +37,9 @@ BAD = [
     (
         {"initial_average": "ones"},
         ValueError,
-        "initial_average must be one of ('zeros', 'weights'), got 'ones'",
+        "initial_average must be 'zeros' or 'weights', got 'ones'",
     ),
-    ({"engine": "cuda"}, ValueError, "engine must be one of ('auto', 'native', 'graph'), got 'cuda'"),
+    ({"engine": "cuda"}, ValueError, "engine must be 'auto' or 'native' or 'graph', got 'cuda'"),
     (
         {"average_dtype": "int32"},
         ValueError,

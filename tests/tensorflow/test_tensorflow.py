@@ -145,7 +145,7 @@ def test_bad_input_is_refused_and_nothing_changes():
         ValueError, match=re.escape("averages[0] and values[0] must have one shape, got (2,) and (3,)")
     ):
         engines.update([a], [b], 0.5)
-    with pytest.raises(ValueError, match="engine must be 'auto', 'native' or 'graph', got 'cuda'"):
+    with pytest.raises(ValueError, match="engine must be 'auto' or 'native' or 'graph', got 'cuda'"):
         engines.update([a], [c], 0.5, engine="cuda")
     with pytest.raises(ValueError, match="decay must be from 0 to 1, got nan"):
         engines.update([a], [c], float("nan"))

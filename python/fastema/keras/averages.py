@@ -1,20 +1,21 @@
-"""The averages of a model's variables: which there are, how they move, how they change places."""
+"""The averages of a model's variables: which there are, what moves them, what swaps them."""
 
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal
 
-import ml_dtypes
 import numpy as np
 
 from .. import schedules
+from .._types import FLOATS, average_type, check_choice, check_share, float_type
 from .backends import Backend, dtype_of, is_floating, name_of
-from .backends.base import Carrier, Engine
+from .kinds import Carrier, Engine, Key, Model, Operation, Tensor, Variable
 
-Key = Any  # what identifies a variable, also across the replicas of a strategy
+Pair = tuple[Variable, Variable]  # a variable and its average
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,14 @@ class Settings:
     engine: Engine
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.average_decay <= 1.0:
-            raise ValueError(f"average_decay must be from 0 to 1, got {self.average_decay!r}")
+        check_share(self.average_decay, "average_decay")
         for name, least in (("start_step", 0), ("update_every", 1)):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
-        for name, allowed in (
-            ("initial_average", ("zeros", "weights")),
-            ("engine", ("auto", "native", "graph")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.average_dtype not in (None, "float16", "bfloat16", "float32", "float64"):
+        check_choice(self.initial_average, "initial_average", ("zeros", "weights"))
+        check_choice(self.engine, "engine", ("auto", "native", "graph"))
+        if self.average_dtype is not None and self.average_dtype not in map(str, FLOATS):
             raise ValueError(
                 f"average_dtype must be a floating-point type or None, got {self.average_dtype!r}"
             )
@@ -53,7 +49,7 @@ class Settings:
         """Whether the averages stay close to their initial zeros for long."""
         return self.initial_average == "zeros" and not self.dynamic_decay and self.start_step < 2
 
-    def decay(self, step: Any, arrays: Any) -> Any:
+    def decay(self, step: Tensor, arrays: ModuleType) -> Tensor:
         """Return the decay of a step.
 
         Args:
@@ -64,14 +60,15 @@ class Settings:
         schedule = kind(self.average_decay, self.start_step)
         return schedules.compound(schedule.at(step, arrays), self.update_every)
 
-    def dtype(self, variable: Any) -> str:
+    def dtype(self, variable: Variable) -> str:
         """Return the type of a variable's average."""
-        own = dtype_of(variable)
-        return self.average_dtype or ("float32" if own in ("float16", "bfloat16") else own)
+        return self.average_dtype or str(average_type(float_type(dtype_of(variable))))
 
 
 class Averages:
-    """One average for each variable that was ever paired; the pairs say which ones move.
+    """The averages that an optimizer keeps: one of each variable, made when it is first needed.
+
+    Those of `pairs` move. Averages of variables that are not trained any longer stay.
 
     Args:
         settings: How they move.
@@ -84,70 +81,70 @@ class Averages:
         self,
         settings: Settings,
         backend: Backend,
-        create: Callable[[Any, str], Any],
-        key: Callable[[Any], Key],
+        create: Callable[[Variable, str], Variable],
+        key: Callable[[Variable], Key],
     ) -> None:
         self.settings = settings
         self.backend = backend
         self.engine: Carrier | None = None
-        self.pairs: list[tuple[Any, Any]] = []  # (variable, average)
+        self.pairs: list[Pair] = []  # those that move
         self._create = create
         self._key = key
-        self._all: dict[Key, Any] = {}
-        self._trained: list[Any] = []  # the variables that the optimizer trains
+        self._averages: dict[Key, Variable] = {}  # of every variable that was ever paired
+        self._trained: list[Variable] = []  # the variables that the optimizer trains
         self._places: dict[Key, int] = {}  # and the place of each among them
-        self._named: Callable[[], Iterable[Any] | None] = lambda: None  # those that `shadow` named
-        self._unstarted: list[tuple[Any, Any]] = []  # pairs that had no value to start at
-        self._raw: dict[Key, Any] = {}  # weights kept aside while swapped
+        self._shadowed: Callable[[], Iterable[Variable] | None] = lambda: None  # those that `shadow` named
+        self._unstarted: list[Pair] = []  # pairs that had no value to start at
+        self._saved_weights: dict[Key, Tensor] = {}  # while swapped, of those whose averages have other types
         self._loaded: dict[str, np.ndarray] = {}  # values that came before their averages
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._all.values())
+    def __iter__(self) -> Iterator[Variable]:
+        return iter(self._averages.values())
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self._averages)
 
-    def of(self, variable: Any) -> Any:
+    def of(self, variable: Variable) -> Variable | None:
         """Return the average of a variable; None where it has none."""
-        return self._all.get(self._key(variable))
+        return self._averages.get(self._key(variable))
 
     # --- which ------------------------------------------------------------------------------------
 
-    def shadow(self, model: Any) -> None:
+    def shadow(self, model: Model | Sequence[Variable]) -> None:
         """Average the weights of a model (held weakly, it may be built later) or a list of variables."""
         if isinstance(model, list | tuple):
             listed = list(model)
-            self._named = lambda: listed
+            self._shadowed = lambda: listed
         else:
-            reference = weakref.ref(model)
+            reference: Callable[[], Model] = weakref.ref(model)
 
-            def weights() -> Iterable[Any] | None:
-                model = reference()
-                if model is None:
+            def weights() -> Iterable[Variable] | None:
+                held = reference()
+                if held is None:
                     return None
                 only = self.settings.trainable_weights_only
                 try:
-                    weights: Iterable[Any] = model.trainable_variables if only else model.variables
+                    weights: Iterable[Variable] = held.trainable_variables if only else held.variables
                 except ValueError:  # tf_keras: the model is not built yet
                     return None
                 return weights
 
-            self._named = weights
+            self._shadowed = weights
         self._pair()
 
     @property
-    def lack_a_model(self) -> bool:
+    def lacks_a_model(self) -> bool:
         """Whether they are to be of more than the optimizer trains, and it is not known of what."""
-        return not self.settings.trainable_weights_only and self._named() is None
+        return not self.settings.trainable_weights_only and self._shadowed() is None
 
-    def train(self, variables: Sequence[Any]) -> None:
+    def train(self, variables: Sequence[Variable]) -> None:
         """Average the variables that the optimizer trains, unless `shadow` named others."""
         self._trained = list(variables)
         self._places = {self._key(variable): i for i, variable in enumerate(variables)}
         self._pair()
 
     def _pair(self) -> None:
-        named = self._named()
+        named = self._shadowed()
         self.pairs = [
             (variable, self.find_or_create(variable))
             for variable in (self._trained if named is None else named)
@@ -155,16 +152,16 @@ class Averages:
         ]
         self._assign_loaded()
 
-    def find_or_create(self, variable: Any) -> Any:
+    def find_or_create(self, variable: Variable) -> Variable:
         """Return the average of a variable, made now if there is none."""
         key = self._key(variable)
-        if key not in self._all:
-            self._all[key] = self._create(variable, self.settings.dtype(variable))
-        return self._all[key]
+        if key not in self._averages:
+            self._averages[key] = self._create(variable, self.settings.dtype(variable))
+        return self._averages[key]
 
     # --- moving -----------------------------------------------------------------------------------
 
-    def start_later(self, variable: Any, average: Any) -> None:
+    def start_later(self, variable: Variable, average: Variable) -> None:
         """Have `start` assign an average its variable, which has no value yet."""
         self._unstarted.append((variable, average))
 
@@ -176,7 +173,7 @@ class Averages:
         if self._unstarted:
             self.backend.once(lambda: [self.backend.assign(a, v) for v, a in self._unstarted])
 
-    def update(self, step: Any, when: Any = None) -> None:
+    def update(self, step: Tensor, when: Tensor = None) -> None:
         """Average once, if this step is one that averages.
 
         Args:
@@ -192,19 +189,25 @@ class Averages:
                 self.settings.engine,
             )
 
-    def _decay_of(self, step: Any) -> Callable[[], Any]:
+    def _decay_of(self, step: Tensor) -> Callable[[], Tensor]:
         """Return what computes the decay where it is first needed, and only there."""
         return cache(lambda: self.settings.decay(*self.backend.number(step)))
 
-    def _due(self, step: Any, when: Any) -> Any:
+    def _due(self, step: Tensor, when: Tensor) -> Tensor:
+        """Return the condition under which a step averages."""
         if self.settings.update_every == 1:
             return when
         due = step % self.settings.update_every == 0
         return due if when is None else when & due
 
     def moved(
-        self, values: Sequence[Any], variables: Sequence[Any], weights: Sequence[Any], step: Any, when: Any
-    ) -> list[Any]:
+        self,
+        values: Sequence[Tensor],
+        variables: Sequence[Variable],
+        weights: Sequence[Tensor],
+        step: Tensor,
+        when: Tensor,
+    ) -> list[Tensor]:
         """Return what values the averages have after `update`; nothing is assigned.
 
         Args:
@@ -226,7 +229,7 @@ class Averages:
                 after[average] = self.backend.blend(after[average], weight, decay, due)
         return list(after.values())
 
-    def assign_to(self, variables: Iterable[Any]) -> list[Any]:
+    def assign_to(self, variables: Iterable[Variable]) -> list[Operation]:
         """Assign variables their averages; return the operations, in a graph."""
         assigned = []
         for variable in variables:
@@ -247,14 +250,14 @@ class Averages:
         self.backend.swap([v for v, _ in same], [a for _, a in same])
         for variable, average in other:
             if back:
-                self.backend.assign(variable, self._raw.pop(self._key(variable)))
+                self.backend.assign(variable, self._saved_weights.pop(self._key(variable)))
             else:
-                self._raw[self._key(variable)] = self.backend.hold(variable)
+                self._saved_weights[self._key(variable)] = self.backend.hold(variable)
                 self.backend.assign(variable, average)
 
     # --- saving -----------------------------------------------------------------------------------
 
-    def _slots(self) -> Iterator[tuple[str, Any, Any]]:
+    def _file_names(self) -> Iterator[tuple[str, Variable, Variable]]:
         """Name each pair by its variable's place: names of variables change when a model is loaded."""
         others = 0
         for variable, average in self.pairs:
@@ -268,9 +271,9 @@ class Averages:
     def state(self) -> dict[str, np.ndarray]:
         """Return the averages, and the weights kept aside, by their names in a file."""
         state = {}
-        for slot, variable, average in self._slots():
+        for slot, variable, average in self._file_names():
             state[f"average_{slot}"] = self.backend.numpy(average)
-            if (raw := self._raw.get(self._key(variable))) is not None:
+            if (raw := self._saved_weights.get(self._key(variable))) is not None:
                 state[f"raw_{slot}"] = self.backend.numpy(raw)
         return state
 
@@ -280,7 +283,7 @@ class Averages:
         Raises:
             ValueError: An average is missing, or of another shape. Nothing is changed then.
         """
-        for slot, variable, average in self._slots():
+        for slot, variable, average in self._file_names():
             value = state.get(f"average_{slot}")
             if value is None:
                 raise ValueError(f"the file lacks the average of {name_of(variable)} (average_{slot})")
@@ -300,15 +303,12 @@ class Averages:
     def _assign_loaded(self) -> None:
         if not self._loaded or not self._places:  # they are known once the optimizer is built
             return
-        for slot, variable, average in self._slots():
+        for slot, variable, average in self._file_names():
             value = self._loaded.pop(f"average_{slot}", None)
             if value is not None:
                 self.backend.assign(average, value)
             raw = self._loaded.pop(f"raw_{slot}", None)
             if raw is not None:
-                self._raw[self._key(variable)] = raw.astype(_numpy_type(variable), copy=False)
-
-
-def _numpy_type(variable: Any) -> np.dtype:
-    name = dtype_of(variable)
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+                self._saved_weights[self._key(variable)] = raw.astype(
+                    float_type(dtype_of(variable)), copy=False
+                )

@@ -1,15 +1,17 @@
 """Callbacks that give a model its averaged weights while it evaluates, predicts or is saved."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 
 from . import backends
-from .optimizer import ExponentialMovingAverage
+from .averages import Pair
+from .kinds import Model, Optimizer
+from .wrapper import Wrapper
 
-_Pairs = list[tuple[Any, Any]]  # (variable, average)
+Logs = Mapping[str, float] | None
 
 
 class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras is untyped
@@ -73,7 +75,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras i
             self._averaged.end()
             self._averaged = None
 
-    def set_model(self, model: Any) -> None:
+    def set_model(self, model: Model) -> None:
         """Begin a run; one before it may have ended by an exception."""
         self.restore()
         _prepare(model, type(self).__name__)
@@ -91,32 +93,32 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras i
         self.restore()
         _unswap(self.model)  # a checkpoint that was saved while swapped may just have been loaded
 
-    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_train_begin(self, logs: Logs = None) -> None:  # noqa: ARG002, D102
         self._train_weights()
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:  # noqa: ARG002, D102
         self._train_weights()
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:  # noqa: ARG002, D102
         if self.swap_on_epoch:
             self._show_averages("epoch")
 
-    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_train_end(self, logs: Logs = None) -> None:  # noqa: ARG002, D102
         if self._averaged:
             self.restore()
             # fit has done it already, while these weights were aside
             self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
 
-    def on_test_begin(self, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_test_begin(self, logs: Logs = None) -> None:  # noqa: ARG002, D102
         self._show_averages("test")
 
-    def on_test_end(self, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_test_end(self, logs: Logs = None) -> None:  # noqa: ARG002, D102
         self._hide_averages("test")
 
-    def on_predict_begin(self, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_predict_begin(self, logs: Logs = None) -> None:  # noqa: ARG002, D102
         self._show_averages("predict")
 
-    def on_predict_end(self, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_predict_end(self, logs: Logs = None) -> None:  # noqa: ARG002, D102
         self._hide_averages("predict")
 
 
@@ -163,21 +165,21 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[m
         self.update_weights = update_weights
         self._averaged: _Averaged | None = None
 
-    def set_model(self, model: Any) -> None:
+    def set_model(self, model: Model) -> None:
         """Begin a run."""
         _prepare(model, type(self).__name__)
         super().set_model(model)
 
-    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002, D102
+    def on_train_begin(self, logs: Logs = None) -> None:  # noqa: ARG002, D102
         _unswap(self.model)
 
-    def _should_save_model(self, epoch: int, batch: int | None, logs: Any, filepath: str) -> bool:
+    def _should_save_model(self, epoch: int, batch: int | None, logs: Logs, filepath: str) -> bool:
         saves: bool = super()._should_save_model(epoch, batch, logs, filepath)
         if saves:
             self._averaged = _Averaged(self.model, swap=not self.update_weights)
         return saves
 
-    def _save_model(self, epoch: int, batch: int | None, logs: Any) -> None:
+    def _save_model(self, epoch: int, batch: int | None, logs: Logs) -> None:
         keep = False
         try:
             super()._save_model(epoch, batch, logs)
@@ -191,9 +193,9 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[m
 # --- which averages -----------------------------------------------------------------------------------
 
 
-def _averaging(optimizer: Any) -> list[Any]:
+def _averaging(optimizer: Optimizer) -> list[Optimizer]:
     """Return the optimizers that average, within those that scale the loss or share out variables."""
-    if isinstance(optimizer, ExponentialMovingAverage):
+    if isinstance(optimizer, Wrapper):
         return [optimizer]
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return _averaging(optimizer.inner_optimizer)
@@ -203,7 +205,7 @@ def _averaging(optimizer: Any) -> list[Any]:
     return [optimizer] if getattr(optimizer, "use_ema", False) else []
 
 
-def _prepare(model: Any, callback: str) -> None:
+def _prepare(model: Model, callback: str) -> None:
     """See to it that a model has averages, or will have them when it is trained."""
     optimizer = getattr(model, "optimizer", None)
     averaging = _averaging(optimizer)
@@ -214,18 +216,18 @@ def _prepare(model: Any, callback: str) -> None:
             f"around its optimizer, or with an optimizer that has use_ema=True; got {got}"
         )
     for one in averaging:
-        if isinstance(one, ExponentialMovingAverage) and one._averages.lack_a_model:
+        if isinstance(one, Wrapper) and one._averages.lacks_a_model:
             one.shadow_copy(model)
 
 
-def _unswap(model: Any) -> None:
+def _unswap(model: Model) -> None:
     for optimizer in _averaging(model.optimizer):
-        if isinstance(optimizer, ExponentialMovingAverage) and optimizer.is_swapped:
+        if isinstance(optimizer, Wrapper) and optimizer.is_swapped:
             optimizer.swap_weights()
 
 
-def _pairs(optimizer: Any) -> _Pairs:
-    if isinstance(optimizer, ExponentialMovingAverage):
+def _pairs(optimizer: Optimizer) -> list[Pair]:
+    if isinstance(optimizer, Wrapper):
         return optimizer._averages.pairs
     averages = getattr(optimizer, "_model_variables_moving_average", ())
     variables = optimizer._trainable_variables if averages else ()
@@ -247,17 +249,17 @@ class _Averaged:
         RuntimeError: There are no averages yet; or they are in the model, and are not to be swapped.
     """
 
-    def __init__(self, model: Any, swap: bool = True) -> None:
+    def __init__(self, model: Model, swap: bool = True) -> None:
         optimizers = _averaging(model.optimizer)
         if not any(_pairs(optimizer) for optimizer in optimizers):
             raise RuntimeError("there are no averages yet: train a step, or call shadow_copy(model)")
-        swapped = [o for o in optimizers if isinstance(o, ExponentialMovingAverage) and o.is_swapped]
+        swapped = [o for o in optimizers if isinstance(o, Wrapper) and o.is_swapped]
         if swapped and not swap:
             raise RuntimeError("update_weights=True needs weights that are not swapped")
         self._model = model
         self._undo = [
             _swap(optimizer)
-            if swap and isinstance(optimizer, ExponentialMovingAverage)
+            if swap and isinstance(optimizer, Wrapper)
             else _assign_averages(_pairs(optimizer))
             for optimizer in optimizers
             if optimizer not in swapped  # by somebody else, who will swap them back
@@ -273,7 +275,7 @@ class _Averaged:
         _tell_trainer(self._model)
 
 
-def _swap(optimizer: ExponentialMovingAverage) -> Callable[[], None]:
+def _swap(optimizer: Wrapper) -> Callable[[], None]:
     optimizer.swap_weights()
 
     def undo() -> None:
@@ -283,7 +285,7 @@ def _swap(optimizer: ExponentialMovingAverage) -> Callable[[], None]:
     return undo
 
 
-def _assign_averages(pairs: _Pairs) -> Callable[[], None]:
+def _assign_averages(pairs: list[Pair]) -> Callable[[], None]:
     backend = backends.load(keras.backend.backend())
     weights = [backend.hold(variable) for variable, _ in pairs]
     for variable, average in pairs:
@@ -297,7 +299,7 @@ def _assign_averages(pairs: _Pairs) -> Callable[[], None]:
     return undo
 
 
-def _tell_trainer(model: Any) -> None:
+def _tell_trainer(model: Model) -> None:
     """Let JAX's trainer know what the variables hold now.
 
     It empties them during a step, and when the step fails, fills them with the state that it knew

@@ -3,56 +3,29 @@
 import warnings
 import weakref
 from abc import ABCMeta
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
 
 import keras
-import numpy as np
 
 from . import backends
-from .averages import Averages, Settings
-from .backends.base import Carrier, Engine
-from .documented import Added, DocumentedMembers
-from .waiting import Waiting
-
-_CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
-_KWARGS = (*_CLIPPING, "lr", "decay")
-
-
-class _Variables(list[Any]):
-    """A list that can also be called: Keras has a property here, the documented API a method."""
-
-    def __call__(self) -> "_Variables":
-        return self
-
-
-def _innermost(optimizer: Any) -> Any:
-    """Return the optimizer that does the work, below those that scale the loss."""
-    while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
-
-
-def _delegated(name: str) -> property:
-    """Delegate an attribute to the optimizer that does the work."""
-
-    def get(self: "ExponentialMovingAverage") -> Any:
-        return getattr(_innermost(self._optimizer), name)
-
-    def put(self: "ExponentialMovingAverage", value: Any) -> None:
-        if "_optimizer" in self.__dict__:  # keras.Optimizer.__init__ assigns before there is one
-            setattr(_innermost(self._optimizer), name, value)
-
-    return property(get, put, doc=f"``{name}`` of the wrapped optimizer.")
+from .gradients import GradientMembers
+from .kinds import Gradient, Key, Model, Optimizer, Store, Tensor, Variable
+from .slots import Added, SlotMembers
+from .waiting import Waiting, arrays_in
+from .weights import WeightMembers
+from .wrapper import Library, Variables, Wrapper, as_pairs, delegated
 
 
 @keras.saving.register_keras_serializable(package="fastema")
 class ExponentialMovingAverage(
-    DocumentedMembers,
+    SlotMembers,
+    WeightMembers,
+    GradientMembers,
     keras.optimizers.Optimizer,  # type: ignore[misc]  # Keras is untyped
-    metaclass=ABCMeta,  # wrappers of tf_keras' optimizers are registered as instances
+    metaclass=ABCMeta,  # wrappers of tf_keras' optimizers are instances
 ):
     """Wraps a Keras optimizer and keeps an exponential moving average of the weights it trains.
 
@@ -107,75 +80,59 @@ class ExponentialMovingAverage(
         ...     loss = model.evaluate(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
     """
 
-    built: bool
-    _averages: Averages
-    _backend: backends.Backend
+    _keras = Library(
+        backend=lambda: str(keras.backend.backend()),
+        scaler=keras.optimizers.LossScaleOptimizer,
+        inverse_time_decay=keras.optimizers.schedules.InverseTimeDecay,
+        serialize=keras.saving.serialize_keras_object,
+        deserialize=keras.saving.deserialize_keras_object,
+    )
     _waiting: Waiting
     _scaled_above = False  # whether something above takes care of the loss scale
-    _iterations = _delegated("_iterations")
-    clipnorm = _delegated("clipnorm")
-    clipvalue = _delegated("clipvalue")
-    global_clipnorm = _delegated("global_clipnorm")
-    weight_decay = _delegated("weight_decay")
-    loss_scale_factor = _delegated("loss_scale_factor")
-    gradient_accumulation_steps = _delegated("gradient_accumulation_steps")
-    use_ema = _delegated("use_ema")
-    ema_momentum = _delegated("ema_momentum")
-    ema_overwrite_frequency = _delegated("ema_overwrite_frequency")
+    _iterations = delegated("_iterations")
+    weight_decay = delegated("weight_decay")
+    loss_scale_factor = delegated("loss_scale_factor")
+    gradient_accumulation_steps = delegated("gradient_accumulation_steps")
+    use_ema = delegated("use_ema")
+    ema_momentum = delegated("ema_momentum")
+    ema_overwrite_frequency = delegated("ema_overwrite_frequency")
 
-    def __new__(cls, optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
+    @wraps(Wrapper.__init__, assigned=())  # type: ignore[misc]  # so that the documented signature shows
+    def __new__(cls, optimizer: Optimizer = None, *args: Any, **kwargs: Any) -> Any:
         """Make the wrapper that is of the same Keras as the optimizer within."""
         of_tf_keras = any(kind.__module__.split(".")[0] == "tf_keras" for kind in type(optimizer).__mro__)
         if cls is ExponentialMovingAverage and of_tf_keras:
-            from . import legacy  # noqa: PLC0415 - tf_keras is not needed otherwise
+            from . import tf_keras  # noqa: PLC0415 - tf_keras is not needed otherwise
 
-            return legacy.wrap(optimizer, *args, **kwargs)
+            return tf_keras.wrap(optimizer, *args, **kwargs)
         return super().__new__(cls)
 
-    def __init__(  # noqa: PLR0917 - the documented signature
-        self,
-        optimizer: Any,
-        trainable_weights_only: bool = True,
-        average_decay: float = 0.99,
-        start_step: int = 0,
-        dynamic_decay: bool = True,
-        name: str | None = "moving_average",
-        *,
-        initial_average: Literal["zeros", "weights"] = "zeros",
-        average_dtype: str | None = None,
-        update_every: int = 1,
-        engine: Engine = "auto",
-        **kwargs: Any,
-    ) -> None:
-        backend = backends.load(keras.backend.backend())
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> bool:
+        """Take wrappers of tf_keras' optimizers, too, for instances of the public class."""
+        return issubclass(kind, Wrapper) if cls is ExponentialMovingAverage else NotImplemented
+
+    def _checked(self, optimizer: Optimizer) -> Optimizer:
         if not isinstance(optimizer, keras.optimizers.Optimizer | str | dict):
             raise TypeError(
                 "optimizer must be a Keras 3 optimizer, its name or config, "
                 f"got {type(optimizer).__module__}.{type(optimizer).__name__}"
             )
-        optimizer = keras.optimizers.get(optimizer)
-        settings = Settings(
-            trainable_weights_only=trainable_weights_only,
-            average_decay=average_decay,
-            start_step=start_step,
-            dynamic_decay=dynamic_decay,
-            initial_average=initial_average,
-            average_dtype=average_dtype,
-            update_every=update_every,
-            engine=engine,
-        )
-        optimizer = _with_keywords(optimizer, kwargs)
-        super().__init__(learning_rate=0.0, name=name)
-        self._optimizer = optimizer
-        # plain attributes, or Keras would track what is in them as the optimizer's own
-        object.__setattr__(self, "_backend", backend)
-        averages = Averages(settings, backend, self._create_average, self._var_key)
-        object.__setattr__(self, "_averages", averages)
-        object.__setattr__(self, "_added", Added(backend))
+        return keras.optimizers.get(optimizer)
+
+    def _initialize(self, name: str | None) -> None:
+        keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
+
+    def _set_up(self) -> None:
+        object.__setattr__(self, "_added", Added(self._backend, self.add_variable))
         object.__setattr__(self, "_slots", {})
         object.__setattr__(self, "_waiting", Waiting())
-        self._swapped = keras.Variable(0, dtype="int32", trainable=False, name="swapped")
-        warn_of(settings, optimizer)
+
+    def _key_of(self, variable: Variable) -> Key:
+        return self._var_key(variable)
+
+    def _create_swapped(self) -> Variable:
+        return keras.Variable(0, dtype="int32", trainable=False, name="swapped")
 
     # --- the attributes of the wrapped optimizer ----------------------------------------------------
 
@@ -186,7 +143,7 @@ class ExponentialMovingAverage(
             return super().__getattribute__(name)
         return getattr(self._optimizer, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         """Set in the wrapped optimizer what is not of the wrapper."""
         if "_optimizer" not in self.__dict__:
             super().__setattr__(name, value)
@@ -194,7 +151,7 @@ class ExponentialMovingAverage(
             # Keras' wrappers set it to say that they scale the loss, and a scale within would divide the
             # gradients again. Noticed here: Keras leaves out the property where the value is the same.
             object.__setattr__(self, "_scaled_above", value is None)
-            setattr(_innermost(self._optimizer), name, value)
+            setattr(self._innermost(), name, value)
         elif (
             name.startswith("_")
             or name in self.__dict__
@@ -205,13 +162,13 @@ class ExponentialMovingAverage(
         else:
             setattr(self._optimizer, name, value)
 
-    def _training(self) -> Any:
+    def _training(self) -> Optimizer:
         """Return what takes the gradients: below its scaling of the loss, where that is done above."""
-        return _innermost(self._optimizer) if self._scaled_above else self._optimizer
+        return self._innermost() if self._scaled_above else self._optimizer
 
     # --- building -------------------------------------------------------------------------------
 
-    def build(self, variables: Sequence[Any]) -> None:
+    def build(self, variables: Sequence[Variable]) -> None:
         """Create the state for these variables: the wrapped optimizer's, then an average each."""
         if self.built:
             return
@@ -224,27 +181,17 @@ class ExponentialMovingAverage(
             # plain lists, or Keras would track the model's variables as the optimizer's own
             object.__setattr__(self, "_trainable_variables", list(variables))
             for i, variable in enumerate(variables):
-                self._trainable_variables_indices[self._var_key(variable)] = i
+                self._trainable_variables_indices[self._key_of(variable)] = i
             self._averages.train(variables)
             self._waiting.load()
             self.built = True
 
-    def shadow_copy(self, model: Any) -> None:
-        """Create an average of every weight of a model, and average these from now on.
-
-        Not needed where the optimizer trains what it averages: averages are then created with its
-        other state. A model that is not built yet is remembered (weakly) and finished when the
-        optimizer is built.
-
-        Args:
-            model: A model, or a list of variables. Of a model, the trainable weights, or all
-                floating-point weights with ``trainable_weights_only=False``.
-        """
+    def _shadow(self, model: Model | Sequence[Variable]) -> None:
         before = [id(variable) for variable, _ in self._averages.pairs]
         with self._backend.creation(), keras.name_scope(self.name, caller=self):
             self._averages.shadow(model)
         if isinstance(model, keras.Model) and not self._averages.settings.trainable_weights_only:
-            reference: Callable[[], Any] = weakref.ref(model)
+            reference: Callable[[], Model] = weakref.ref(model)
             self._backend.watch(
                 model,
                 lambda own, before, after, values: self._moved(
@@ -254,12 +201,12 @@ class ExponentialMovingAverage(
         if self._backend.traced and before != [id(variable) for variable, _ in self._averages.pairs]:
             _trace_again(model)
 
-    def _create_average(self, variable: Any, dtype: str) -> Any:
+    def _create_average(self, variable: Variable, dtype: str) -> Variable:
         name = backends.name_of(variable).replace("/", "_").replace(":", "_")
         at_weight = self._averages.settings.initial_average == "weights"
         known = at_weight and self._backend.has_value(variable)
 
-        def weight(shape: Any, dtype: Any = None) -> Any:  # noqa: ARG001 - of an initializer
+        def weight(shape: Sequence[int], dtype: str | None = None) -> Tensor:  # noqa: ARG001 - of an initializer
             return keras.ops.copy(keras.ops.cast(backends.native(variable), dtype))
 
         with self._backend.colocated(variable):
@@ -279,10 +226,10 @@ class ExponentialMovingAverage(
 
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Any, Any]],
+        grads_and_vars: Iterable[Gradient],
         name: str | None = None,  # noqa: ARG002 - of the documented API: TensorFlow 2 names no operations
         experimental_aggregate_gradients: bool = True,
-    ) -> Any:
+    ) -> Variable:
         """Apply gradients with the wrapped optimizer, then average.
 
         Args:
@@ -300,12 +247,7 @@ class ExponentialMovingAverage(
             RuntimeError: Called in the cross-replica context of a strategy.
         """
         self._backend.check_apply()
-        try:
-            pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"grads_and_vars must be (gradient, variable) pairs, got {grads_and_vars!r}"
-            ) from None
+        pairs = as_pairs(grads_and_vars)
         if pairs:
             gradients, variables = zip(*pairs, strict=True)
             summed = not experimental_aggregate_gradients
@@ -313,7 +255,7 @@ class ExponentialMovingAverage(
                 self.apply(gradients, variables)
         return self.iterations
 
-    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+    def apply(self, grads: Iterable[Tensor], trainable_variables: Iterable[Variable] | None = None) -> None:
         """Apply gradients with the wrapped optimizer, then average."""
         grads = list(grads)
         if not grads:
@@ -330,8 +272,11 @@ class ExponentialMovingAverage(
         self._averages.update(step, None if self._always_advances() else step > before)
 
     def stateless_apply(
-        self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
-    ) -> tuple[list[Any], list[Any]]:
+        self,
+        optimizer_variables: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        trainable_variables: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return what `apply` would make of these values, without assigning anything.
 
         Args:
@@ -368,12 +313,12 @@ class ExponentialMovingAverage(
 
     def _moved(
         self,
-        own: Sequence[Any],
-        before: Sequence[Any],
-        after: Sequence[Any],
-        variables: Sequence[Any],
-        weights: Sequence[Any],
-    ) -> list[Any]:
+        own: Sequence[Variable],
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        variables: Sequence[Variable],
+        weights: Sequence[Tensor],
+    ) -> list[Tensor]:
         """Return the values `after` of variables of this optimizer (or one around it), averages moved."""
         places = {id(variable): i for i, variable in enumerate(own)}
         iterations = self._iterations  # as it counts accumulated gradients, too
@@ -400,171 +345,46 @@ class ExponentialMovingAverage(
             self._training(), keras.optimizers.LossScaleOptimizer
         )
 
-    def update_average(self, strategy: Any = None) -> None:  # noqa: ARG002 - of the original: not needed
-        """Average once, with the decay of the current `iterations`.
-
-        `apply` does it after each step; this is for weights that are trained elsewhere.
-
-        Args:
-            strategy: Ignored: the variables know theirs.
-        """
-        with self._refusing_while_swapped("average"):
-            self._averages.update(self._backend.count(self.iterations))
-
-    @property
-    def engine(self) -> Carrier | None:
-        """What carried the last traced or eager averaging out; None before the first."""
-        return self._averages.engine
-
-    # --- the averages and the weights ------------------------------------------------------------
-
-    @property
-    def has_shadow_copy(self) -> bool:
-        """Whether averages exist."""
-        return len(self._averages) > 0
-
-    def swap_weights(self) -> None:
-        """Exchange weights and averages: the model then holds the averages. Twice is nothing.
-
-        Bit for bit, without arithmetic. Where an average is of another type than its weight, the
-        weight is kept aside and comes back exactly.
-
-        Raises:
-            RuntimeError: There are no averages, or loaded ones whose weights are not known yet, or the call
-                is made in a replica context.
-        """
-        if not self._averages.pairs:
-            raise RuntimeError("there are no averages to swap: train a step, or call shadow_copy(model)")
-        if self._averages.waits_for_a_model:
-            raise RuntimeError("averages of non-trainable weights were loaded: call shadow_copy(model) first")
-        self._averages.swap(back=self.is_swapped)
-        self._swapped.assign(1 - self._swapped)
-
-    @property
-    def is_swapped(self) -> bool:
-        """Whether the model holds the averages now, and the optimizer the weights."""
-        with self._backend.creation():
-            return bool(self._backend.numpy(self._swapped))
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Give the model its averaged weights within a ``with`` block.
-
-        The weights come back exactly on every way out, an exception included.
-
-        Raises:
-            RuntimeError: The weights are swapped already, or there are no averages.
-
-        Example:
-            ``with optimizer.averaged_weights(): model.evaluate(x, y)``
-        """
-        if self.is_swapped:
-            raise RuntimeError("the weights are swapped already: averaged_weights does not nest")
-        self.swap_weights()
-        try:
-            yield
-        finally:
-            if self.is_swapped:
-                self.swap_weights()
-
-    def assign_average_vars(self, var_list: Iterable[Any]) -> Any:
-        """Assign every listed variable its average; the weights are lost.
-
-        Args:
-            var_list: Variables of the model. One without an average is left alone, with a warning.
-
-        Returns:
-            In a graph, the operation that assigns; else None.
-
-        Raises:
-            RuntimeError: The weights are swapped: the averages stand in them already.
-        """
-        with self._refusing_while_swapped("assign averages"):
-            assigned = self._averages.assign_to(var_list)
-        return self._backend.group(assigned)
-
-    def _refusing_while_swapped(self, what: str, changing: Sequence[Any] = ()) -> Any:
-        return self._backend.refusing(
-            lambda: self.is_swapped,
-            self._swapped,
-            f"cannot {what} while the weights are swapped: call swap_weights() first",
-            changing,
-        )
-
     # --- what Keras asks of an optimizer ----------------------------------------------------------
 
     @property
-    def variables(self) -> Any:
+    def variables(self) -> Variables:
         """The wrapped optimizer's variables, the averages, then those added, each as they were created."""
         if "_optimizer" not in self.__dict__:
-            return _Variables()
-        return _Variables([*self._optimizer.variables, *self._averages, *self._added])
+            return Variables()
+        return Variables([*self._optimizer.variables, *self._averages, *self._added])
 
     weights = variables
 
-    @property
-    def iterations(self) -> Any:
-        """The number of steps so far: those of the wrapped optimizer."""
-        return self._optimizer.iterations
-
-    @property
-    def learning_rate(self) -> Any:
-        """The wrapped optimizer's learning rate."""
-        return self._optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
-        self._optimizer.learning_rate = value
-
-    lr = learning_rate
-
-    def scale_loss(self, loss: Any) -> Any:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """Scale a loss as the wrapped optimizer wants it."""
         return self._training().scale_loss(loss)
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+    def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
         """Update a variable as the wrapped optimizer does."""
         self._optimizer.update_step(gradient, variable, learning_rate)
 
-    def _apply_weight_decay(self, variables: Any) -> None:
+    def _apply_weight_decay(self, variables: Sequence[Variable]) -> None:
         self._optimizer._apply_weight_decay(variables)
 
-    def finalize_variable_values(self, var_list: Any) -> None:
+    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Do what the wrapped optimizer does at the end of training; the averages stay aside."""
         self._optimizer.finalize_variable_values(var_list)
 
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
         """Exclude variables from the wrapped optimizer's weight decay."""
         self._optimizer.exclude_from_weight_decay(var_list, var_names)
 
     # --- saving -----------------------------------------------------------------------------------
 
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments of the constructor as plain values."""
-        return {
-            "optimizer": keras.saving.serialize_keras_object(self._optimizer),
-            "name": self.name,
-            **asdict(self._averages.settings),
-        }
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> "ExponentialMovingAverage":
-        """Make an optimizer from what `get_config` returned, which is left as it is."""
-        config = dict(config)
-        if isinstance(config["optimizer"], dict):
-            config["optimizer"] = keras.saving.deserialize_keras_object(
-                config["optimizer"], custom_objects=custom_objects
-            )
-        return cls(**config)
-
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: Store) -> None:
         """Write the averages and whether the weights are swapped; the wrapped optimizer writes itself."""
         for key, value in {**self._state_of_averages(), **self._added.state()}.items():
             store[key] = value
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Store) -> None:
         """Read what `save_own_variables` wrote; what comes before its variable waits for it.
 
         Raises:
@@ -577,26 +397,8 @@ class ExponentialMovingAverage(
         if not self.built:
             self._waiting.cover(self._optimizer)
 
-    def _state_of_averages(self) -> dict[str, np.ndarray]:
-        return {"swapped": self._backend.numpy(self._swapped), **self._averages.state()}
 
-    def _load_averages(self, state: dict[str, np.ndarray]) -> None:
-        swapped = state.pop("swapped", None)
-        if swapped is None:
-            raise ValueError(
-                f"{self.name}: the file holds no averages; it was not saved with an ExponentialMovingAverage"
-            )
-        if state:  # else it was saved before there were any
-            self._averages.load(state)
-            self._swapped.assign(swapped)
-
-
-def arrays_in(store: Any) -> dict[str, np.ndarray]:
-    """Return what a store of Keras' files holds."""
-    return {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - it is no dict
-
-
-def _trace_again(model: Any) -> None:
+def _trace_again(model: Model) -> None:
     """Let what was traced before average what is paired now."""
     if getattr(model, "train_function", None) is not None:
         model.make_train_function(force=True)
@@ -604,65 +406,5 @@ def _trace_again(model: Any) -> None:
         warnings.warn(
             "functions that were traced before this shadow_copy go on averaging what they did: make them "
             "again, or call it before",
-            stacklevel=3,
-        )
-
-
-def warn_of(settings: Settings, optimizer: Any) -> None:
-    """Warn of arguments that average less than they seem to."""
-    if settings.biased:
-        warnings.warn(
-            f"with dynamic_decay=False, start_step={settings.start_step} and averages that start at zero, "
-            "the averages stay close to zero for about 1 / (1 - average_decay) steps; use "
-            "initial_average='weights' or start_step=2",
-            stacklevel=3,
-        )
-    if getattr(optimizer, "use_ema", False):
-        warnings.warn(
-            "the wrapped optimizer has use_ema=True: at the end of fit it overwrites the weights with "
-            "its own average",
-            stacklevel=3,
-        )
-
-
-def check_keywords(inner: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the documented keywords that are given; refuse others, and two kinds of clipping."""
-    unknown = set(kwargs) - set(_KWARGS)
-    if unknown:
-        raise TypeError(f"keywords must be among {', '.join(_KWARGS)}, got {', '.join(sorted(unknown))}")
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    clipping = {
-        name: value
-        for name in _CLIPPING
-        if (value := given.get(name, getattr(inner, name, None))) is not None
-    }
-    if len(clipping) > 1 and not given.keys().isdisjoint(_CLIPPING):
-        raise ValueError(f"only one of {', '.join(_CLIPPING)} can be set, got {clipping}")
-    if "lr" in given or "decay" in given:
-        warnings.warn(
-            "lr and decay are old names: set learning_rate of the wrapped optimizer, to a rate or a schedule",
-            DeprecationWarning,
             stacklevel=4,
         )
-    return given
-
-
-def _with_keywords(optimizer: Any, kwargs: dict[str, Any]) -> Any:
-    """Set the documented keywords on the optimizer that does the work, or on a new one like it."""
-    inner = _innermost(optimizer)
-    given = check_keywords(inner, kwargs)
-    if "decay" in given and (inner.built or inner is not optimizer):
-        raise ValueError("decay can only be set on an optimizer that is not built, nor wrapped itself")
-    for name in _CLIPPING:
-        if name in given:
-            setattr(inner, name, float(given[name]))
-    if "lr" in given:
-        optimizer.learning_rate = given["lr"]
-    if "decay" in given:
-        # A new optimizer: one that is given a schedule later keeps a variable for its old rate.
-        config = optimizer.get_config()
-        config["learning_rate"] = keras.optimizers.schedules.InverseTimeDecay(
-            config["learning_rate"], decay_steps=1, decay_rate=given["decay"]
-        )
-        optimizer = type(optimizer).from_config(config)
-    return optimizer

@@ -1,9 +1,15 @@
-"""What is loaded into a wrapped optimizer before it has its variables; Keras warns, and drops it."""
+"""Values that a file has for a wrapped optimizer that is not built yet: Keras would warn, and drop them."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
+
+from .kinds import Optimizer, Store
+
+
+def arrays_in(store: Store) -> dict[str, np.ndarray]:
+    """Return what a store of Keras' files holds."""
+    return {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - it is no dict
 
 
 class Waiting:
@@ -14,17 +20,17 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._covered: list[Any] = []
-        self._values: list[tuple[Any, dict[str, np.ndarray]]] = []
+        self._covered: list[Optimizer] = []
+        self._values: list[tuple[Optimizer, dict[str, np.ndarray]]] = []
 
-    def cover(self, optimizer: Any) -> None:
+    def cover(self, optimizer: Optimizer) -> None:
         """Keep what is loaded into this optimizer and those within it, if they are not built."""
         self._values.clear()
         for one in _levels(optimizer):
             if not one.built and one not in self._covered:
 
-                def keep(store: Any, one: Any = one) -> None:
-                    self._values.append((one, {key: np.asarray(store[key]) for key in store.keys()}))  # noqa: SIM118 - no dict
+                def keep(store: Store, one: Optimizer = one) -> None:
+                    self._values.append((one, arrays_in(store)))
 
                 object.__setattr__(one, "load_own_variables", keep)
                 self._covered.append(one)
@@ -39,7 +45,7 @@ class Waiting:
         self._values.clear()
 
 
-def _levels(optimizer: Any) -> Iterator[Any]:
+def _levels(optimizer: Optimizer) -> Iterator[Optimizer]:
     """Yield an optimizer and those within it, outermost first."""
     yield optimizer
     inner = getattr(optimizer, "inner_optimizer", None)

@@ -1,13 +1,24 @@
-"""The face of a backend, with what eager code without devices of its own does."""
+"""What a backend of Keras has to do for averages; the methods of eager code, where others need no more."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from contextlib import nullcontext
+from types import ModuleType
 
 import numpy as np
 
-Engine = Literal["auto", "native", "graph"]
-Carrier = Literal["native", "graph", "cuda"]  # what carries averaging out
+from ..._types import FLOATS
+from ..kinds import (
+    Carrier,
+    Context,
+    Engine,
+    Gradient,
+    Model,
+    Operation,
+    Optimizer,
+    Tensor,
+    Variable,
+    VariableList,
+)
 
 _NO_GRAPH = (
     "get_gradients and get_updates need TensorFlow's graph mode, in a tf.function or a tf.Graph: "
@@ -15,28 +26,28 @@ _NO_GRAPH = (
 )
 
 
-def native(variable: Any) -> Any:
+def native(variable: Variable | Tensor) -> Tensor:
     """Return what the backend keeps behind a keras.Variable, never an autocast view of it."""
     return getattr(variable, "_value", variable)
 
 
-def dtype_of(variable: Any) -> str:
+def dtype_of(variable: Variable) -> str:
     """Return a variable's type as Keras writes it."""
     dtype = variable.dtype
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
-def is_floating(variable: Any) -> bool:
+def is_floating(variable: Variable) -> bool:
     """Tell whether a variable can be averaged; counters and random seeds cannot."""
-    return dtype_of(variable) in ("float16", "bfloat16", "float32", "float64")
+    return dtype_of(variable) in map(str, FLOATS)
 
 
-def name_of(variable: Any) -> str:
+def name_of(variable: Variable) -> str:
     """Return what an error calls a variable."""
     return str(getattr(variable, "path", getattr(variable, "name", variable)))
 
 
-def variables_in(var_list: Any) -> list[Any]:
+def variables_in(var_list: VariableList) -> list[Variable]:
     """Return the variables of a list, or of what returns it.
 
     Raises:
@@ -49,7 +60,7 @@ def variables_in(var_list: Any) -> list[Any]:
     return list(var_list)
 
 
-def natives_of(variables: list[Any], kind: type) -> list[Any]:
+def natives_of(variables: list[Variable], kind: type) -> list[Tensor]:
     """Return what lies behind variables.
 
     Raises:
@@ -62,33 +73,33 @@ def natives_of(variables: list[Any], kind: type) -> list[Any]:
 
 
 class Backend:
-    """Variables here are keras.Variables or the backend's own."""
+    """What averages need of the array library below Keras; one instance serves one optimizer."""
 
     traced = False  # whether an update was traced, so that it goes on with the pairs it was given
 
     # --- variables --------------------------------------------------------------------------------
 
-    def creation(self) -> AbstractContextManager[Any]:
+    def creation(self) -> Context:
         """Create variables that outlive what is being traced."""
         return nullcontext()
 
-    def colocated(self, variable: Any) -> AbstractContextManager[Any]:  # noqa: ARG002
+    def colocated(self, variable: Variable) -> Context:  # noqa: ARG002
         """Create variables where this one lies."""
         return nullcontext()
 
-    def numpy(self, variable: Any) -> np.ndarray:
+    def numpy(self, variable: Variable) -> np.ndarray:
         """Return a copy of a variable's value, in the type of the variable."""
         raise NotImplementedError
 
-    def has_value(self, variable: Any) -> bool:  # noqa: ARG002
+    def has_value(self, variable: Variable) -> bool:  # noqa: ARG002
         """Tell whether a variable can be read: not in the trace that creates it."""
         return True
 
-    def hold(self, variable: Any) -> Any:
+    def hold(self, variable: Variable) -> Tensor:
         """Return a variable's value, to be assigned again later; nothing is lost on the way."""
         raise NotImplementedError
 
-    def assign(self, variable: Any, value: Any) -> Any:
+    def assign(self, variable: Variable, value: Tensor) -> Operation:
         """Assign a held value, a NumPy array or another variable's value, cast to the variable's type.
 
         Returns:
@@ -99,8 +110,13 @@ class Backend:
     # --- gradients --------------------------------------------------------------------------------
 
     def gradients(
-        self, loss: Any, var_list: Any, output: Any, tape: Any, scale: Callable[[Any], Any]
-    ) -> list[tuple[Any, Any]]:
+        self,
+        loss: Tensor,
+        var_list: VariableList,
+        output: Tensor,
+        tape: object,
+        scale: Callable[[Tensor], Tensor],
+    ) -> list[Gradient]:
         """Return (gradient, variable) pairs of a loss.
 
         Args:
@@ -112,42 +128,42 @@ class Backend:
         """
         raise NotImplementedError
 
-    def unrecorded(self) -> AbstractContextManager[Any]:
+    def unrecorded(self) -> Context:
         """Assign to variables without recording it for gradients."""
         return nullcontext()
 
-    def graph_gradients(self, loss: Any, variables: list[Any]) -> list[Any]:  # noqa: ARG002
+    def graph_gradients(self, loss: Tensor, variables: list[Variable]) -> list[Tensor]:  # noqa: ARG002
         """Return the gradients of a tensor of TensorFlow's graph."""
         raise RuntimeError(_NO_GRAPH)
 
     # --- steps ------------------------------------------------------------------------------------
 
-    def once(self, action: Callable[[], Any]) -> None:
+    def once(self, action: Callable[[], object]) -> None:
         """Act at the first of all steps, also where every step runs one trace."""
         raise NotImplementedError
 
     def check_apply(self) -> None:
         """Refuse to apply gradients where that is not possible."""
 
-    def summed_already(self, optimizer: Any) -> AbstractContextManager[None]:  # noqa: ARG002
+    def summed_already(self, optimizer: Optimizer) -> Context:  # noqa: ARG002
         """Have an optimizer take each gradient as the sum of all replicas' in the context."""
         return nullcontext()
 
-    def count(self, iterations: Any) -> Any:
+    def count(self, iterations: Variable) -> Tensor:
         """Return what the counter says now, whatever is assigned to it later."""
         raise NotImplementedError
 
-    def number(self, step: Any) -> tuple[Any, Any]:
+    def number(self, step: Tensor) -> tuple[Tensor, ModuleType]:
         """Return a counted step as a float64, and the array library that computes with it."""
         return float(step), np
 
     def refusing(
         self,
         condition: Callable[[], bool],
-        variable: Any,  # noqa: ARG002
+        variable: Variable,  # noqa: ARG002
         message: str,
-        changing: Sequence[Any] = (),  # noqa: ARG002
-    ) -> Any:
+        changing: Sequence[Variable] = (),  # noqa: ARG002
+    ) -> Context:
         """Return a context whose operations raise if the condition holds.
 
         Args:
@@ -164,10 +180,10 @@ class Backend:
 
     def update(
         self,
-        averages: Sequence[Any],
-        variables: Sequence[Any],
-        decay: Callable[[], Any],
-        when: Any,
+        averages: Sequence[Variable],
+        variables: Sequence[Variable],
+        decay: Callable[[], Tensor],
+        when: Tensor,
         engine: Engine,
     ) -> Carrier:
         """Average, if `when` is None or true.
@@ -181,11 +197,11 @@ class Backend:
         """
         raise NotImplementedError
 
-    def blend(self, average: Any, value: Any, decay: Callable[[], Any], when: Any) -> Any:
+    def blend(self, average: Tensor, value: Tensor, decay: Callable[[], Tensor], when: Tensor) -> Tensor:
         """Return the value of an average after `update`; nothing is assigned."""
         raise NotImplementedError
 
-    def watch(self, model: Any, average: Callable[..., Any]) -> None:
+    def watch(self, model: Model, average: Callable[..., list[Tensor]]) -> None:
         """See to it that the weights of a model that no optimizer trains are averaged after its steps.
 
         Not needed where they can be read in `update`.
@@ -200,10 +216,10 @@ class Backend:
     def check_swap(self, same_types: bool) -> None:
         """Refuse to swap where that is not possible."""
 
-    def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:
+    def swap(self, a: Iterable[Variable], b: Iterable[Variable]) -> None:
         """Exchange the contents of variables of the same types, bit for bit."""
         raise NotImplementedError
 
-    def group(self, operations: list[Any]) -> Any:  # noqa: ARG002
+    def group(self, operations: list[Operation]) -> Operation:  # noqa: ARG002
         """Return one operation for several, in a graph; None in eager code."""
         return None

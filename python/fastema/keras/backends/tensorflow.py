@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
 
 import keras
 import numpy as np
@@ -11,10 +11,11 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from ... import tensorflow as engines
-from .base import Backend, Carrier, Engine, name_of, native, natives_of, variables_in
+from ..kinds import Carrier, Context, Engine, Gradient, Operation, Optimizer, Tensor, Variable, VariableList
+from .base import Backend, name_of, native, natives_of, variables_in
 
 
-def _parts(variable: Any) -> list[Any]:
+def _local_values(variable: Variable) -> list[tf.Variable]:
     """Return a variable or a held value as each replica of this process has it."""
     if isinstance(variable, list):
         return variable
@@ -26,12 +27,12 @@ _replica = threading.local()  # replicas are traced in threads, by turns
 
 
 @contextmanager
-def _summed_already(optimizer: Any) -> Iterator[None]:
+def _summed_already(optimizer: Optimizer) -> Iterator[None]:
     """Have an optimizer of Keras take the gradients of this replica as the sums of all."""
     if "_all_reduce_sum_gradients" not in vars(optimizer):
         summed = optimizer._all_reduce_sum_gradients
 
-        def all_reduce(pairs: Any) -> Any:
+        def all_reduce(pairs: list[Gradient]) -> list[Gradient]:
             return pairs if getattr(_replica, "summed_already", False) else summed(pairs)
 
         # past Keras' tracking of attributes
@@ -44,42 +45,45 @@ def _summed_already(optimizer: Any) -> Iterator[None]:
 
 
 class TensorFlow(Backend):
-    """See `Backend`."""
+    """tf.Variables, also in graphs and of several replicas; see `Backend`."""
 
     def __init__(self) -> None:
         self._done: tf.Variable | None = None
 
-    def creation(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = tf.init_scope()
+    def creation(self) -> Context:
+        context: Context = tf.init_scope()
         return context
 
-    def colocated(self, variable: Any) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = tf.distribute.get_strategy().extended.colocate_vars_with(
-            native(variable)
-        )
+    def colocated(self, variable: Variable) -> Context:
+        context: Context = tf.distribute.get_strategy().extended.colocate_vars_with(native(variable))
         return context
 
-    def numpy(self, variable: Any) -> np.ndarray:
-        return np.array(_parts(variable)[0].numpy())
+    def numpy(self, variable: Variable) -> np.ndarray:
+        return np.array(_local_values(variable)[0].numpy())
 
-    def has_value(self, variable: Any) -> bool:
+    def has_value(self, variable: Variable) -> bool:
         with tf.init_scope():
             return not tf.executing_eagerly() or bool(native(variable).is_initialized())
 
-    def hold(self, variable: Any) -> Any:
-        return [part.read_value() for part in _parts(variable)]
+    def hold(self, variable: Variable) -> Tensor:
+        return [part.read_value() for part in _local_values(variable)]
 
-    def assign(self, variable: Any, value: Any) -> Any:
+    def assign(self, variable: Variable, value: Tensor) -> Operation:
         if isinstance(value, list):
-            for part, held in zip(_parts(variable), value, strict=True):
+            for part, held in zip(_local_values(variable), value, strict=True):
                 part.assign(held)
             return None
         target = native(variable)
         return target.assign(tf.cast(native(value), target.dtype), read_value=False)
 
     def gradients(
-        self, loss: Any, var_list: Any, output: Any, tape: Any, scale: Callable[[Any], Any]
-    ) -> list[tuple[Any, Any]]:
+        self,
+        loss: Tensor,
+        var_list: VariableList,
+        output: Tensor,
+        tape: tf.GradientTape | None,
+        scale: Callable[[Tensor], Tensor],
+    ) -> list[Gradient]:
         if tape is None and not callable(loss):
             raise ValueError("tape must be the tf.GradientTape that recorded the loss, or loss a callable")
         if not callable(var_list):
@@ -94,7 +98,7 @@ class TensorFlow(Backend):
         found = tape.gradient(scaled, natives_of(variables, tf.Variable), output_gradients=output)
         return list(zip(found, variables, strict=True))
 
-    def graph_gradients(self, loss: Any, variables: list[Any]) -> list[Any]:
+    def graph_gradients(self, loss: Tensor, variables: list[Variable]) -> list[Tensor]:
         if tf.executing_eagerly():
             return super().graph_gradients(loss, variables)
         found = tf.compat.v1.gradients(loss, natives_of(variables, tf.Variable))
@@ -103,7 +107,7 @@ class TensorFlow(Backend):
                 raise ValueError(f"the loss has no gradient with respect to {name_of(variable)}")
         return list(found)
 
-    def once(self, action: Callable[[], Any]) -> None:
+    def once(self, action: Callable[[], object]) -> None:
         with tf.init_scope():
             done = self._done = tf.Variable(False) if self._done is None else self._done
 
@@ -120,7 +124,7 @@ class TensorFlow(Backend):
                 "cross-replica context"
             )
 
-    def summed_already(self, optimizer: Any) -> AbstractContextManager[None]:
+    def summed_already(self, optimizer: Optimizer) -> Context:
         if tf.distribute.get_strategy().num_replicas_in_sync == 1:
             return nullcontext()
         if type(optimizer).apply is not keras.optimizers.Optimizer.apply:
@@ -130,24 +134,29 @@ class TensorFlow(Backend):
             )
         return _summed_already(optimizer)
 
-    def count(self, iterations: Any) -> Any:
+    def count(self, iterations: Variable) -> Tensor:
         return tf.identity(native(iterations))
 
-    def number(self, step: Any) -> tuple[Any, Any]:
+    def number(self, step: Tensor) -> tuple[Tensor, ModuleType]:
         return tf.cast(step, tf.float64), tf
 
     def refusing(
-        self, condition: Callable[[], bool], variable: Any, message: str, changing: Sequence[Any] = ()
-    ) -> Any:
+        self,
+        condition: Callable[[], bool],
+        variable: Variable,
+        message: str,
+        changing: Sequence[Variable] = (),
+    ) -> Context:
         if tf.executing_eagerly():
             return super().refusing(condition, variable, message)
 
         # XLA leaves this operation out
-        def check() -> Any:
+        def check() -> Operation:
             return tf.raw_ops.Assert(condition=tf.equal(native(variable), 0), data=[message])
 
         if not changing or tf.distribute.has_strategy():
-            return tf.control_dependencies([check()])
+            checked: Context = tf.control_dependencies([check()])
+            return checked
 
         # A control dependency of every operation keeps TensorFlow from folding the constants of a rate:
         # training would differ by a rounding. A branch that seems to assign the variables comes before
@@ -163,10 +172,10 @@ class TensorFlow(Backend):
 
     def update(
         self,
-        averages: Sequence[Any],
-        variables: Sequence[Any],
-        decay: Callable[[], Any],
-        when: Any,
+        averages: Sequence[Variable],
+        variables: Sequence[Variable],
+        decay: Callable[[], Tensor],
+        when: Tensor,
         engine: Engine,
     ) -> Carrier:
         self.traced = self.traced or not tf.executing_eagerly()
@@ -184,8 +193,8 @@ class TensorFlow(Backend):
                 "swap_weights must be called outside of tf.function where averages and weights differ in type"
             )
 
-    def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:
+    def swap(self, a: Iterable[Variable], b: Iterable[Variable]) -> None:
         engines.swap([native(x) for x in a], [native(x) for x in b])
 
-    def group(self, operations: list[Any]) -> Any:
+    def group(self, operations: list[Operation]) -> Operation:
         return None if tf.executing_eagerly() else tf.group(operations)

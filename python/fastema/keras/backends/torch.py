@@ -1,38 +1,38 @@
 """torch: parameters and averages change in place; on CPUs and CUDA devices by native code."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
 
+from ... import _formula
 from ..._arrays import as_view
 from ...functional import Pairs, swap
-from .base import Backend, Carrier, Engine, is_floating, native, natives_of, variables_in
+from ..kinds import Carrier, Context, Engine, Gradient, Operation, Tensor, Variable, VariableList
+from .base import Backend, is_floating, native, natives_of, variables_in
 
 
-def _tensors(variables: Iterable[Any]) -> list[torch.Tensor]:
+def _tensors(variables: Iterable[Variable]) -> list[torch.Tensor]:
     return [native(variable).data for variable in variables]
 
 
 class Torch(Backend):
-    """See `Backend`."""
+    """torch tensors, changed in place; see `Backend`."""
 
     def __init__(self) -> None:
         self._pairs: Pairs | None = None
         self._addresses: list[int] = []
 
-    def numpy(self, variable: Any) -> np.ndarray:
+    def numpy(self, variable: Variable) -> np.ndarray:
         value = native(variable).detach().cpu()
         return np.array(as_view(value, "variable")) if is_floating(variable) else value.numpy()
 
-    def hold(self, variable: Any) -> Any:
+    def hold(self, variable: Variable) -> Tensor:
         return native(variable).detach().clone()
 
-    def assign(self, variable: Any, value: Any) -> Any:
+    def assign(self, variable: Variable, value: Tensor) -> Operation:
         value = native(value)
         if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":
             value = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
@@ -40,8 +40,13 @@ class Torch(Backend):
             native(variable).copy_(torch.as_tensor(value))
 
     def gradients(
-        self, loss: Any, var_list: Any, output: Any, tape: Any, scale: Callable[[Any], Any]
-    ) -> list[tuple[Any, Any]]:
+        self,
+        loss: Tensor,
+        var_list: VariableList,
+        output: Tensor,
+        tape: object,
+        scale: Callable[[Tensor], Tensor],
+    ) -> list[Gradient]:
         if tape is not None:
             raise ValueError(f"tape must be None with torch, which records by itself, got {tape!r}")
         scaled = scale(loss() if callable(loss) else loss)
@@ -51,19 +56,19 @@ class Torch(Backend):
         found = torch.autograd.grad(scaled, parameters, grad_outputs=output, allow_unused=True)
         return list(zip(found, variables, strict=True))
 
-    def unrecorded(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = torch.no_grad()
+    def unrecorded(self) -> Context:
+        context: Context = torch.no_grad()
         return context
 
-    def count(self, iterations: Any) -> Any:
+    def count(self, iterations: Variable) -> Tensor:
         return int(native(iterations))
 
     def update(
         self,
-        averages: Sequence[Any],
-        variables: Sequence[Any],
-        decay: Callable[[], Any],
-        when: Any,
+        averages: Sequence[Variable],
+        variables: Sequence[Variable],
+        decay: Callable[[], Tensor],
+        when: Tensor,
         engine: Engine,
     ) -> Carrier:
         targets, values = _tensors(averages), _tensors(variables)
@@ -85,12 +90,12 @@ class Torch(Backend):
             self._addresses = addresses
         return self._pairs
 
-    def blend(self, average: Any, value: Any, decay: Callable[[], Any], when: Any) -> Any:
+    def blend(self, average: Tensor, value: Tensor, decay: Callable[[], Tensor], when: Tensor) -> Tensor:
         with torch.no_grad():
             average, value = torch.as_tensor(average), torch.as_tensor(value)
             return _blended(average, value, float(decay())) if when is None or when else average
 
-    def swap(self, a: Iterable[Any], b: Iterable[Any]) -> None:
+    def swap(self, a: Iterable[Variable], b: Iterable[Variable]) -> None:
         x, y = _tensors(a), _tensors(b)
         if _native_carrier([*x, *y]) != "graph":
             swap(x, y)
@@ -128,5 +133,12 @@ def _reason(tensors: list[torch.Tensor]) -> str:
 
 def _blended(average: torch.Tensor, value: torch.Tensor, decay: float) -> torch.Tensor:
     compute = torch.float64 if average.dtype == torch.float64 else torch.float32
-    old, new = average.to(compute), value.to(compute)
-    return (new if decay == 0.0 else old + (new - old) * (1.0 - decay)).to(average.dtype)
+    blended: torch.Tensor = _formula.blend(
+        average,
+        value,
+        *_formula.weigh(decay),
+        compute=compute,
+        cast=lambda x, dtype: torch.as_tensor(x, dtype=dtype),
+        where=lambda condition, x, y: x if condition else y,
+    )
+    return blended

@@ -53,7 +53,7 @@ Array numpy_array(const py::array& array) {
           .f_order = (flags & npy::NPY_ARRAY_F_CONTIGUOUS_) != 0};
 }
 
-// Of fastema._types.Descriptor: (dtype, shape, strides in bytes, address, writable).
+// Of fastema._arrays.Descriptor: (dtype, shape, strides in bytes, address, writable).
 Array described_array(const py::tuple& descriptor) {
   const auto shape = descriptor[1].cast<std::vector<py::ssize_t>>();
   const auto strides = descriptor[2].cast<std::vector<py::ssize_t>>();

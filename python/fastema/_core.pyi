@@ -5,7 +5,8 @@ from typing import Any, Unpack, overload
 
 import numpy as np
 
-from ._types import Descriptor, Terms
+from ._arrays import Descriptor
+from ._types import Terms
 
 class Pairs:
     """Averages and values that were checked once and are kept alive."""

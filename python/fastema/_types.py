@@ -5,7 +5,7 @@ Knowledge of element types that the core has (which mixes are offered) is asked 
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +31,12 @@ class SupportsCudaArrayInterface(Protocol):
 Array: TypeAlias = np.ndarray | SupportsDLPack | SupportsCudaArrayInterface
 """An array of any library."""
 
+AnyArray: TypeAlias = Any
+"""An array in code that only the file of its own library can check."""
+
+DType: TypeAlias = np.dtype[Any]
+"""NumPy's type of elements."""
+
 Arrays: TypeAlias = Array | Sequence[Array]
 """One array or several."""
 
@@ -39,24 +45,6 @@ Decay: TypeAlias = float | Callable[[int], float]
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
 """How an update rounds averages of 16 bits."""
-
-
-class Descriptor(NamedTuple):
-    """What the core's checks ask of an array whose memory the host cannot read.
-
-    Attributes:
-        dtype: Of the elements, in native byte order.
-        shape: The length of each axis.
-        strides: Of each axis, in bytes.
-        address: Where the first element lies.
-        writable: Whether the array may be changed.
-    """
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    address: int
-    writable: bool
 
 
 class Terms(TypedDict, total=False):
@@ -88,12 +76,12 @@ MIXES = frozenset(_core.mixes())
 """The names of the types of averages and of their values that the core offers."""
 
 
-def compute_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def compute_type(dtype: DType) -> DType:
     """Return the type in which averages of a type are computed."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def average_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def average_type(dtype: DType) -> DType:
     """Return the type of averages of values of a type, where none is asked for.
 
     An average of 16 bits stands still unless it is rounded stochastically or compensated.
@@ -101,14 +89,14 @@ def average_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float32) if dtype in FLOATS and dtype.itemsize == 2 else dtype
 
 
-def float_type(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
+def float_type(dtype: Any, name: str = "dtype") -> DType:
     """Return NumPy's type of a name, of a type of NumPy's or of torch's.
 
     Raises:
         TypeError: It is no type that is averaged.
     """
     text = str(dtype).removeprefix("torch.")
-    chosen: np.dtype[Any] = np.dtype(text if text in map(str, FLOATS) else dtype)
+    chosen: DType = np.dtype(text if text in map(str, FLOATS) else dtype)
     if chosen not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {chosen}")
     return chosen

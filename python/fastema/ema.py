@@ -1,26 +1,25 @@
 """Averages of a model's weights for training loops of one's own: two lines in any framework."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from . import _memory
-from ._ema.averages import Averages, Form, checked_float_type
+from . import _arrays
+from ._ema.averages import Averages, Form
 from ._ema.background import Background
-from ._ema.count import Count, Pace, checked_count
+from ._ema.count import Count, Pace
 from ._ema.exchange import Exchange
 from ._ema.passes import Passes
-from ._ema.state import State, debiased, local_shapes
-from ._ema.tree import Buffers
+from ._ema.state import State
+from ._ema.tree import Buffers, Nested
 from ._ema.values import Values
-from .checkpoint._sets import layout
-from .checkpoint._state import read_state, write_state
-
-_Arrays = list[Any]  # as they lie somewhere, see _memory.py
+from ._types import Array, Decay, check_choice, check_count, float_type
+from .checkpoint._replace import StrPath
+from .checkpoint._state import read_state
 
 
 class EMA:
@@ -92,50 +91,55 @@ class EMA:
 
     def __init__(
         self,
-        values: Any,
-        decay: Any = 0.999,
+        values: Nested,
+        decay: Decay | Sequence[Decay] = 0.999,
         *,
         every: int = 1,
         start_step: int = 0,
         initial: Literal["values", "zeros"] = "values",
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         rounding: Literal["nearest", "stochastic", "compensated"] = "nearest",
         seed: int = 0,
         buffers: Buffers = "copy",
         device: Literal["cpu"] | None = None,
         background: bool = False,
         threads: int = 0,
-        memory: str | PathLike[str] | None = None,
+        memory: StrPath | None = None,
     ) -> None:
-        _check_choice("initial", initial, ("values", "zeros"))
-        _check_choice("rounding", rounding, ("nearest", "stochastic", "compensated"))
-        _check_choice("buffers", buffers, ("copy", "average", "ignore"))
-        _check_choice("device", device, (None, "cpu"))
+        check_choice(initial, "initial", ("values", "zeros"))
+        check_choice(rounding, "rounding", ("nearest", "stochastic", "compensated"))
+        check_choice(buffers, "buffers", ("copy", "average", "ignore"))
+        check_choice(device, "device", (None, "cpu"))
         self._pace = Pace.of(decay, every, start_step)
-        self._seed, self._threads = checked_count("seed", seed, 0), checked_count("threads", threads, 0)
-        self._rounding = rounding
-        self._buffers: Buffers = buffers
-        self._dtype = None if dtype is None else checked_float_type(dtype)
+        kept = None if dtype is None else float_type(dtype)
+        self._config: dict[str, Any] = {  # what is saved of the arguments
+            "every": self._pace.every,
+            "start_step": self._pace.start_step,
+            "rounding": rounding,
+            "seed": check_count(seed, "seed"),
+            "decay": list(self._pace.decays) if self._pace.several else self._pace.decays[0],
+            "dtype": None if kept is None else kept.name,
+            "buffers": buffers,
+        }
+        threads = check_count(threads, "threads")
+        stochastic = self._config["seed"] if rounding == "stochastic" else None
 
         self._values, local = Values.of(values, buffers, unchanging=background)
-        form = Form(len(self._pace.decays), self._dtype, rounding, device == "cpu", memory)
+        form = Form(len(self._pace.decays), kept, rounding, device == "cpu", memory)
         self._averages = Averages(self._values, local, form)
-        products = (1.0 if initial == "zeros" else 0.0,) * len(self._pace.decays)
-        self._count = Count(0, (), products)
-        self._exchange = Exchange(self._values, self._averages, self._threads)
+        self._exchange = Exchange(self._values, self._averages, threads)
+        self._passes = Passes(self._values, self._averages, local, seed=stochastic, threads=threads)
         self._background = Background() if background else None
-        self._passes = Passes(
-            self._values, self._averages, local, rounding=rounding, seed=self._seed, threads=self._threads
-        )
+        self._count = Count.at_start(len(self._pace.decays), zeros=initial == "zeros")
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise TypeError(
             "an EMA cannot be copied or pickled: a copy would not know its values; use state_dict()"
         )
 
     # --- updates ----------------------------------------------------------------------------------
 
-    def update(self, values: Any = None, *, fence: bool = True) -> None:
+    def update(self, values: Nested | None = None, *, fence: bool = True) -> None:
         """Count a step of training, and move the averages towards the values.
 
         Args:
@@ -229,7 +233,7 @@ class EMA:
         return decays if self._pace.several else decays[0]
 
     @property
-    def averages(self) -> Any:
+    def averages(self) -> Nested:
         """The averages, shaped as the values, in arrays of their library; of several, the first ones.
 
         NumPy's, torch's and CuPy's are the averages themselves, until the next `swap`, unless they started at
@@ -238,7 +242,7 @@ class EMA:
         """
         return self.averages_of(0)
 
-    def averages_of(self, k: int) -> Any:
+    def averages_of(self, k: int) -> Nested:
         """Return the averages of the k-th decay, as `averages`."""
         k = self._averages.checked_index(k)
         self.wait()
@@ -300,7 +304,7 @@ class EMA:
             if self.is_swapped:
                 self.swap()
 
-    def copy_to(self, values: Any = None, k: int = 0) -> Any:
+    def copy_to(self, values: Nested | None = None, k: int = 0) -> Nested:
         """Write averages into values, for good.
 
         Args:
@@ -347,7 +351,7 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return dict(self._state(_memory.host_copy).to_dict())
+        return dict(self._state(_arrays.host_copy).to_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, to the bit.
@@ -370,7 +374,7 @@ class EMA:
         self._exchange.check_not_swapped("load_state_dict()")
         self._restore(State.from_dict(state))
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.
 
         The averages of the first decay, as `averages` shows them, and what is copied have the names of the
@@ -400,18 +404,17 @@ class EMA:
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        decay = list(self._pace.decays) if self._pace.several else self._pace.decays[0]
-        dtype = None if self._dtype is None else self._dtype.name
-        write_state(
-            path,
-            self._state(_memory.host).to_dict(),
-            {"decay": decay, "dtype": dtype, "buffers": self._buffers},
-            debiased(self._exchange, self._count),
-            layout(local_shapes(self._exchange)),
-        )
+        self._state(_arrays.host).write(path, self._exchange, self._config)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], values: Any, *, decay: Any = None, **options: Any) -> "EMA":
+    def load(
+        cls,
+        path: StrPath,
+        values: Nested,
+        *,
+        decay: Decay | Sequence[Decay] | None = None,
+        **options: Any,
+    ) -> "EMA":
         """Go on from a file of `save`, to the bit, as the run that wrote it would have.
 
         Saved while averages were in the place of the weights, it is loaded so, too, as by `load_state_dict`.
@@ -443,15 +446,10 @@ class EMA:
             raise type(error)(f"{path} does not fit: {error}") from None
         return ema
 
-    def _state(self, contents: Callable[[Any], np.ndarray]) -> State:
+    def _state(self, contents: Callable[[Array], np.ndarray]) -> State:
         self.wait()
         self._values.check_module()
-        config = {
-            "every": self._pace.every,
-            "start_step": self._pace.start_step,
-            "rounding": self._rounding,
-            "seed": self._seed,
-        }
+        config = {key: self._config[key] for key in ("every", "start_step", "rounding", "seed")}
         return State.of(self._exchange, self._count, config, contents)
 
     def _restore(self, state: State) -> None:
@@ -460,8 +458,3 @@ class EMA:
         self._count = state.count
         if state.swapped is not None:
             self._exchange.resume(state.swapped, fitted.weights, state.count)
-
-
-def _check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:
-    if choice not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {choice!r}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
-from ._arrays import as_list, interleaved, is_movable, is_on_cuda, packed_copies, views
+from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, views, watch
 from ._types import Array, Arrays, Rounding, Terms, average_type
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Pairs:
         array([0.75, 0.75, 0.75])
     """
 
-    __slots__ = ("_addresses", "_compensated", "_movable", "_native")
+    __slots__ = ("_compensated", "_native", "_watched")
 
     def __init__(self, averages: Arrays, values: Arrays, *, carries: Arrays | None = None) -> None:
         self._set_up(*_lists([averages], values, None if carries is None else [carries]))
@@ -201,16 +201,16 @@ class Pairs:
     def _set_up(self, averages: list[Array], values: list[Array], carries: list[Array], terms: Terms) -> None:
         self._native = _checked(averages, values, carries, terms)
         self._compensated = bool(carries)
-        self._movable: list[Any] = [x for x in (*averages, *values, *carries) if is_movable(x)]
-        self._addresses = [x.data_ptr() for x in self._movable]
+        self._watched = watch((*averages, *values, *carries))
 
     def _check_unmoved(self) -> None:
-        addresses = [x.data_ptr() for x in self._movable]
-        if addresses != self._addresses:
-            if isinstance(self._native, _core.Pairs):
-                raise ValueError("a tensor was given other memory after it was paired; make the pairs anew")
+        if self._watched is None:
+            return
+        if isinstance(self._native, _core.Pairs):
+            self._watched.check("pairs")
+        elif self._watched.moved():
             self._native.follow()
-            self._addresses = addresses
+            self._watched.accept()
 
     def __len__(self) -> int:
         return len(self._native)
@@ -236,7 +236,7 @@ class Pairs:
             check: Whether to ask tensors if they were given other memory. Without, that goes unnoticed
                 and other memory is written: for graphs captured on a CUDA device, whose addresses stay.
         """
-        if check and self._movable:
+        if check and self._watched is not None:
             self._check_unmoved()
         if rounding == "nearest" and seed == step == 0:
             self._native.update(decay, threads)
@@ -254,13 +254,13 @@ class Pairs:
             TypeError: A pair's types differ, or its average is compensated.
             ValueError: A value is read-only, or shares memory with another.
         """
-        if self._movable:
+        if self._watched is not None:
             self._check_unmoved()
         self._native.swap(threads)
 
     def _copy(self, threads: int = 0) -> None:
         """Make averages what their values are, bit for bit; of pairs that were made for it."""
-        if self._movable:
+        if self._watched is not None:
             self._check_unmoved()
         self._native.copy(threads)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fastema import _core
-from fastema._types import MIXES, Descriptor
+from fastema._arrays import Descriptor
+from fastema._types import MIXES
 
 
 def f32(size):

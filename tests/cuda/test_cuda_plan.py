@@ -372,7 +372,8 @@ def test_a_launch_has_the_decay_of_its_call_however_late_it_runs(fake):
     pairs = fastema.Pairs(Array(average), Array(np.ones(3, np.float32)))
     for decay in (0.5, 0.0, 1.0):
         pairs.update(decay)
-    fastema.update(Array(average), Array(np.full(3, 3, np.float32)), 0.5)  # its tables are gone already
+    value = np.full(3, 3, np.float32)
+    fastema.update(Array(average), Array(value), 0.5)  # its tables are gone already
     assert (average == 0).all(), "it did not wait: the test proves nothing"
     fake.synchronize()
     assert (average == 2).all()

@@ -14,7 +14,7 @@ import fake_cuda
 import fastema
 import oracle
 from fake_cuda import Array
-from fastema import _memory, schedules
+from fastema import _arrays, schedules
 from fastema.cuda import _offload
 
 bfloat16 = ml_dtypes.bfloat16
@@ -197,7 +197,7 @@ def test_float32_averages_with_carries(library, rng, beside):
 
 def test_averages_lie_beside_the_weights_and_an_update_is_one_launch(fake, library, rng):
     twins = Twins(library, rng, weights={"a": rng.standard_normal(10), "b": rng.standard_normal((3, 4))})
-    assert all(_memory.device(average) == 0 for average in twins.gpu.averages.values())
+    assert all(_arrays.device(average) == 0 for average in twins.gpu.averages.values())
     twins.step()
     fake.log.clear()
     twins.gpu.update()
@@ -208,16 +208,16 @@ def test_averages_lie_beside_the_weights_and_an_update_is_one_launch(fake, libra
 def test_where_types_are_alike_contents_are_exchanged_in_place_by_one_launch(fake, library, rng):
     twins = Twins(library, rng, weights={"a": rng.standard_normal(10), "b": rng.standard_normal((3, 4))})
     twins.step()
-    before = [_memory.face(x).ctypes.data for x in twins.gpu.averages.values()]
+    before = [_arrays.describe(x).address for x in twins.gpu.averages.values()]
     fake.log.clear()
     twins.gpu.swap()
     asked = [name for name, *_ in fake.log]
     assert asked.count("fastema::swap") == 1
     assert set(asked) <= {"fastema::swap", "write", "free"}  # of its table; no contents are copied
-    weights = [_memory.face(x).ctypes.data for x in twins.there.values()]
-    assert [_memory.face(x).ctypes.data for x in twins.gpu.averages.values()] == weights
+    weights = [_arrays.describe(x).address for x in twins.there.values()]
+    assert [_arrays.describe(x).address for x in twins.gpu.averages.values()] == weights
     twins.gpu.swap()
-    assert [_memory.face(x).ctypes.data for x in twins.gpu.averages.values()] == before
+    assert [_arrays.describe(x).address for x in twins.gpu.averages.values()] == before
 
 
 def test_weights_on_several_devices_and_in_host_memory(library, rng):
@@ -240,7 +240,7 @@ def test_weights_on_several_devices_and_in_host_memory(library, rng):
                 assert_equal(library, there, here)
             assert_equal(library, gpu.averages_of(k), cpu.averages_of(k))
         assert_equal(library, there, here)
-    found = {name: _memory.device(_memory.view(x, name)) for name, x in gpu.averages.items()}
+    found = {name: _arrays.device(_arrays.local_array(x, name)) for name, x in gpu.averages.items()}
     assert found == {**place, "host": None}
 
 
@@ -248,7 +248,7 @@ def test_weights_that_share_memory_are_averaged_once(library, rng):
     shared = library.device(rng.standard_normal(5))
     ema = fastema.EMA([shared, shared], 0.5)
     first, second = ema.averages
-    assert _memory.face(first).ctypes.data == _memory.face(second).ctypes.data
+    assert _arrays.describe(first).address == _arrays.describe(second).address
 
 
 # --- states and files ---------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_a_tensor_that_moved_on_its_device_is_followed_and_a_buffer_is_not():
     ema.update()
     assert (library.host(ema.averages[0]) == 2).all()
     buffer.data = fake_cuda.tensor(torch.ones(4, dtype=torch.int32))
-    with pytest.raises(ValueError, match="a buffer was given other memory"):
+    with pytest.raises(ValueError, match="a tensor was given other memory"):
         ema.update()
     buffer.data = torch.ones(4, dtype=torch.int32)
     value.data = fake_cuda.tensor(torch.ones(5))
@@ -410,7 +410,7 @@ def test_averages_in_host_memory_are_shown_there(library, rng, tmp_path):
     weights = {name: library.device(x) for name, x in weights_of(rng).items()}
     ema = fastema.EMA(weights, 0.5, device="cpu", memory=tmp_path / "averages")
     for name, average in ema.averages.items():
-        assert isinstance(_memory.view(average, name), np.ndarray)
+        assert isinstance(_arrays.local_array(average, name), np.ndarray)
     assert (tmp_path / "averages").stat().st_size > 4000
     with pytest.raises(ValueError, match="memory must be None where values lie on a CUDA device"):
         fastema.EMA(weights, 0.5, memory=tmp_path / "other")

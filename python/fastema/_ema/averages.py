@@ -7,15 +7,11 @@ from typing import Literal, NamedTuple, SupportsIndex
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike
 
-from .. import _memory
+from .. import _arrays
+from .._types import FLOATS, Array, DType, average_type
 from .count import Count
-from .tree import Array, Arrays
-from .values import Values
-
-Rounding = Literal["nearest", "stochastic", "compensated"]
-FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
+from .values import Locals, Values
 
 
 class Form(NamedTuple):
@@ -30,8 +26,8 @@ class Form(NamedTuple):
     """
 
     decays: int
-    dtype: np.dtype | None
-    rounding: Rounding
+    dtype: DType | None
+    rounding: Literal["nearest", "stochastic", "compensated"]
     on_host: bool
     memory: str | PathLike[str] | None
 
@@ -42,20 +38,20 @@ class Averages:
     Attributes:
         averaged: The leaves that are averaged.
         copied: The leaves that are copied at each update; in order, and found as fast as in a set.
+        alone: Those of the copied that are copied one by one, and never exchanged: of single bytes, which no
+            kernel moves, nor the core where there are gaps between them.
         by_decay: For each decay, the arrays of each leaf. Those of what is copied are the same in all.
         carries: For each decay, what rounding would lose of each averaged leaf; none but with
             ``rounding="compensated"``.
         on_host: Whether those of values on a CUDA device are in host memory.
     """
 
-    def __init__(self, values: Values, local_arrays: Sequence[Arrays], form: Form) -> None:
+    def __init__(self, values: Values, local_arrays: Sequence[Locals], form: Form) -> None:
         self.on_host = form.on_host
-        self._values = values
-        views = [values.views(i, local) for i, local in enumerate(local_arrays)]
         self.averaged: list[int] = []
         self.copied: dict[int, None] = {}
         for i, name in enumerate(values.names):
-            kind = _memory.face(views[i][0]).dtype
+            kind = _arrays.dtype_of(local_arrays[i][0])
             if kind not in FLOATS and kind.kind not in "iub":
                 raise TypeError(
                     f"values[{name!r}] must be of float16, bfloat16, float32, float64, integers or booleans, "
@@ -65,29 +61,37 @@ class Averages:
                 self.averaged.append(i)
             else:
                 self.copied[i] = None
-        _check_places([x for local in views for x in local], form)
-        copied = [view for i in self.copied for view in views[i]]
-        moving = [view for i in self.averaged for view in views[i]]
-        wide = [form.dtype or average_type(_memory.face(view).dtype) for view in moving]
+        self.alone = {i for i in self.copied if any(map(_is_alone, local_arrays[i]))}
+        _check_places((x for local in local_arrays for x in local), form)
+        copied = [x for i in self.copied for x in local_arrays[i]]
+        moving = [x for i in self.averaged for x in local_arrays[i]]
+        wide = [form.dtype or average_type(_arrays.dtype_of(x)) for x in moving]
         carried = [np.dtype(np.int16) if kind == ml_dtypes.bfloat16 else kind for kind in wide]
         carries = form.decays if form.rounding == "compensated" else 0
         arrays = [*copied, *moving * (form.decays + carries)]
-        dtypes = [*(_memory.face(view).dtype for view in copied), *wide * form.decays, *carried * carries]
+        dtypes = [*map(_arrays.dtype_of, copied), *wide * form.decays, *carried * carries]
         on_host = [False] * len(copied) + [form.on_host] * (len(arrays) - len(copied))
-        made = iter(_memory.beside(arrays, dtypes, on_host, form.memory))
+        made = iter(_arrays.allocate_like(arrays, dtypes, on_host, form.memory))
 
-        def taken(leaves: Iterable[int]) -> dict[int, Arrays]:
-            return {i: [next(made) for _ in views[i]] for i in leaves}
+        def taken(leaves: Iterable[int]) -> dict[int, Locals]:
+            return {i: [next(made) for _ in local_arrays[i]] for i in leaves}
 
         shared = taken(self.copied)
         self.by_decay = [{**shared, **taken(self.averaged)} for _ in range(form.decays)]
         self.carries = [taken(self.averaged) for _ in range(carries)]
         for k, averages in enumerate(self.by_decay):
             for i in averages if k == 0 else self.averaged:
-                for view, average in zip(views[i], averages[i], strict=True):
-                    _memory.write(view, average)
+                for value, average in zip(local_arrays[i], averages[i], strict=True):
+                    _arrays.write(value, average)
         for carries_of in self.carries:
-            _clear(carries_of)
+            _clear(carries_of.values())
+        self._rows = {i: _side_by_side([averages[i] for averages in self.by_decay]) for i in self.averaged}
+        self._carry_rows = {i: _side_by_side([kept[i] for kept in self.carries]) for i in self.averaged}
+
+    def rows(self, leaves: Iterable[int]) -> tuple[list[Array], list[Array]]:
+        """Return averages and carries of some leaves as the core takes them: of all decays side by side."""
+        rows, carries = self._rows, self._carry_rows
+        return [x for i in leaves for x in rows[i]], [x for i in leaves for x in carries[i]]
 
     def checked_index(self, k: SupportsIndex) -> int:
         """Return the number of a decay.
@@ -101,39 +105,20 @@ class Averages:
 
     def clear(self, k: int) -> None:
         """Let the k-th averages start at nothing."""
-        _clear({i: self.by_decay[k][i] for i in self.averaged})
+        _clear(self.by_decay[k][i] for i in self.averaged)
 
     def divisor(self, k: int, i: int, count: Count) -> float:
         """Return what a leaf's average is to be divided by; 1: it is shown as it is kept."""
         return 1.0 if i in self.copied else count.divisor(k)
 
-    def shown(self, kept: Arrays, divisor: float) -> Arrays:
-        """Return an average as the user sees it."""
-        if divisor == 1.0:
-            return kept
-        return [_memory.of(average).quotient(average, divisor) for average in kept]
+
+def shown(kept: Locals, divisor: float) -> Locals:
+    """Return an average as the user sees it."""
+    return kept if divisor == 1.0 else [_arrays.quotient(average, divisor) for average in kept]
 
 
-def average_type(dtype: np.dtype) -> np.dtype:
-    """Return the type of averages of values of a type."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
-
-
-def checked_float_type(dtype: DTypeLike) -> np.dtype:
-    """Return NumPy's type for averages, of its own or of torch's name.
-
-    Raises:
-        TypeError: Averages cannot be of it.
-    """
-    name = str(dtype)
-    chosen = np.dtype(name.removeprefix("torch.") if name.startswith("torch.") else dtype)
-    if chosen not in FLOATS:
-        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {chosen}")
-    return chosen
-
-
-def _check_places(views: Iterable[Array], form: Form) -> None:
-    if all(_memory.device(view) is None for view in views):
+def _check_places(local_arrays: Iterable[Array], form: Form) -> None:
+    if all(_arrays.device(array) is None for array in local_arrays):
         return
     if form.memory is not None and not form.on_host:
         raise ValueError("memory must be None where values lie on a CUDA device, unless device is 'cpu'")
@@ -144,6 +129,16 @@ def _check_places(views: Iterable[Array], form: Form) -> None:
         )
 
 
-def _clear(arrays: dict[int, Arrays]) -> None:
-    for array in [x for local in arrays.values() for x in local]:
-        _memory.clear(array)
+def _is_alone(array: Array) -> bool:
+    if _arrays.dtype_of(array).itemsize > 1:
+        return False
+    return _arrays.device(array) is not None or not _arrays.describe(array).is_dense()
+
+
+def _side_by_side(lists: Sequence[Locals]) -> Locals:
+    return [array for row in zip(*lists, strict=True) for array in row]
+
+
+def _clear(arrays: Iterable[Locals]) -> None:
+    for array in [x for local in arrays for x in local]:
+        _arrays.clear(array)

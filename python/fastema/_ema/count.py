@@ -1,12 +1,10 @@
 """How far averaging has come: the step, the decays last used, and what `every` and `start_step` mean."""
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, SupportsFloat, SupportsIndex, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 from .. import schedules
-
-Decay = float | Callable[[int], float]
+from .._types import Decay, check_count, check_decay, check_share
 
 
 class Pace(NamedTuple):
@@ -35,10 +33,10 @@ class Pace(NamedTuple):
             ValueError: One is outside of its range, or there is no decay.
         """
         several = isinstance(decay, Sequence) and not isinstance(decay, str)
-        decays = tuple(map(checked_decay, cast(Sequence[Decay], decay if several else [decay])))
+        decays = tuple(map(check_decay, cast(Sequence[Decay], decay if several else [decay])))
         if not decays:
             raise ValueError("decay must hold one decay or more, got none")
-        every, start_step = checked_count("every", every, 1), checked_count("start_step", start_step, 0)
+        every, start_step = check_count(every, "every", 1), check_count(start_step, "start_step")
         shares = [schedules.compound(decay, every) for decay in decays if not callable(decay)]
         fixed = tuple(shares) if len(shares) == len(decays) else ()
         return cls(decays, several, every, start_step, fixed)
@@ -59,7 +57,7 @@ class Pace(NamedTuple):
         if self.fixed:
             return self.fixed
         asked = [decay(step) if callable(decay) else decay for decay in self.decays]
-        return tuple([schedules.compound(checked_share(x, f"decay({step})"), self.every) for x in asked])
+        return tuple([schedules.compound(check_share(x, f"decay({step})"), self.every) for x in asked])
 
 
 class Count(NamedTuple):
@@ -76,6 +74,11 @@ class Count(NamedTuple):
     step: int
     decays: tuple[float, ...]
     products: tuple[float, ...]
+
+    @classmethod
+    def at_start(cls, decays: int, *, zeros: bool) -> "Count":
+        """Return the count before the first update, of so many averages that start at zeros or the values."""
+        return cls(0, (), (1.0 if zeros else 0.0,) * decays)
 
     def skip(self) -> "Count":
         """Return the count after a step that is only counted."""
@@ -108,30 +111,3 @@ class Count(NamedTuple):
         """Return what the k-th averages are to be divided by where they are shown."""
         product = self.products[k]
         return 1.0 if product == 1.0 else 1.0 - product
-
-
-def checked_decay(decay: Decay, name: str = "decay") -> Decay:
-    """Return a decay as a float, or a schedule as it is."""
-    return decay if callable(decay) else checked_share(decay, name, ", or a schedule")
-
-
-def checked_share(number: SupportsFloat, name: str, also: str = "") -> float:
-    """Return a number from 0 to 1."""
-    try:
-        share = float(number)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number from 0 to 1{also}, got {number!r}") from None
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{name} must be from 0 to 1, got {number!r}")
-    return share
-
-
-def checked_count(name: str, number: SupportsIndex, least: int) -> int:
-    """Return a whole number that is not below another."""
-    try:
-        count = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {number!r}") from None
-    if count < least:
-        raise ValueError(f"{name} must be {least} or more, got {number!r}")
-    return count

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import _memory
-from ..functional import Pairs
-from .averages import Averages
+from .. import _arrays
+from ..functional import paired
+from .averages import Averages, shown
 from .count import Count
-from .tree import Array, Arrays, Nested
-from .values import Values, by_device, check_writable
+from .tree import Nested
+from .values import Locals, Values, by_device, check_writable
 
 
 class Swapped(NamedTuple):
@@ -21,7 +21,7 @@ class Swapped(NamedTuple):
     """
 
     k: int
-    saved_weights: dict[int, Arrays]
+    saved_weights: dict[int, Locals]
 
 
 class Exchange:
@@ -57,22 +57,22 @@ class Exchange:
 
     # --- where averages and weights are -----------------------------------------------------------
 
-    def kept(self, k: int, i: int) -> Arrays:
+    def kept(self, k: int, i: int) -> Locals:
         """Return a leaf's average as it is kept, wherever that is."""
         swapped = self.swapped
         away = (
             swapped is not None
             and i not in swapped.saved_weights
             and (k == swapped.k or i in self.averages.copied)
-            and self._is_exchanged(_memory.device(self.averages.by_decay[k][i][0]))
+            and self._is_exchanged(_arrays.device(self.averages.by_decay[k][i][0]))
         )
-        return self.values.views(i) if away else self.averages.by_decay[k][i]
+        return self.values.leaves[i].local_arrays() if away else self.averages.by_decay[k][i]
 
-    def average_of(self, k: int, i: int, count: Count) -> Arrays:
+    def average_of(self, k: int, i: int, count: Count) -> Locals:
         """Return a leaf's average as the user sees it."""
-        return self.averages.shown(self.kept(k, i), self.averages.divisor(k, i, count))
+        return shown(self.kept(k, i), self.averages.divisor(k, i, count))
 
-    def weights(self) -> dict[int, Arrays]:
+    def weights(self) -> dict[int, Locals]:
         """Return the weights of each leaf while averages are in their place, else nothing."""
         if self.swapped is None:
             return {}
@@ -84,8 +84,8 @@ class Exchange:
         leaves = self.values.leaves
         averages = [self.average_of(k, i, count) for i in range(len(leaves))]
         if self.averages.on_host:
-            averages = [[_memory.host(x) for x in local] for local in averages]
-        return self.values.build([leaf.shown(x) for leaf, x in zip(leaves, averages, strict=True)])
+            averages = [[_arrays.host(x) for x in local] for local in averages]
+        return self.values.build([leaf.to_library(x) for leaf, x in zip(leaves, averages, strict=True)])
 
     # --- the verbs --------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Exchange:
             self._put_weights_back()
             raise
 
-    def resume(self, k: int, weights: dict[int, Arrays], count: Count) -> None:
+    def resume(self, k: int, weights: dict[int, Locals], count: Count) -> None:
         """Put averages in the place of weights that were saved earlier, whatever the values are now."""
         self.swapped = Swapped(k, weights)
         for i, leaf in enumerate(self.values.leaves):
@@ -113,11 +113,11 @@ class Exchange:
             self.values.check_module()
             targets = self.values.targets()
         else:
-            targets = self.values.targets(self.values.matched(others))
+            targets = self.values.targets(others)
         averages = [self.average_of(k, i, count) for i in range(len(self.values.leaves))]
         for target in targets:
             if others is not None:
-                _check_fits(target.name, target.views, averages[target.place])
+                _check_fits(target.name, target.local_arrays, averages[target.place])
             if not target.leaf.immutable:
                 check_writable(target.leaf, target.name, "copy_to()")
         return self.values.build_given(target.leaf.assign(averages[target.place]) for target in targets)
@@ -128,8 +128,8 @@ class Exchange:
         self.values.check_module()
         k = self.averages.checked_index(k)
         apart = [i for i in range(len(leaves)) if not self._exchangeable(k, i, count)]
-        copy = _memory.host_copy if self.averages.on_host else _memory.copy
-        weights = {i: [copy(x) for x in self.values.views(i)] for i in apart}
+        copy = _arrays.host_copy if self.averages.on_host else _arrays.copy
+        weights = {i: [copy(x) for x in leaves[i].local_arrays()] for i in apart}
         averages = {i: self.average_of(k, i, count) for i in apart}
         self.swapped = Swapped(k, weights)
         try:
@@ -156,45 +156,41 @@ class Exchange:
 
     def _exchangeable(self, k: int, i: int, count: Count) -> bool:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
-        if not self.values.leaves[i].in_place() or self.averages.divisor(k, i, count) != 1.0:
+        leaf = self.values.leaves[i]
+        if not leaf.in_place() or i in self.averages.alone or self.averages.divisor(k, i, count) != 1.0:
             return False
-        pairs = zip(self.values.views(i), self.averages.by_decay[k][i], strict=True)
-        return all(_are_alike(value, average) for value, average in pairs)
+        return all(
+            _arrays.dtype_of(value) == _arrays.dtype_of(average)
+            and _arrays.device(value) == _arrays.device(average)
+            for value, average in zip(leaf.local_arrays(), self.averages.by_decay[k][i], strict=True)
+        )
 
     def _exchange(self, k: int, *, back: bool = False) -> None:
         """Exchange contents with all leaves whose weights are not saved, but where that is done already."""
         saved = self.swapped.saved_weights if self.swapped is not None else {}
         leaves = [i for i in range(len(self.values.leaves)) if i not in saved]
-        views = {i: self.values.views(i) for i in leaves}
-        for together in by_device(leaves, views):
-            device = _memory.device(views[together[0]][0])
+        local_arrays = {i: self.values.leaves[i].local_arrays() for i in leaves}
+        for together in by_device(leaves, local_arrays):
+            device = _arrays.device(local_arrays[together[0]][0])
             if self._is_exchanged(device) != back:
                 continue
-            averages = [_memory.bits(x) for i in together for x in self.averages.by_decay[k][i]]
-            values = [_memory.bits(x) for i in together for x in views[i]]
+            averages = [x for i in together for x in self.averages.by_decay[k][i]]
+            values = [x for i in together for x in local_arrays[i]]
+            names = [self.values.names[i] for i in together for _ in local_arrays[i]]
             if device is None:
                 averages.append(self._swap_flag[0])
                 values.append(self._swap_flag[1])
-            try:
-                Pairs(averages, values).swap(self._threads)
-            except (TypeError, ValueError) as error:
-                raise self.values.named(error, together) from None
+                names.append("")  # nobody's
+            paired(averages, values, names=names, verb="swap").swap(self._threads)
             if device is not None:
                 self._exchanged ^= {device}
         for i in leaves:
             self.values.leaves[i].written()
 
 
-def _are_alike(value: Array, average: Array) -> bool:
-    """Tell whether two arrays are of one type, and lie in the same memory."""
-    face = _memory.face(value)
-    same = face.dtype == _memory.face(average).dtype and face.itemsize > 1
-    return same and _memory.device(value) == _memory.device(average)
-
-
-def _check_fits(name: str, targets: Arrays, averages: Arrays) -> None:
-    for target, average in zip(map(_memory.face, targets), map(_memory.face, averages), strict=True):
-        if target.shape != average.shape:
-            raise ValueError(f"values[{name!r}] must have shape {average.shape}, got {target.shape}")
-        if not np.can_cast(average.dtype, target.dtype, "same_kind"):
-            raise TypeError(f"values[{name!r}] must be able to hold {average.dtype}, got {target.dtype}")
+def _check_fits(name: str, targets: Locals, averages: Locals) -> None:
+    for target, average in zip(targets, averages, strict=True):
+        if (shape := _arrays.shape_of(target)) != (needed := _arrays.shape_of(average)):
+            raise ValueError(f"values[{name!r}] must have shape {needed}, got {shape}")
+        if not np.can_cast(held := _arrays.dtype_of(average), dtype := _arrays.dtype_of(target), "same_kind"):
+            raise TypeError(f"values[{name!r}] must be able to hold {held}, got {dtype}")

@@ -2,25 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from .. import _memory
-from .._arrays import is_movable
-from ..functional import Pairs
-from .averages import Averages, Rounding
+from .. import _arrays, _core
+from .._types import Array
+from ..functional import Pairs, paired
+from .averages import Averages
 from .count import Count
-from .tree import Array, Arrays
-from .values import Values, by_device
+from .values import Locals, Values, by_device
 
 if TYPE_CHECKING:
     from ..cuda import Offload
-
-
-class Group(NamedTuple):
-    """Averages and values of some leaves that lie in one memory."""
-
-    pairs: Pairs
-    leaves: list[int]
 
 
 @dataclass
@@ -28,20 +20,18 @@ class Pass:
     """One pass over the values, checked once.
 
     Attributes:
-        groups: Averages that lie where their values do, by device, those in host memory first.
+        pairs: Averages that lie where their values do, by device, those in host memory first.
         offloads: Averages in host memory of values on devices.
-        copies: Values that are copied.
-        bytes_copied: Values of one byte an element, behind where they are copied to.
-        watched: Arrays that are copied and can be given other memory, which must not have happened.
-        addresses: Where these lie.
+        copies: Values that are copied, by device.
+        copied_alone: Values that are copied one by one, behind where they are copied to.
+        watched: Where values lay that must not be given other memory; pairs on devices follow theirs.
     """
 
-    groups: list[Group] = field(default_factory=list)
+    pairs: list[Pairs] = field(default_factory=list)
     offloads: list["Offload"] = field(default_factory=list)
     copies: list[Pairs] = field(default_factory=list)
-    bytes_copied: list[tuple[Array, Array]] = field(default_factory=list)
-    watched: Arrays = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
+    copied_alone: list[tuple[Array, Array]] = field(default_factory=list)
+    watched: _arrays.Addresses | None = None
 
     def fence(self) -> None:
         """See `EMA.fence`."""
@@ -61,8 +51,7 @@ class Passes:
         values: What averages move towards.
         averages: What moves.
         local_arrays: Of each leaf, the local arrays as they are now.
-        rounding: See `EMA`.
-        seed: See `EMA`.
+        seed: Of stochastic rounding. None: averages are rounded to nearest.
         threads: See `EMA`.
     """
 
@@ -70,22 +59,21 @@ class Passes:
         self,
         values: Values,
         averages: Averages,
-        local_arrays: Sequence[Arrays],
+        local_arrays: Sequence[Locals],
         *,
-        rounding: Rounding,
-        seed: int,
+        seed: int | None,
         threads: int,
     ) -> None:
         self._values, self._averages = values, averages
-        self._seed = seed if rounding == "stochastic" else None
-        self._threads = threads
+        self._seed, self._threads = seed, threads
         checked = self._pass_over(local_arrays)
-        self._stable = checked if values.are_stable else None
-        self._addresses = values.addresses()
+        self._stable: Pass | None = None
+        if values.are_stable:
+            self._stable = self._watching(checked, local_arrays)
 
     # --- the verbs --------------------------------------------------------------------------------
 
-    def over(self, arrays: Arrays | None, before: Count) -> Pass:
+    def over(self, arrays: list[Array] | None, before: Count) -> Pass:
         """Return the next pass; nothing has moved yet.
 
         Args:
@@ -99,18 +87,19 @@ class Passes:
         # before averages leave zero values are paired anew, so that what does not fit is noticed first
         if stable is None or before.has_blank or not (arrays is None or self._values.are_given(arrays)):
             return self.over_sources(self._values.sources(arrays))
-        if self._addresses and (addresses := self._values.addresses()) != self._addresses:
+        if self._values.moving and self._values.moving.moved():
             self.wait()
-            stable = self._stable = self._pass_over(self._values.local_arrays())
-            self._addresses = addresses
+            local_arrays = self._values.local_arrays()
+            stable = self._stable = self._watching(self._pass_over(local_arrays), local_arrays)
+            self._values.moving.accept()
         return stable
 
-    def over_sources(self, sources: Arrays) -> Pass:
+    def over_sources(self, sources: Sequence[Array | None]) -> Pass:
         """Return a pass over what `Values.sources` returned."""
         self.wait()
         return self._pass_over(self._values.local_arrays(sources))
 
-    def average(self, sources: Arrays, before: Count, count: Count) -> None:
+    def average(self, sources: Sequence[Array | None], before: Count, count: Count) -> None:
         """Move the averages towards what `Values.sources` returned, in any thread."""
         self.move(self.over_sources(sources), before, count)
 
@@ -124,30 +113,25 @@ class Passes:
         stable = over is self._stable
         for k in () if stable else count.started_since(before):
             self._averages.clear(k)
-        if over.watched and [x.data_ptr() for x in over.watched] != over.addresses:
-            raise ValueError("a buffer was given other memory after it was paired; make the EMA anew")
+        if over.watched is not None:
+            over.watched.check("EMA")
         if over.offloads:
             over.wait()
         decays, threads = count.decays, self._threads
         decay = decays if len(decays) > 1 else decays[0]
-        try:
-            for group in over.groups[1:]:  # before the first moves
-                group.pairs._check_unmoved()
-            for group in over.groups:
-                if self._seed is None:
-                    group.pairs.update(decay, threads)
-                else:
-                    group.pairs.update(
-                        decay, threads, rounding="stochastic", seed=self._seed, step=count.step
-                    )
-        except (TypeError, ValueError) as error:
-            raise self._values.named(error, group.leaves) from None
+        for pairs in over.pairs[1:]:  # before the first moves
+            pairs._check_unmoved()
+        for pairs in over.pairs:
+            if self._seed is None:
+                pairs.update(decay, threads)
+            else:
+                pairs.update(decay, threads, rounding="stochastic", seed=self._seed, step=count.step)
         for offload in over.offloads:
             offload.update(decay, threads)
         for copies in over.copies:
-            copies.update(0.0, threads)  # which copies bits, whatever they mean
-        for target, source in over.bytes_copied:
-            _memory.write(source, target)
+            copies._copy(threads)
+        for target, source in over.copied_alone:
+            _arrays.write(source, target)
         if not stable:
             over.wait()
 
@@ -163,51 +147,55 @@ class Passes:
 
     # --- pairing ----------------------------------------------------------------------------------
 
-    def _pass_over(self, local_arrays: Sequence[Arrays]) -> Pass:
+    def _watching(self, over: Pass, local_arrays: Sequence[Locals]) -> Pass:
+        """Have a pass over values that stay where they are notice if they were given other memory."""
+        copied, leaves = self._averages.copied, self._values.leaves
+        watched = _arrays.Addresses(
+            leaf.address
+            for i, (leaf, local) in enumerate(zip(leaves, local_arrays, strict=True))
+            if i in copied or _arrays.device(local[0]) is None
+        )
+        over.watched = watched if watched else None
+        return over
+
+    def _pass_over(self, local_arrays: Sequence[Locals]) -> Pass:
         """Pair the averages with local arrays of each leaf; those of each device apart."""
-        over, kept = Pass(), self._averages.by_decay
-        views = {i: self._values.views(i, local) for i, local in enumerate(local_arrays)}
-        for leaves in by_device(self._averages.averaged, views):
-            averages = [[x for i in leaves for x in arrays[i]] for arrays in kept]
-            carries = [[x for i in leaves for x in arrays[i]] for arrays in self._averages.carries]
+        over, kept, names = Pass(), self._averages, self._values.names
+        decays = len(kept.by_decay)
+        for leaves in by_device(kept.averaged, local_arrays):
+            averages, carries = kept.rows(leaves)
             values = [x for i in leaves for x in local_arrays[i]]
-            away = self._averages.on_host and _memory.device(views[leaves[0]][0]) is not None
-            try:
-                if away:
-                    over.offloads.append(_offload()(averages, values, carries=carries or None))
-                else:
-                    pairs = Pairs.several(averages, values, carries=carries or None)
-                    over.groups.append(Group(pairs, leaves))
-            except (TypeError, ValueError) as error:
-                raise self._values.named(error, leaves) from None
-        copied = self._averages.copied
-        for i in copied:
-            _check_alike(self._values.names[i], views[i], kept[0][i])
-        wide = [i for i in copied if _memory.face(kept[0][i][0]).itemsize > 1]
-        for leaves in by_device(wide, views):
-            targets = [_memory.bits(x) for i in leaves for x in kept[0][i]]
-            sources = [_memory.bits(x) for i in leaves for x in views[i]]
-            try:
-                over.copies.append(Pairs(targets, sources))
-            except (TypeError, ValueError) as error:
-                raise self._values.named(error, leaves) from None
-        for i in copied:
-            over.watched += [x for x in local_arrays[i] if is_movable(x)]
-            if _memory.face(kept[0][i][0]).itemsize == 1:
-                over.bytes_copied += zip(kept[0][i], views[i], strict=True)
-        over.addresses += [x.data_ptr() for x in over.watched]
+            named = [names[i] for i in leaves for _ in local_arrays[i]]
+            if kept.on_host and _arrays.device(values[0]) is not None:
+                lying = [_arrays.describe(x) for x in values]
+                _core.check(averages, lying, carries, names=named, averages_per_value=decays)
+                over.offloads.append(_offload(kept, leaves, values))
+            else:
+                over.pairs.append(paired(averages, values, carries, names=named, averages_per_value=decays))
+        copies = kept.by_decay[0]
+        for i in kept.copied:
+            _check_alike(names[i], local_arrays[i], copies[i])
+        for leaves in by_device((i for i in kept.copied if i not in kept.alone), local_arrays):
+            targets = [x for i in leaves for x in copies[i]]
+            values = [x for i in leaves for x in local_arrays[i]]
+            named = [names[i] for i in leaves for _ in copies[i]]
+            over.copies.append(paired(targets, values, names=named, verb="copy"))
+        for i in kept.alone:
+            over.copied_alone += zip(copies[i], local_arrays[i], strict=True)
         return over
 
 
-def _offload() -> Any:
+def _offload(kept: Averages, leaves: Sequence[int], values: Locals) -> "Offload":
     from ..cuda import Offload  # noqa: PLC0415 - no CPU needs it
 
-    return Offload.several
+    averages = [[x for i in leaves for x in arrays[i]] for arrays in kept.by_decay]
+    carries = [[x for i in leaves for x in arrays[i]] for arrays in kept.carries]
+    return Offload.several(averages, values, carries=carries or None)
 
 
-def _check_alike(name: str, values: Arrays, copies: Arrays) -> None:
-    for value, copy in zip(map(_memory.face, values), map(_memory.face, copies), strict=True):
-        if value.dtype != copy.dtype:
-            raise TypeError(f"values[{name!r}] must be of {copy.dtype}, got {value.dtype}")
-        if value.shape != copy.shape:
-            raise ValueError(f"values[{name!r}] must have shape {copy.shape}, got {value.shape}")
+def _check_alike(name: str, values: Locals, copies: Locals) -> None:
+    for value, copy in zip(values, copies, strict=True):
+        if (dtype := _arrays.dtype_of(value)) != (needed := _arrays.dtype_of(copy)):
+            raise TypeError(f"values[{name!r}] must be of {needed}, got {dtype}")
+        if (shape := _arrays.shape_of(value)) != (its := _arrays.shape_of(copy)):
+            raise ValueError(f"values[{name!r}] must have shape {its}, got {shape}")

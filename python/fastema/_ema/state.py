@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _memory
+from .. import _arrays
 from .._arrays.shards import Shards
+from .._types import Array, check_count, check_share
 from ..checkpoint import _sets
-from ..checkpoint._state import PlainState
-from .count import Count, checked_count, checked_share
+from ..checkpoint._replace import StrPath
+from ..checkpoint._state import PlainState, write_state
+from .count import Count
 from .exchange import Exchange
-from .tree import Array, Arrays
+from .values import Locals
 
 _Named = Mapping[str, Any]  # NumPy arrays, or blocks of files, by the names of local arrays
 
@@ -57,7 +59,7 @@ class State:
         """
         averages = exchange.averages
 
-        def named(arrays: Mapping[int, Arrays]) -> dict[str, np.ndarray]:
+        def named(arrays: Mapping[int, Locals]) -> dict[str, np.ndarray]:
             return {name: contents(x) for name, x in exchange.values.by_name(arrays).items()}
 
         return cls(
@@ -87,6 +89,26 @@ class State:
             "config": dict(self.config),
         }
 
+    def write(self, path: StrPath, exchange: Exchange, config: Mapping[str, Any]) -> None:
+        """Write it into a file, or a set of files where values are sharded; see `EMA.save`.
+
+        Args:
+            path: Of the file.
+            exchange: That the state was just taken from.
+            config: All arguments of the constructor that are saved.
+        """
+        averages = exchange.averages
+        debiased = [
+            {i: exchange.average_of(k, i, self.count) for i in averages.averaged}
+            if self.count.divisor(k) != 1.0
+            else {}
+            for k in range(len(averages.by_decay))
+        ]
+        shown = [
+            {name: _arrays.host(x) for name, x in exchange.values.by_name(kept).items()} for kept in debiased
+        ]
+        write_state(path, self.to_dict(), config, shown, _sets.layout(_local_shapes(exchange)))
+
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "State":
         """Return what `to_dict` was called on.
@@ -96,9 +118,9 @@ class State:
             TypeError: A number is none.
             ValueError: A number is outside of its range.
         """
-        step, swapped = checked_count("state['step']", state["step"], 0), state["swapped"]
-        products = tuple(checked_share(product, "state['products']") for product in state["products"])
-        decays = tuple(checked_share(decay, "state['decay']") for decay in state["decay"] or ())
+        step, swapped = check_count(state["step"], "state['step']"), state["swapped"]
+        products = tuple(check_share(product, "state['products']") for product in state["products"])
+        decays = tuple(check_share(decay, "state['decay']") for decay in state["decay"] or ())
         return cls(
             averages=state["averages"],
             carries=state["carries"],
@@ -117,7 +139,7 @@ class State:
         """
         places = {
             name: dict(zip(names, shards.blocks if shards else [None], strict=True))
-            for name, names, shards in local_shapes(exchange)
+            for name, names, shards in _local_shapes(exchange)
         }
 
         def cut(arrays: _Named) -> _Named:
@@ -159,12 +181,12 @@ class State:
                 pairs += _fitting(f"state[{key!r}][{k}]", averaged, other)
         copied = values.by_name({i: averages.by_decay[0][i] for i in averages.copied})
         pairs += _fitting("state['copied']", copied, self.copied)
-        weights: dict[int, Arrays] = {}
+        weights: dict[int, Locals] = {}
         if self.swapped is not None:
             averages.checked_index(self.swapped)
             values.check_writable("load_state_dict() of a state saved while swapped")
             leaves = range(len(values.leaves))
-            weights = {i: [_memory.empty_like(x) for x in values.views(i)] for i in leaves}
+            weights = {i: [_arrays.empty_like(x) for x in values.leaves[i].local_arrays()] for i in leaves}
             pairs += _fitting("state['values']", values.by_name(weights), self.values)
         return Fitted(pairs, weights)
 
@@ -178,38 +200,21 @@ class Fitted(NamedTuple):
     """
 
     pairs: list[tuple[Array, "np.ndarray | _sets.Region"]]
-    weights: dict[int, Arrays]
+    weights: dict[int, Locals]
 
     def write(self) -> None:
         """Have the arrays hold what they are to hold."""
         for target, source in self.pairs:
-            _memory.write(np.asarray(source), target)
+            _arrays.write(np.asarray(source), target)
 
 
-def debiased(exchange: Exchange, count: Count) -> list[dict[str, np.ndarray]]:
-    """Return for each decay the averages as they are shown, where these are others than are kept."""
-    values, averages = exchange.values, exchange.averages
-    return [
-        {
-            name: _memory.host(x)
-            for name, x in values.by_name(
-                {
-                    i: exchange.average_of(k, i, count)
-                    for i in (averages.averaged if count.divisor(k) != 1.0 else ())
-                }
-            ).items()
-        }
-        for k in range(len(averages.by_decay))
-    ]
-
-
-def local_shapes(exchange: Exchange) -> list[tuple[str, dict[str, tuple[int, ...]], Shards | None]]:
+def _local_shapes(exchange: Exchange) -> list[tuple[str, dict[str, tuple[int, ...]], Shards | None]]:
     """Return of each leaf its name, the names and shapes of its local arrays and how it is spread."""
     values, kept = exchange.values, exchange.averages.by_decay[0]
     return [
         (
             name,
-            {part: _memory.face(x).shape for part, x in zip(values.local_names[i], kept[i], strict=True)},
+            {part: _arrays.shape_of(x) for part, x in zip(values.local_names[i], kept[i], strict=True)},
             values.leaves[i].shards,
         )
         for i, name in enumerate(values.names)
@@ -225,12 +230,12 @@ def _fitting(
         raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
     pairs = []
     for name, array in ours.items():
-        face, source = _memory.face(array), theirs[name]
+        dtype, shape, source = _arrays.dtype_of(array), _arrays.shape_of(array), theirs[name]
         if not isinstance(source, _sets.Region):
             source = np.asarray(source)
-        if face.dtype != source.dtype:
-            raise TypeError(f"{place}[{name!r}] must be {face.dtype}, got {source.dtype}")
-        if face.shape != source.shape:
-            raise ValueError(f"{place}[{name!r}] must have shape {face.shape}, got {source.shape}")
+        if dtype != source.dtype:
+            raise TypeError(f"{place}[{name!r}] must be {dtype}, got {source.dtype}")
+        if shape != source.shape:
+            raise ValueError(f"{place}[{name!r}] must have shape {shape}, got {source.shape}")
         pairs.append((array, source))
     return pairs

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from .._leaves import check_sharded
+from .._arrays.torch import check_sharded
+from .._types import Array
 
-Array = Any  # of any library, wherever it lies
-Arrays = list[Array]
 Nested = Any  # arrays in sequences, mappings and modules, within each other
 Buffers = Literal["copy", "average", "ignore"]
 
@@ -42,7 +41,7 @@ class Tree:
     @classmethod
     def of(
         cls, values: Nested, is_array: Callable[[Nested], bool], buffers: Buffers = "copy"
-    ) -> tuple["Tree", Arrays]:
+    ) -> tuple["Tree", list[Array]]:
         """Take values apart, in one walk.
 
         Args:
@@ -57,14 +56,15 @@ class Tree:
             TypeError: Something among them is neither an array nor holds arrays.
             ValueError: Two arrays have one name.
         """
-        tree, arrays = cls(is_array, buffers), list[Array]()
+        tree = cls(is_array, buffers)
+        arrays: list[Array] = []
         tree._root = tree._walk(values, "", arrays)
         if len(set(tree.names)) < len(tree.names):
             twice = next(name for name in tree.names if tree.names.count(name) > 1)
             raise ValueError(f"values must have one name each, and two of them are {twice!r}")
         return tree, arrays
 
-    def _walk(self, values: Nested, name: str, found: Arrays) -> _Node:
+    def _walk(self, values: Nested, name: str, found: list[Array]) -> _Node:
         if self._is_array(values):
             self.names.append(name or "0")
             found.append(values)
@@ -88,17 +88,17 @@ class Tree:
         children = [self._walk(x, _joined(name, i), found) for i, x in enumerate(values)]
         return _Listed(_maker(values), children)
 
-    def arrays(self, values: Nested) -> Arrays:
+    def arrays(self, values: Nested) -> list[Array]:
         """Return the arrays of these or other values of this shape, in order.
 
         Raises:
             ValueError: They have another shape.
         """
-        found: Arrays = []
+        found: list[Array] = []
         self._collect(self._root, values, "", found)
         return found
 
-    def _collect(self, node: _Node, values: Nested, name: str, found: Arrays) -> None:
+    def _collect(self, node: _Node, values: Nested, name: str, found: list[Array]) -> None:
         if node is None:
             found.append(values)
             return

@@ -1,14 +1,15 @@
 """The user's values: which arrays they are, by which names, and where each of them lies by now."""
 
 import operator
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
+from .. import _arrays
+from .._arrays import Leaf
+from .._types import Array
+from .tree import Buffers, Nested, Tree
 
-from .. import _leaves, _memory
-from .tree import Array, Arrays, Buffers, Nested, Tree
+Locals = list[Array]  # the local arrays of a leaf, NumPy's or on a device, as they are worked on
 
 
 class Values:
@@ -21,23 +22,22 @@ class Values:
         names: Of each leaf, the first one that it was given under.
         local_names: Of each leaf, the names of its local arrays: several only where it is sharded.
         copied: The names of a module's buffers that are not to be averaged.
+        moving: Where those leaves lie that stay where they are, unless their library moves them (FSDP).
     """
 
     def __init__(self, tree: Tree, module: Nested | None) -> None:
         self._tree = tree
         self._module = module
         self.copied = tree.copied
-        self.leaves: list[_leaves.Leaf] = []
+        self.leaves: list[Leaf] = []
         self.names: list[str] = []
         self.local_names: list[list[str]] = []
-        self._given: Arrays = []  # of each value in the tree the array, or None if it never changes
+        self._given: list[Array | None] = []  # of each value in the tree; None if it never changes
         self._places: list[int] = []  # of each value in the tree, its leaf
         self._firsts: list[int] = []  # of each leaf, its first value in the tree
-        self._reader = _leaves.Reader(self.leaves)
-        self._moving: list[_leaves.Leaf] = []
 
     @classmethod
-    def of(cls, given: Nested, buffers: Buffers, *, unchanging: bool) -> tuple["Values", list[Arrays]]:
+    def of(cls, given: Nested, buffers: Buffers, *, unchanging: bool) -> tuple["Values", list[Locals]]:
         """Take the user's values apart.
 
         Args:
@@ -54,23 +54,29 @@ class Values:
         """
         if isinstance(given, Iterator):
             given = list(given)
-        tree, arrays = Tree.of(given, _leaves.is_leaf, buffers)
+        tree, arrays = Tree.of(given, _arrays.is_leaf, buffers)
         values = cls(tree, given if hasattr(given, "named_parameters") else None)
-        return values, values._take(arrays, unchanging)
+        local = values._take(arrays, unchanging)
+        values._reader = _arrays.Reader(values.leaves)
+        values.moving = _arrays.Addresses(leaf.address for leaf in values.leaves if leaf.may_move)
+        return values, local
 
-    def _take(self, arrays: Arrays, unchanging: bool) -> list[Arrays]:
-        local_arrays: list[Arrays] = []
+    _reader: _arrays.Reader
+    moving: _arrays.Addresses
+
+    def _take(self, arrays: list[Array], unchanging: bool) -> list[Locals]:
+        found: list[Locals] = []
         places: dict[object, int] = {}
         for array, name in zip(arrays, self._tree.names, strict=True):
-            leaf = _leaves.leaf(array, f"values[{name!r}]")
+            leaf = _arrays.leaf(array, f"values[{name!r}]")
             if unchanging and not leaf.immutable:
                 raise ValueError(
                     "background must be False unless values cannot change meanwhile, as JAX arrays; "
                     f"values[{name!r}] is of {type(array).__name__}"
                 )
-            local = leaf.parts(array if leaf.immutable else None)
+            local = leaf.local_arrays(array if leaf.immutable else None)
             # an immutable array that is given twice may well become two
-            key = id(leaf) if leaf.immutable else _memory_of(local[0]) if leaf.fixed else id(array)
+            key = id(leaf) if leaf.immutable else _memory_of(local[0]) if leaf.stable else id(array)
             place = places.setdefault(key or id(array), len(self.leaves))
             if place == len(self.leaves):
                 self.leaves.append(leaf)
@@ -78,16 +84,14 @@ class Values:
                 several = len(local) > 1
                 self.local_names.append([f"{name}/{j}" for j in range(len(local))] if several else [name])
                 self._firsts.append(len(self._places))
-                local_arrays.append(local)
+                found.append(local)
             self._places.append(place)
             self._given.append(None if leaf.immutable else array)
-        self._reader = _leaves.Reader(self.leaves)
-        self._moving = [leaf for leaf in self.leaves if leaf.followed]
-        return local_arrays
+        return found
 
     # --- shape ------------------------------------------------------------------------------------
 
-    def matched(self, other: Nested) -> Arrays:
+    def matched(self, other: Nested) -> list[Array]:
         """Return the arrays of other values of this shape, one for each that was given, in order.
 
         Raises:
@@ -95,25 +99,25 @@ class Values:
         """
         return self._tree.arrays(other)
 
-    def targets(self, others: Arrays | None = None) -> list["Target"]:
-        """Return what averages are written into for good: the values, or others in their order.
+    def targets(self, others: Nested | None = None) -> list["Target"]:
+        """Return what averages are written into for good: the values, or others of their shape.
 
         Raises:
             TypeError: One of the others is no array, or its memory cannot be viewed.
-            ValueError: One is sharded otherwise than the value.
+            ValueError: They have another shape, or one is sharded otherwise than the value.
         """
+        given = zip(self._tree.names, self._places, strict=True)
         if others is None:
-            given = zip(self._tree.names, self._places, strict=True)
             return [Target(name, place, self.leaves[place], []) for name, place in given]
         targets = []
-        for array, name, place in zip(others, self._tree.names, self._places, strict=True):
-            leaf = _leaves.leaf(array, f"values[{name!r}]")
+        for array, (name, place) in zip(self.matched(others), given, strict=True):
+            leaf = _arrays.leaf(array, f"values[{name!r}]")
             if leaf.shards != self.leaves[place].shards:
                 raise ValueError(f"values[{name!r}] must be sharded, or whole, as it was at first")
-            targets.append(Target(name, place, leaf, _viewed(leaf.parts(array), name)))
+            targets.append(Target(name, place, leaf, leaf.local_arrays(array)))
         return targets
 
-    def by_name(self, arrays: Mapping[int, Arrays]) -> dict[str, Array]:
+    def by_name(self, arrays: Mapping[int, Locals]) -> dict[str, Array]:
         """Return the local arrays of some leaves by their names."""
         return {
             name: array
@@ -131,11 +135,16 @@ class Values:
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def are_given(self, arrays: Arrays) -> bool:
+    @property
+    def are_stable(self) -> bool:
+        """Whether the values' memory is paired once, and not read anew at each update."""
+        return all(leaf.stable for leaf in self.leaves)
+
+    def are_given(self, arrays: list[Array]) -> bool:
         """Tell whether arrays in order are those that were given at first."""
         return all(map(operator.is_, arrays, self._given))
 
-    def sources(self, arrays: Arrays | None) -> Arrays:
+    def sources(self, arrays: list[Array] | None) -> list[Array | None]:
         """Return for each leaf the array to read; None: its own, as it is by then.
 
         Raises:
@@ -150,25 +159,11 @@ class Values:
                 )
         return [None] * len(self.leaves)
 
-    def local_arrays(self, sources: Arrays | None = None) -> list[Arrays]:
+    def local_arrays(self, sources: Sequence[Array | None] | None = None) -> list[Locals]:
         """Return the local arrays of each leaf, read from what `sources` returned; None: from its own."""
         if sources is None:
-            return [leaf.parts() for leaf in self.leaves]
-        return self._reader.parts(sources)
-
-    def views(self, i: int, local_arrays: Arrays | None = None) -> Arrays:
-        """Return local arrays of a leaf as what is worked on where they lie; None: its own."""
-        found = self.leaves[i].parts() if local_arrays is None else local_arrays
-        return _viewed(found, self.names[i])
-
-    @property
-    def are_stable(self) -> bool:
-        """Whether the values' memory is paired once, and not read anew at each update."""
-        return all(leaf.fixed for leaf in self.leaves)
-
-    def addresses(self) -> list[object]:
-        """Return where those stable values lie that can be given other memory all the same (FSDP's)."""
-        return [leaf.place() for leaf in self._moving]
+            return [leaf.local_arrays() for leaf in self.leaves]
+        return self._reader.local_arrays(sources)
 
     # --- checks -----------------------------------------------------------------------------------
 
@@ -187,16 +182,6 @@ class Values:
         for leaf, name in zip(self.leaves, self.names, strict=True):
             check_writable(leaf, name, call)
 
-    def named(self, error: Exception, leaves: Sequence[int]) -> Exception:
-        """Return an error of the core, which knows numbers in a list, with the names of these leaves."""
-        names = [self.names[i] for i in leaves for _ in self.local_names[i]]
-
-        def named(found: re.Match[str]) -> str:
-            return f"{found[1]}[{names[int(found[2])]!r}]"
-
-        numbers = r"\b((?:averages|carries)(?:\[\d+\](?=\[))?|values)\[(\d+)\]"
-        return type(error)(re.sub(numbers, named, str(error)))
-
 
 class Target(NamedTuple):
     """An array that is given averages for good.
@@ -205,16 +190,16 @@ class Target(NamedTuple):
         name: What errors call it.
         place: The leaf whose averages it is given.
         leaf: What can be done with it.
-        views: Its local arrays, where it is none of the values.
+        local_arrays: Where it is none of the values.
     """
 
     name: str
     place: int
-    leaf: _leaves.Leaf
-    views: Arrays
+    leaf: Leaf
+    local_arrays: Locals
 
 
-def check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
+def check_writable(leaf: Leaf, name: str, call: str) -> None:
     """Raise if something keeps one value from being changed."""
     obstacle = leaf.obstacle()
     if leaf.immutable:
@@ -223,20 +208,18 @@ def check_writable(leaf: _leaves.Leaf, name: str, call: str) -> None:
         raise ValueError(f"{call} must change values[{name!r}], which {obstacle}")
 
 
-def by_device(leaves: Iterable[int], views: Mapping[int, Arrays]) -> list[list[int]]:
+def by_device(
+    leaves: Iterable[int], local_arrays: Sequence[Locals] | Mapping[int, Locals]
+) -> list[list[int]]:
     """Return leaves whose values lie in one memory together; those in host memory come first."""
     groups: dict[int, list[int]] = {}
     for i in leaves:
-        device = _memory.device(views[i][0])
+        device = _arrays.device(local_arrays[i][0])
         groups.setdefault(-1 if device is None else device, []).append(i)
     return [groups[device] for device in sorted(groups)]
 
 
-def _viewed(local_arrays: Arrays, name: str) -> Arrays:
-    return [x if isinstance(x, np.ndarray) else _memory.view(x, f"values[{name!r}]") for x in local_arrays]
-
-
 def _memory_of(array: Array) -> object:
     """Return what tells an array's memory from others'; nothing for arrays without elements."""
-    face = _memory.face(_memory.view(array, "values"))
-    return (face.ctypes.data, face.shape, face.strides, face.dtype) if face.size else None
+    found = _arrays.describe(array)
+    return (found.address, found.shape, found.strides, found.dtype) if found.size else None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from .._arrays import as_list, interleaved, is_movable, views
+from .._arrays import as_list, interleaved, views, watch
 from .._types import Terms
 from . import _driver
 from ._arrays import Group
@@ -97,8 +97,7 @@ class Offload:
         self._driver = _driver.load()
         self._averages, self._carries = views(a, "averages", single), views(c, "carries", single)
         self._group = self._seen()
-        self._movable = [[x for x in side if is_movable(x)] for side in ([*a, *c], b)]
-        self._moved_to = self._lie()
+        self._watched, self._followed = watch((*a, *c)), watch(b)
         with self._driver.on(self._group.device):
             self._chunks = self._cut()
             self._stream = self._driver.new_stream()
@@ -111,30 +110,30 @@ class Offload:
 
     def _seen(self) -> Group:
         group = Group({"values": self._values}, self._terms["single"])
-        _core.check(self._averages, group.faces[0], self._carries, **self._terms)
+        _core.check(self._averages, group.arrays[0], self._carries, **self._terms)
         return group
 
     def _cut(self) -> list[_Chunk]:
         """Cut all values into chunks that fill a slot each, and pair their averages with the slots."""
-        faces, lists = self._group.faces[0], self._lists
-        total = sum(-(-face.nbytes // _LINE) * _LINE for face in faces)
+        values, lists = self._group.arrays[0], self._lists
+        total = sum(-(-value.nbytes // _LINE) * _LINE for value in values)
         size = min(SLOT, max(total, _LINE))
         count = min(SLOTS, max(1, -(-total // size)))
         slots = [self._driver.pinned(size) for _ in range(count)]
         chunks: list[_Chunk] = []
         room = 0
-        for pair, face in enumerate(faces):
+        for pair, value in enumerate(values):
             rows = slice(pair * lists, (pair + 1) * lists)
             averages, carries = ([_flat(x) for x in side[rows]] for side in (self._averages, self._carries))
             begin = 0
-            while begin < face.nbytes:
+            while begin < value.nbytes:
                 if room == 0:
                     chunks.append(_Chunk())
                     room = size
-                nbytes = min(room, face.nbytes - begin)
+                nbytes = min(room, value.nbytes - begin)
                 slot = slots[(len(chunks) - 1) % count]
-                target = slot[size - room : size - room + nbytes].view(face.dtype)
-                first = begin // face.itemsize
+                target = slot[size - room : size - room + nbytes].view(value.dtype)
+                first = begin // value.itemsize
                 part = slice(first, first + target.size)
                 chunks[-1].parts.append(
                     _Part([x[part] for x in averages], [x[part] for x in carries], target, pair, begin)
@@ -207,19 +206,16 @@ class Offload:
             self._job = self._read = None
             raise RuntimeError(f"an update of averages in host memory failed: {reason}") from reason
 
-    def _lie(self) -> list[list[int]]:
-        return [[x.data_ptr() for x in side] for side in self._movable]
-
     def _follow(self) -> None:
         """Read values where they lie now."""
-        now = self._lie()
-        if now == self._moved_to:
+        if self._watched is not None:
+            self._watched.check("offload")
+        if self._followed is None or not self._followed.moved():
             return
-        if now[0] != self._moved_to[0]:
-            raise ValueError("an average was given other memory after it was paired; make the offload anew")
         group = self._seen()
         group.check_unchanged(self._group)
-        self._group, self._moved_to = group, now
+        self._group = group
+        self._followed.accept()
 
     # --- the worker -------------------------------------------------------------------------------
 
@@ -247,7 +243,7 @@ class Offload:
 
     def _copy(self, chunk: _Chunk) -> Any:
         for part in chunk.parts:
-            address = self._group.faces[0][part.pair].ctypes.data
+            address = self._group.arrays[0][part.pair].address
             self._driver.read(part.target, address + part.begin, self._stream)
         return self._driver.record(self._stream)
 

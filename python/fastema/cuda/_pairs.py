@@ -50,20 +50,20 @@ class Pairs:
             self._build()
 
     def __len__(self) -> int:
-        return len(self._group.faces[1])
+        return len(self._group.arrays[1])
 
     # --- the plan ---------------------------------------------------------------------------------
 
     def _seen(self) -> Group:
         """See where the arrays lie, and have the core check them."""
         group = Group(self._arguments, self._terms.get("single", False))
-        _core.check(*group.faces, **self._terms)
+        _core.check(*group.arrays, **self._terms)
         return group
 
     def _build(self) -> None:
         driver, device, lists = self._driver, self._group.device, self._lists
         self._tables = _tables(self._group)
-        sizes = np.array([value.size for value in self._group.faces[1]], np.int64)
+        sizes = np.array([value.size for value in self._group.arrays[1]], np.int64)
         chunk = _plan.chunk_size(int(sizes.sum()), driver.multiprocessors(device))
         chunks = _plan.chunk_table(sizes, chunk)
         self._blocks = len(chunks)
@@ -83,7 +83,7 @@ class Pairs:
         for table in tables[:-1]:
             begins.append(begins[-1] + table.nbytes)
         tensors, carries, places = begins
-        compensated = carries if self._group.faces[2] else 0
+        compensated = carries if self._group.arrays[2] else 0
         fixed = {"tensors": tensors, "carries": compensated, "chunks": places, "chunk": chunk, "lists": lists}
         for name, value in fixed.items():
             self._update_arguments[name] = value
@@ -132,7 +132,7 @@ class Pairs:
         else:
             _core.check_numbers(0.0, threads, seed, step)
         self._seed[0], self._step[0] = seed, step
-        rounding = "compensated" if self._group.faces[2] else "stochastic" if stochastic else "nearest"
+        rounding = "compensated" if self._group.arrays[2] else "stochastic" if stochastic else "nearest"
         self._launch(self._entries[rounding], self._update_arguments, schedule)
 
     def copy(self, threads: int = 0) -> None:
@@ -145,7 +145,7 @@ class Pairs:
             _core.check_numbers(0.0, threads)
             if not self._swappable:
                 swap: Terms = {**self._terms, "verb": "swap", "only_floats": True}
-                _core.check(*self._group.faces, **swap)
+                _core.check(*self._group.arrays, **swap)
                 self._swappable = True
             self._launch(SWAP, self._swap_arguments, None)
 
@@ -170,5 +170,5 @@ class Pairs:
 
 
 def _tables(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    a, b, carries = group.faces
-    return _plan.tensor_table(a, b), np.array([carry.ctypes.data for carry in carries], np.uint64)
+    a, b, carries = group.arrays
+    return _plan.tensor_table(a, b), np.array([carry.address for carry in carries], np.uint64)

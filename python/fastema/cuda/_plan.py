@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .._arrays import Descriptor
 from ._source import CHUNK, MIXES, TENSOR
 
 
-def tensor_table(averages: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
+def tensor_table(averages: Sequence[Descriptor], values: Sequence[Descriptor]) -> np.ndarray:
     """Return a row for each average.
 
     Args:
@@ -23,7 +24,7 @@ def tensor_table(averages: Sequence[np.ndarray], values: Sequence[np.ndarray]) -
     for i, average in enumerate(averages):
         value = values[i // lists]
         mix = MIXES[average.dtype.name, value.dtype.name]
-        table[i] = average.ctypes.data, value.ctypes.data, average.size, mix, i
+        table[i] = average.address, value.address, average.size, mix, i
     return table
 
 

@@ -1,0 +1,308 @@
+"""What must fastema know of a library of arrays? Each has a file here that says it, as a `Library`."""
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from .._types import AnyArray, DType
+from .packing import axes_of, laid_out
+from .shards import Shards
+
+CPU = 1  # DLPack's kDLCPU
+CUDA = 2, 13  # its kDLCUDA and kDLCUDAManaged
+
+
+class Descriptor(NamedTuple):
+    """The type, layout and address of an array, whose memory this process may not be able to read.
+
+    Attributes:
+        dtype: The type of its elements.
+        shape: Its shape.
+        strides: From an element to the next one of each axis, in bytes.
+        address: Where its first element lies.
+        writable: Whether it may be written.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    address: int
+    writable: bool
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all elements."""
+        return self.size * self.itemsize
+
+    def dense_strides(self) -> tuple[int, ...]:
+        """Return what the strides would be, in elements, of an array without holes in this order."""
+        strides, step = [0] * len(self.shape), 1
+        for axis in reversed(axes_of(self)):
+            strides[axis], step = step, step * max(self.shape[axis], 1)
+        return tuple(strides)
+
+    def is_dense(self) -> bool:
+        """Tell whether the array is as long in memory as it has elements."""
+        dense = zip(self.shape, self.strides, self.dense_strides(), strict=True)
+        return self.size == 0 or all(n == 1 or step == k * self.itemsize for n, step, k in dense)
+
+    def empty(self, dtype: DType | None = None) -> np.ndarray:
+        """Return an array in host memory of this shape and order, with anything in it."""
+        return laid_out(np.empty(self.size, dtype or self.dtype), self)
+
+
+class Location(NamedTuple):
+    """Where an array on a CUDA device lies.
+
+    Attributes:
+        descriptor: Its type, layout and address.
+        device: None: it has no elements, and lies nowhere.
+        owner: Whose current stream it is worked on: ``"torch"`` or ``"cupy"``.
+        stream: Besides, the stream on which it is made ready.
+        holder: What keeps its memory alive.
+    """
+
+    descriptor: Descriptor
+    device: int | None
+    owner: str
+    stream: int | None
+    holder: AnyArray
+
+
+class Addresses:
+    """Where arrays lay when they were paired, to notice those that were given other memory since.
+
+    Args:
+        ask: A function for each array that tells where it lies now; None: it stays.
+    """
+
+    __slots__ = ("_ask", "_before")
+
+    def __init__(self, ask: Iterable[Callable[[], object] | None]) -> None:
+        self._ask = [one for one in ask if one is not None]
+        self.accept()
+
+    def __len__(self) -> int:
+        return len(self._ask)
+
+    def accept(self) -> None:
+        """Take the present addresses for right."""
+        self._before = [ask() for ask in self._ask]
+
+    def moved(self) -> bool:
+        """Tell whether one has moved."""
+        return [ask() for ask in self._ask] != self._before
+
+    def check(self, paired: str) -> None:
+        """Raise if one has moved.
+
+        Args:
+            paired: What holds the pairs, and must be made anew then.
+
+        Raises:
+            ValueError: One has.
+        """
+        if self.moved():
+            raise ValueError(f"a tensor was given other memory after it was paired; make the {paired} anew")
+
+
+class Leaf(ABC):
+    """One of the user's values, an array or a variable, with what its library can do.
+
+    Its elements lie in local arrays: one, or several of a value that is sharded over devices; and these need
+    not be all of it, where other processes have the rest.
+
+    Attributes:
+        stable: Whether its local arrays stay the same memory from update to update, so that they are paired
+            once.
+        may_move: Whether stable ones may be given other memory after all, and are then paired anew.
+        address: Tells where its memory is now, if that can become other memory; None: it cannot.
+        immutable: Whether it never changes: then new values are passed to each update.
+        shards: How it is spread over processes or devices; None: its one local array is all of it.
+    """
+
+    stable = True
+    may_move = False
+    address: Callable[[], object] | None = None
+    immutable = False
+    shards: Shards | None = None
+
+    @abstractmethod
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
+        """Return the local arrays to read: NumPy views of host memory, or arrays on a device; no copies.
+
+        Args:
+            value: Another value of this kind. None: this one, which is viewed again only if it has moved.
+        """
+
+    def in_place(self) -> bool:
+        """Tell whether what is written into the local arrays is written into the value."""
+        return False
+
+    def obstacle(self) -> str | None:
+        """Return what keeps the value from being changed, if anything does."""
+        return None
+
+    @abstractmethod
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
+        """Write arrays, one for each local array, cast to the value's type; they are not kept.
+
+        Returns:
+            What holds them now: the value, or a new one of an immutable kind.
+        """
+
+    @abstractmethod
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
+        """Return an average as an array of the value's library; it is live where such arrays can change."""
+
+    def written(self) -> None:  # noqa: B027 - most libraries need not know
+        """Take notice that the local arrays were written behind the library's back."""
+
+
+class Storage(ABC):
+    """What is done to a library's arrays where they lie, besides averaging."""
+
+    @abstractmethod
+    def describe(self, array: AnyArray) -> Descriptor:
+        """Return an array's type, layout and address."""
+
+    def device(self, array: AnyArray) -> int | None:  # noqa: ARG002 - host memory is one place
+        """Return the CUDA device that an array lies on; None: it lies in host memory."""
+        return None
+
+    @abstractmethod
+    def empty_like(self, array: AnyArray, dtype: DType) -> AnyArray:
+        """Return new memory beside an array, in its shape and order."""
+
+    @abstractmethod
+    def bits(self, array: AnyArray) -> AnyArray:
+        """Return a view that can be copied and exchanged, of an array of 2, 4 or 8 bytes an element."""
+
+    @abstractmethod
+    def host(self, array: AnyArray) -> np.ndarray:
+        """Return contents as a NumPy array: the array itself, or a copy where that cannot be."""
+
+    @abstractmethod
+    def write(self, array: AnyArray, target: AnyArray) -> None:
+        """Copy an array of this library or of NumPy, rounded to nearest where the target is narrower."""
+
+    @abstractmethod
+    def clear(self, array: AnyArray) -> None:
+        """Set all elements to zero."""
+
+    @abstractmethod
+    def quotient(self, average: AnyArray, divisor: float) -> AnyArray:
+        """Return an average divided by a number, rounded to its own type."""
+
+
+class Library(ABC):
+    """All that is known of a library.
+
+    Attributes:
+        storage: What is done to its arrays where they lie; only of libraries with such arrays.
+    """
+
+    storage: Storage
+
+    @abstractmethod
+    def owns(self, value: object) -> bool:
+        """Tell whether something is an array or a variable of the library; imports nothing."""
+
+    @abstractmethod
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
+        """Return a value with what the library can do.
+
+        Args:
+            value: What `owns` says yes to.
+            name: What errors call it.
+
+        Raises:
+            TypeError: Its memory cannot be viewed.
+        """
+
+    def is_on_cuda(self, array: AnyArray) -> bool:  # noqa: ARG002 - most libraries know the host alone
+        """Tell whether an array lies in the memory of a CUDA device."""
+        return False
+
+    def address(self, array: AnyArray) -> Callable[[], object] | None:  # noqa: ARG002 - of most it stays
+        """Return what tells where an array lies now, if it can be given other memory."""
+        return None
+
+    def _view(self, array: AnyArray) -> np.ndarray:  # noqa: ARG002
+        raise TypeError("it may be put into other memory at any time")
+
+    def _locate(self, array: AnyArray) -> Location:  # noqa: ARG002
+        raise TypeError("its library tells no addresses of devices")
+
+    def view(self, array: AnyArray, name: str) -> np.ndarray:
+        """Return a NumPy view of an array's host memory.
+
+        Args:
+            array: What to view.
+            name: What errors call it.
+
+        Raises:
+            TypeError: Its memory cannot be viewed.
+        """
+        try:
+            return self._view(array)
+        except (TypeError, ValueError, RuntimeError, BufferError) as reason:
+            raise _not_viewed(array, name, "CPU", reason) from None
+
+    def locate(self, array: AnyArray, name: str) -> Location:
+        """Return where an array on a CUDA device lies.
+
+        Args:
+            array: What to find.
+            name: What errors call it.
+
+        Raises:
+            ImportError: CuPy is not installed.
+            TypeError: Its memory cannot be viewed.
+        """
+        try:
+            return self._locate(array)
+        except (TypeError, ValueError, AttributeError, RuntimeError, BufferError) as reason:
+            raise _not_viewed(array, name, "CUDA", reason) from None
+
+    def local_array(self, array: AnyArray, name: str) -> AnyArray:
+        """Return a user's array as what is worked on where it lies: a NumPy view, or itself on a device.
+
+        Raises:
+            TypeError: Its memory cannot be viewed.
+        """
+        if self.is_on_cuda(array):
+            self.locate(array, name)
+            return array
+        return self.view(array, name)
+
+
+def _not_viewed(array: AnyArray, name: str, memory: str, reason: Exception) -> TypeError:
+    kind = type(array).__name__
+    return TypeError(f"{name} must be an array whose {memory} memory can be viewed, got {kind}: {reason}")
+
+
+def is_loaded(value: object, module: str, name: str) -> bool:
+    """Tell whether a value is of a class of a module that the user has imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def dtype_named(name: object) -> DType:
+    """Return NumPy's type of a name, of which NumPy itself does not know bfloat16."""
+    return np.dtype(ml_dtypes.bfloat16 if str(name) == "bfloat16" else str(name))

@@ -1,0 +1,114 @@
+"""JAX's arrays, on one device or sharded over several: they never change, so each step leaves others."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .._types import AnyArray
+from .base import CPU, CUDA, Descriptor, Leaf, Library, Location, is_loaded
+from .dispatch import cast
+from .interfaces import c_strides
+from .shards import Block, Shards
+
+
+class JaxLeaf(Leaf):
+    """An array in CPU memory, of which only the type and the place are kept, not the memory.
+
+    Each distinct shard in this process is a local array, however many devices have it.
+    """
+
+    stable = False
+    immutable = True
+
+    def __init__(self, array: AnyArray) -> None:
+        self._dtype, self._shape, self._sharding = array.dtype, array.shape, array.sharding
+        self._firsts = [0]  # of each local array, the first of this process' devices that have it
+        self._copies: list[
+            tuple[int, AnyArray]
+        ] = []  # of each of these devices, its local array, and the device
+        if len(self._sharding.device_set) == 1:
+            return
+        shards = array.addressable_shards
+        blocks = [_block_of(shard, array.shape) for shard in shards]
+        distinct = list(dict.fromkeys(blocks))
+        self._firsts = [blocks.index(block) for block in distinct]
+        for shard, block in zip(shards, blocks, strict=True):
+            self._copies.append((distinct.index(block), shard.data.sharding))
+        if not self._sharding.is_fully_replicated:
+            writers = {
+                block: shard.device.id
+                for shard, block in zip(shards, blocks, strict=True)
+                if shard.replica_id == 0
+            }
+            self.shards = Shards(
+                tuple(distinct),
+                tuple(writers.get(block) for block in distinct),
+                frozenset(device.id for device in self._sharding.device_set),
+                frozenset(shard.device.id for shard in shards),
+            )
+
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
+        if value is None:
+            raise ValueError("values must be given: JAX arrays do not change")
+        try:
+            if not self._copies and getattr(value, "is_fully_replicated", True):
+                return [np.asarray(value)]
+            sharding = getattr(value, "sharding", None)
+            # NumPy would gather what is sharded otherwise
+            if sharding is None or not sharding.is_equivalent_to(self._sharding, len(self._shape)):
+                raise ValueError(f"values must be sharded as at first, by {self._sharding}, got {sharding}")
+            return [np.asarray(value.addressable_data(first)) for first in self._firsts]
+        except TypeError:  # of JAX's tracers
+            raise RuntimeError("values of JAX arrays can be read only outside of jax.jit") from None
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"values must outlive their averaging, and one was donated to a step before: {error}"
+            ) from None
+
+    def obstacle(self) -> str | None:
+        return "is a JAX array, which never changes"
+
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
+        return self.to_library([cast(array, self._dtype) for array in arrays])
+
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
+        import jax  # noqa: PLC0415 - loaded already: the value is one of its arrays
+
+        # copies: JAX may keep the memory it is given
+        if not self._copies:
+            return jax.device_put(arrays[0].copy(), self._sharding)
+        shards = [jax.device_put(arrays[local].copy(), device) for local, device in self._copies]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
+
+
+def _block_of(shard: AnyArray, shape: tuple[int, ...]) -> Block:
+    """Return where a shard lies."""
+    begin = (index.indices(size)[0] for index, size in zip(shard.index, shape, strict=True))
+    return Block(shape, tuple(begin), shard.data.shape)
+
+
+class _Jax(Library):
+    def owns(self, value: object) -> bool:
+        return is_loaded(value, "jax", "Array")
+
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
+        self.view(value.addressable_data(0), name)
+        return JaxLeaf(value)
+
+    def is_on_cuda(self, array: AnyArray) -> bool:
+        return int(array.__dlpack_device__()[0]) in CUDA
+
+    def _view(self, array: AnyArray) -> np.ndarray:
+        if int(array.__dlpack_device__()[0]) != CPU:
+            raise TypeError(f"it lies on device {array.__dlpack_device__()}")
+        return np.asarray(array)  # DLPack would do, but not for bfloat16
+
+    def _locate(self, array: AnyArray) -> Location:
+        array.block_until_ready()  # its stream is not told
+        dtype = np.dtype(array.dtype)
+        strides = c_strides(array.shape, dtype)
+        descriptor = Descriptor(dtype, array.shape, strides, array.unsafe_buffer_pointer(), False)
+        return Location(descriptor, int(array.__dlpack_device__()[1]), "cupy", None, array)
+
+
+library = _Jax()

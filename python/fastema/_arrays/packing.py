@@ -1,0 +1,74 @@
+"""How are many arrays laid out in one piece of host memory?"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+
+class Layout(Protocol):
+    """What has a shape and an order in memory: a NumPy array, or a `Descriptor`."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+
+
+_LINE = 64  # bytes: of a cache line, and of the widest vector
+
+
+def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[DTypeLike]) -> list[np.ndarray]:
+    """Copy arrays, cast to other types, into memory as of `packed`."""
+    copies = packed(arrays, dtypes)
+    for copy, array in zip(copies, arrays, strict=True):
+        with np.errstate(all="ignore"):  # NumPy calls a signalling NaN invalid when it is widened
+            np.copyto(copy, array, casting="same_kind")
+    return copies
+
+
+def packed(
+    likes: Sequence[Layout],
+    dtypes: Sequence[DTypeLike],
+    file: str | PathLike[str] | None = None,
+) -> list[np.ndarray]:
+    """Return new arrays end to end in one piece of memory, each from a cache line on.
+
+    Small arrays that follow each other are read faster than scattered ones, and NumPy asks the system
+    for huge pages where a piece of memory is large.
+
+    Args:
+        likes: What they have the shapes and the orders in memory of.
+        dtypes: Of the new arrays.
+        file: The path of a file to make and to map, instead of memory.
+    """
+    sizes = [like.size * np.dtype(dtype).itemsize for like, dtype in zip(likes, dtypes, strict=True)]
+    begins = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)])
+    length = int(begins[-1]) + _LINE
+    if file is None:
+        memory = np.empty(length, np.uint8)
+    else:
+        Path(file).unlink(missing_ok=True)  # whoever has it mapped keeps the old one
+        memory = np.asarray(np.memmap(file, np.uint8, "w+", shape=length))
+    memory = memory[-memory.ctypes.data % _LINE :]
+    return [
+        laid_out(memory[begin : begin + size].view(dtype), like)
+        for like, dtype, begin, size in zip(likes, dtypes, begins[:-1], sizes, strict=True)
+    ]
+
+
+def laid_out(flat: np.ndarray, like: Layout) -> np.ndarray:
+    """Return a view of a flat array with the shape of another array, and its order in memory."""
+    axes = axes_of(like)
+    dense = flat.reshape([like.shape[axis] for axis in axes])
+    return dense.transpose(np.argsort(axes)) if axes else dense
+
+
+def axes_of(like: Layout) -> list[int]:
+    """Return the axes in their order in memory, that of the farthest steps first."""
+    return sorted(range(len(like.shape)), key=lambda axis: -abs(like.strides[axis]))

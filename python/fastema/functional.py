@@ -8,7 +8,7 @@ from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, views, wat
 from ._types import Array, Arrays, Rounding, Terms, average_type
 
 if TYPE_CHECKING:
-    from .cuda._pairs import Pairs as DevicePairs
+    from .cuda._pairs import DevicePairs
 
 
 def update(
@@ -171,7 +171,7 @@ class Pairs:
     __slots__ = ("_compensated", "_native", "_watched")
 
     def __init__(self, averages: Arrays, values: Arrays, *, carries: Arrays | None = None) -> None:
-        self._set_up(*_lists([averages], values, None if carries is None else [carries]))
+        self._set_up(*as_lists([averages], values, None if carries is None else [carries]))
 
     @classmethod
     def several(
@@ -195,7 +195,7 @@ class Pairs:
             ([array([0.25, 0.25])], [array([0.5, 0.5])])
         """
         pairs = cls.__new__(cls)
-        pairs._set_up(*_lists(averages, values, carries))
+        pairs._set_up(*as_lists(averages, values, carries))
         return pairs
 
     def _set_up(self, averages: list[Array], values: list[Array], carries: list[Array], terms: Terms) -> None:
@@ -290,16 +290,16 @@ def _checked(
 ) -> "_core.Pairs | DevicePairs":
     """Return the core's pairs, or a CUDA device's where the first average lies on one."""
     if averages and is_on_cuda(averages[0]):
-        from .cuda._pairs import Pairs  # noqa: PLC0415 - no CPU needs it
+        from .cuda._pairs import DevicePairs  # noqa: PLC0415 - no CPU needs it
 
-        return Pairs(averages, values, carries, **terms)
+        return DevicePairs(averages, values, carries, **terms)
     first, second = terms.get("arguments", ("averages", "values"))
     single = terms.get("single", False)
     a, b = views(averages, first, single), views(values, second, single)
     return _core.Pairs(a, b, views(carries, "carries", single) if carries else [], terms)
 
 
-def _lists(
+def as_lists(
     averages: Sequence[Arrays], values: Arrays, carries: Sequence[Arrays] | None
 ) -> tuple[list[Array], list[Array], list[Array], Terms]:
     """Return what a user gave as lists, and what the core is to be told of them."""

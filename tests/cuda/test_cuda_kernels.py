@@ -8,7 +8,6 @@ import itertools
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +21,7 @@ from fastema import schedules
 from fastema.cuda import _source
 from processes import SUPPORT
 
-INCLUDES = [SUPPORT, Path(_source.__file__).parent, _source.FORMULA.parent]
+INCLUDES = [SUPPORT, _source.FOLDER]
 NUMBERS = {name: np.dtype(getattr(ml_dtypes, name, name)) for pair in _source.MIXES for name in pair}
 CARRIES = {"float32": np.float32, "bfloat16": np.int16}
 ARCHITECTURES = [75, 90, 120, *(pytest.param(x, marks=pytest.mark.slow) for x in (80, 86, 89, 100))]
@@ -41,6 +40,7 @@ def program(tmp_path_factory):
         file = tmp_path_factory.mktemp("kernels") / "kernels"
         options = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         options += ["-Wno-unused-function", *(f"-I{folder}" for folder in INCLUDES)]
+        options += [f"-DMIXES={_source.bits_of(_source.MIXES.values())}"]
         subprocess.run(["g++", *options, *flags, SUPPORT / "cuda_kernels.cpp", "-o", file], check=True)
         return file
 
@@ -311,7 +311,8 @@ def test_random_bits_go_on_where_the_place_in_an_array_needs_33_bits(rng, device
     asked["value"] = 0.9
     parameters = [argument(rows), argument(0), argument(chunks), argument(chunk, "<u4"), argument(1, "<u4")]
     parameters += [asked, argument(7), argument(8)]
-    device.launch(_source.update_name([2], 1), 1, parameters, [a, v, rows, chunks])
+    expression = _source.update_name(rows["mix"].tolist(), 1)
+    device.launch(expression, 1, parameters, [a, v, rows, chunks])
     assert (a.view(np.uint16) == expected).all()
 
 
@@ -390,7 +391,7 @@ def test_schedules_on_the_device_are_those_of_the_host(processor):
 
 # --- what is emitted ---------------------------------------------------------------------------------
 
-EVERY_UPDATE = [_source.update_name(range(7), rounding) for rounding in range(3)]
+EVERY_UPDATE = [_source.update_name(_source.MIXES.values(), rounding) for rounding in range(3)]
 
 
 def test_the_source_is_one_text():
@@ -422,7 +423,7 @@ def test_what_is_emitted_rounds_every_operation_and_keeps_subnormals(architectur
 
 @pytest.mark.parametrize("architecture", [75, 90])
 def test_both_accesses_of_a_stream_are_under_way_before_the_first_is_used(architecture):
-    text, _, _ = nvrtc.compiled(architecture, _source.update_name([0], 0))
+    text, _, _ = nvrtc.compiled(architecture, _source.update_name([_source.MIXES["float32", "float32"]], 0))
     (body,) = [body for name, body in nvrtc.entries(text) if name == "update"]
     loops = re.findall(r'"nounroll";(.*?)bra', body, re.DOTALL)
     orders = [re.findall(r"ld\.global\.\w+\.v4|sub\.rn|st\.global", loop) for loop in loops]

@@ -501,7 +501,7 @@ def test_get_updates_is_one_step_of_a_graph_averaging_included(kind):
 
 def test_gradients_of_a_graph_are_refused_in_eager_code(kind):
     weight = tf.Variable(1.0)
-    with pytest.raises(RuntimeError, match="get_gradients and get_updates need TensorFlow.s graph mode"):
+    with pytest.raises(RuntimeError, match=r"get_gradients and get_updates need TensorFlow.s graph mode"):
         wrap(kind.SGD(1.0)).get_updates(weight * 2, [weight])
 
 

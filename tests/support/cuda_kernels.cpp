@@ -1,5 +1,6 @@
 // The CUDA kernels on the processor. As a library: run(), called by test_cuda_kernels.py. As a
-// program: every mix, rounding and alignment in memory of just the right size, for the sanitizers.
+// program: every mix (a bit of MIXES each), rounding and alignment in memory of just the right
+// size, for the sanitizers.
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -27,14 +28,13 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, void** arguments) {
 
 // What cuLaunchKernel does: an argument is where a parameter lies. False: no such kernel.
 extern "C" bool run(const char* name, unsigned blocks, void** arguments) {
-  constexpr unsigned kAll = (1u << fastema::kMixes) - 1;
   const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
   if (is("update 0")) {
-    launch(fastema::update<kAll, 0>, blocks, arguments);
+    launch(fastema::update<MIXES, 0>, blocks, arguments);
   } else if (is("update 1")) {
-    launch(fastema::update<kAll, 1>, blocks, arguments);
+    launch(fastema::update<MIXES, 1>, blocks, arguments);
   } else if (is("update 2")) {
-    launch(fastema::update<kAll, 2>, blocks, arguments);
+    launch(fastema::update<MIXES, 2>, blocks, arguments);
   } else if (is("swap")) {
     launch(fastema::swap, blocks, arguments);
   } else if (is("advance")) {
@@ -46,14 +46,17 @@ extern "C" bool run(const char* name, unsigned blocks, void** arguments) {
 }
 
 int main() {
-  constexpr size_t kAverage[] = {4, 8, 2, 2, 4, 4, 8}, kValue[] = {4, 8, 2, 2, 2, 2, 4};
-  for (uint32_t mix = 0; mix < fastema::kMixes; ++mix) {
+  constexpr size_t kBytes[fastema::kTypes] = {2, 2, 4, 8};
+  for (uint32_t mix = 0; MIXES >> mix != 0; ++mix) {
+    if ((MIXES >> mix & 1) == 0) continue;
+    const uint32_t average_type = mix / fastema::kTypes, value_type = mix % fastema::kTypes;
+    const size_t average_bytes = kBytes[average_type], value_bytes = kBytes[value_type];
     for (size_t size : {1u, 9u, 2049u}) {
       for (size_t place = 0; place < 64; ++place) {  // of the average, and of both others
-        const size_t a = place % 8 * kAverage[mix], v = place / 8 * kValue[mix];
-        const size_t c = place / 8 * kAverage[mix];
-        std::vector<char> average(a + size * kAverage[mix]), value(v + size * kValue[mix]);
-        std::vector<char> carry(c + size * kAverage[mix]);
+        const size_t a = place % 8 * average_bytes, v = place / 8 * value_bytes;
+        const size_t c = place / 8 * average_bytes;
+        std::vector<char> average(a + size * average_bytes), value(v + size * value_bytes);
+        std::vector<char> carry(c + size * average_bytes);
         fastema::Tensor tensor{average.data() + a, value.data() + v, size, mix, 0};
         const fastema::Tensor* tensors = &tensor;
         void* row = carry.data() + c;
@@ -68,7 +71,7 @@ int main() {
         void* three[] = {&tensors, &chunks, &chunk};
         const auto blocks = static_cast<unsigned>(table.size());
         for (const char* name : {"update 0", "update 1", "update 2"}) run(name, blocks, all);
-        if (mix < 4) run("swap", blocks, three);
+        if (average_type == value_type) run("swap", blocks, three);
       }
     }
   }

@@ -30,8 +30,9 @@ def kernels():
     if compiler is None:
         pytest.skip("there is no C++ compiler for the kernels of the fake device")
     here = Path(__file__).parent
-    folders = here, Path(_source.__file__).parent, _source.FORMULA.parent
+    folders = here, _source.FOLDER
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", *(f"-I{x}" for x in folders)]
+    flags.append(f"-DMIXES={_source.bits_of(_source.MIXES.values())}")
     with tempfile.TemporaryDirectory(prefix="fastema-fake-") as folder:
         target = Path(folder) / "kernels.so"
         subprocess.run([compiler, *flags, here / "cuda_kernels.cpp", "-o", target], check=True)
@@ -206,7 +207,7 @@ class Driver(_driver.Driver):
         address = memory.ctypes.data
         self._memory[address] = memory
         self.write(address, contents, stream)
-        return _driver.Memory(address, self._free, stream)
+        return _driver.Allocation(address, self._free, stream)
 
     def _free(self, address, stream):
         self.freed.append(stream.handle)

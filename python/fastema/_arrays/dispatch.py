@@ -135,7 +135,8 @@ def dtype_of(array: AnyArray) -> DType:
 def shape_of(array: AnyArray) -> tuple[int, ...]:
     """Return the shape of a local array."""
     if isinstance(array, np.ndarray):
-        return array.shape
+        shape: tuple[int, ...] = array.shape
+        return shape
     return _storage(array).describe(array).shape
 
 

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,10 +22,19 @@ class Stream(NamedTuple):
     """A CUDA stream, and what keeps it from being destroyed."""
 
     handle: int
-    holder: Any = None
+    holder: object = None
 
 
-class Memory:
+class Handle(Protocol):
+    """An object of CuPy's that destroys what it stands for: an event, or a kernel's function."""
+
+    @property
+    def ptr(self) -> int:
+        """What CUDA knows it by."""
+        ...
+
+
+class Allocation:
     """A piece of device memory, given back in the order of the stream that used it last.
 
     CuPy's pool would hand it out again at once, while a kernel on torch's stream still reads it.
@@ -51,10 +61,10 @@ Launch = Callable[[int, Stream], None]  # takes the number of blocks
 class Driver:
     """CUDA through CuPy."""
 
-    def __init__(self, cupy: Any) -> None:
+    def __init__(self, cupy: ModuleType) -> None:
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
-        self._functions: dict[tuple[str, int], Any] = {}
+        self._functions: dict[tuple[str, int], Handle] = {}
 
     # --- arrays -----------------------------------------------------------------------------------
 
@@ -66,7 +76,7 @@ class Driver:
         """Tell on which device an address lies."""
         return int(self._runtime.pointerGetAttributes(address).device)
 
-    def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+    def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> Any:
         """Return an array without holes in new memory of the current device."""
         size = math.prod(shape)
         memory = self._cupy.cuda.alloc(max(size * dtype.itemsize, 1))
@@ -106,17 +116,17 @@ class Driver:
         stream = self._cupy.cuda.Stream(non_blocking=True)
         return Stream(stream.ptr, stream)
 
-    def record(self, stream: Stream) -> Any:
+    def record(self, stream: Stream) -> Handle:
         """Return an event: all that was asked of a stream so far is done."""
-        event = self._cupy.cuda.Event(block=True, disable_timing=True)  # a waiting host thread sleeps
+        event: Handle = self._cupy.cuda.Event(block=True, disable_timing=True)  # a waiting host thread sleeps
         self._runtime.eventRecord(event.ptr, stream.handle)
         return event
 
-    def wait(self, stream: Stream, event: Any) -> None:
+    def wait(self, stream: Stream, event: Handle) -> None:
         """Have a stream wait for an event, on the device."""
         self._runtime.streamWaitEvent(stream.handle, event.ptr)
 
-    def finish(self, event: Any) -> None:
+    def finish(self, event: Handle) -> None:
         """Wait for an event, on the host and without the interpreter's lock."""
         self._runtime.eventSynchronize(event.ptr)
 
@@ -126,7 +136,7 @@ class Driver:
 
     # --- memory -----------------------------------------------------------------------------------
 
-    def upload(self, contents: np.ndarray, stream: Stream) -> Memory:
+    def upload(self, contents: np.ndarray, stream: Stream) -> Allocation:
         """Copy to new device memory."""
         address = self._runtime.mallocAsync(max(contents.nbytes, 1), stream.handle)
         device = self._runtime.getDevice()
@@ -135,7 +145,7 @@ class Driver:
             with self.on(device):  # the default stream is the current device's
                 self._runtime.freeAsync(address, stream.handle)
 
-        memory = Memory(address, free, stream)
+        memory = Allocation(address, free, stream)
         memory.contents = contents
         self.write(address, contents, stream)
         return memory
@@ -184,12 +194,12 @@ class Driver:
         launch_kernel = self._cupy.cuda.driver.launchKernel
 
         # the default argument keeps them alive
-        def launch(blocks: int, stream: Stream, _kept: Any = (arguments, parameters)) -> None:
+        def launch(blocks: int, stream: Stream, _kept: object = (arguments, parameters)) -> None:
             launch_kernel(function.ptr, blocks, 1, 1, THREADS, 1, 1, 0, stream.handle, address, 0)
 
         return launch
 
-    def _function(self, expression: str, device: int) -> Any:
+    def _function(self, expression: str, device: int) -> Handle:
         key = expression, device
         if key not in self._functions:
             module = self._cupy.RawModule(code=SOURCE, options=OPTIONS, name_expressions=(expression,))

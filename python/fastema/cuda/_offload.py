@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from .._arrays import as_list, interleaved, views, watch
-from .._types import Terms
+from .._arrays import views, watch
+from .._types import Arrays
+from ..functional import as_lists
 from . import _driver
 from ._arrays import Group
 
@@ -65,12 +66,12 @@ class Offload:
             offload.wait()
     """
 
-    def __init__(self, averages: Any, values: Any, *, carries: Any = None) -> None:
+    def __init__(self, averages: Arrays, values: Arrays, *, carries: Arrays | None = None) -> None:
         self._set_up([averages], values, None if carries is None else [carries])
 
     @classmethod
     def several(
-        cls, averages: Sequence[Any], values: Any, *, carries: Sequence[Any] | None = None
+        cls, averages: Sequence[Arrays], values: Arrays, *, carries: Sequence[Arrays] | None = None
     ) -> "Offload":
         """Pair several lists of averages with the same values, which an update copies only once.
 
@@ -83,17 +84,13 @@ class Offload:
             An offload whose `update` takes a sequence of decays, one for each list.
         """
         offload = cls.__new__(cls)
-        offload._set_up(list(averages), values, None if carries is None else list(carries))
+        offload._set_up(averages, values, carries)
         return offload
 
-    def _set_up(self, averages: list[Any], values: Any, carries: list[Any] | None) -> None:
-        b, single = as_list(values, "values")
-        a = interleaved(averages, "averages", len(b))
-        c = [] if carries is None else interleaved(carries, "carries", len(b))
-        lists = len(averages)
-        single = single and lists == 1 and len(a) == 1
-        self._values, self._lists = b, lists
-        self._terms: Terms = {"single": single, "averages_per_value": lists}
+    def _set_up(self, averages: Sequence[Arrays], values: Arrays, carries: Sequence[Arrays] | None) -> None:
+        a, b, c, self._terms = as_lists(averages, values, carries)
+        single = self._terms.get("single", False)
+        self._values, self._lists = b, len(averages)
         self._driver = _driver.load()
         self._averages, self._carries = views(a, "averages", single), views(c, "carries", single)
         self._group = self._seen()
@@ -109,7 +106,7 @@ class Offload:
         return len(self._values)
 
     def _seen(self) -> Group:
-        group = Group({"values": self._values}, self._terms["single"])
+        group = Group({"values": self._values}, self._terms.get("single", False))
         _core.check(self._averages, group.arrays[0], self._carries, **self._terms)
         return group
 

@@ -28,7 +28,7 @@ _UPDATE = np.dtype(
 _SWAP = np.dtype([("tensors", "<u8"), ("chunks", "<u8"), ("chunk", "<u4")], align=True)
 
 
-class Pairs:
+class DevicePairs:
     """What `fastema.Pairs` holds where its arrays lie on a CUDA device; arguments as for `_core.Pairs`.
 
     No call allocates, copies or waits. The exceptions: the first of each kind compiles its kernel, and

@@ -51,7 +51,7 @@ class Schedule:
             name = "schedules" if self._single else f"schedules[{i}]"
             self._arguments["schedules"][0, i] = _parameters(schedule, name, every)
         self._start = step
-        self._memory: _driver.Memory | None = None
+        self._memory: _driver.Allocation | None = None
         self._device = 0
         self._launch: Callable[[int, Stream], None] | None = None
 

@@ -1,20 +1,16 @@
 """What CuPy compiles, and how: the kernels' text, options, entry points and tables."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-# As in kernels.cu: what a tensor's `mix` says of its average and value.
-MIXES = {
-    ("float32", "float32"): 0,
-    ("float64", "float64"): 1,
-    ("bfloat16", "bfloat16"): 2,
-    ("float16", "float16"): 3,
-    ("float32", "bfloat16"): 4,
-    ("float32", "float16"): 5,
-    ("float64", "float32"): 6,
-}
+from .. import _core
+
+_TYPES = "float16", "bfloat16", "float32", "float64"  # by their numbers, as in rows.cuh
+# What a tensor's `mix` says of its average and value.
+MIXES = {(a, v): _TYPES.index(a) * len(_TYPES) + _TYPES.index(v) for a, v in _core.mixes()}
 ROUNDINGS = {"nearest": 0, "stochastic": 1, "compensated": 2}
 THREADS = 256  # of a block
 LISTS = 8  # the most lists of averages that one launch updates
@@ -49,25 +45,30 @@ ADVANCE = "fastema::advance"
 
 def update_name(mixes: Iterable[int], rounding: int) -> str:
     """Return the entry point that updates a list of these mixes."""
-    present = sum(1 << mix for mix in set(mixes))
-    return f"fastema::update<{present}u, {rounding}>"
+    return f"fastema::update<{bits_of(mixes)}u, {rounding}>"
 
 
-_HERE = Path(__file__).parent
-# The core's, beside this file or in the sources it is built from.
-FORMULA = next(
-    file
-    for file in (_HERE / "formula.hpp", _HERE.parents[2] / "cpp" / "src" / "formula.hpp")
-    if file.exists()
-)
+def bits_of(mixes: Iterable[int]) -> int:
+    """Return a number whose bits tell which mixes there are."""
+    return sum(1 << mix for mix in set(mixes))
 
 
-def _resolved() -> str:
-    """Return the kernels as one text that includes nothing, as NVRTC takes it."""
-    formula = FORMULA.read_text(encoding="utf-8")
-    formula = formula.replace("#pragma once\n", "").replace("#include <stdint.h>\n", "")
-    kernels = (_HERE / "kernels.cu").read_text(encoding="utf-8")
-    return kernels.replace('#include "formula.hpp"\n', formula)
+# Beside the extension module, which an editable install keeps elsewhere than the Python files.
+FOLDER = Path(_core.__file__).parent / "cuda"
 
 
-SOURCE = _resolved()
+def _resolved(name: str, included: set[str]) -> str:
+    """Return a file and all that it includes as one text, which is what NVRTC takes."""
+
+    def contents(include: re.Match[str]) -> str:
+        if include[1] in included:
+            return ""
+        included.add(include[1])
+        return _resolved(include[1], included)
+
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    text = text.replace("#pragma once\n", "").replace("#include <stdint.h>\n", "")
+    return re.sub(r'#include "(.*)"\n', contents, text)
+
+
+SOURCE = _resolved("kernels.cu", set())

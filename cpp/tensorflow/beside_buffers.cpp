@@ -1,4 +1,4 @@
-#include "memory.hpp"
+#include "beside_buffers.hpp"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -20,7 +20,7 @@ constexpr std::size_t kGrain = std::size_t{1} << 16;   // sizes that are close s
 
 struct Size {
   std::size_t in_use = 0;
-  std::vector<Block*> spares;
+  std::vector<Buffer*> spares;
 };
 
 std::mutex mutex;
@@ -66,36 +66,36 @@ void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes
 #endif
 }
 
-void Block::destroy(Block* block) noexcept {
-  give_back(block->data_, block->bytes_);
-  delete block;
+void Buffer::destroy(Buffer* buffer) noexcept {
+  give_back(buffer->data_, buffer->bytes_);
+  delete buffer;
 }
 
-Block* Block::make(std::size_t bytes) noexcept {
+Buffer* Buffer::make(std::size_t bytes) noexcept {
   std::byte* memory = memory_of(bytes);
   if (memory == nullptr) return nullptr;
-  Block* block = new (std::nothrow) Block(memory, bytes);
-  if (block == nullptr) give_back(memory, bytes);
-  return block;
+  Buffer* buffer = new (std::nothrow) Buffer(memory, bytes);
+  if (buffer == nullptr) give_back(memory, bytes);
+  return buffer;
 }
 
-Block* Block::take(std::size_t bytes) noexcept try {
+Buffer* Buffer::take(std::size_t bytes) noexcept try {
   bytes = (bytes + kGrain - 1) / kGrain * kGrain;
   if (bytes < kMapped) return make(bytes);
   const std::lock_guard lock(mutex);
   Size& size = sizes()[bytes];
   size.spares.reserve(size.in_use + 3);  // for all that are in use, so that drop() needs no memory
-  Block* block = size.spares.empty() ? make(bytes) : size.spares.back();
-  if (block == nullptr) return nullptr;
+  Buffer* buffer = size.spares.empty() ? make(bytes) : size.spares.back();
+  if (buffer == nullptr) return nullptr;
   if (!size.spares.empty()) size.spares.pop_back();
   ++size.in_use;
-  block->holders_ = 1;
-  return block;
+  buffer->holders_ = 1;
+  return buffer;
 } catch (const std::bad_alloc&) {
   return nullptr;
 }
 
-void Block::drop() noexcept {
+void Buffer::drop() noexcept {
   if (--holders_ > 0) return;
   if (bytes_ < kMapped) return destroy(this);
   const std::lock_guard lock(mutex);

@@ -1,4 +1,4 @@
-#include "tf_c_api.hpp"
+#include "c_api.hpp"
 
 #include <dlfcn.h>
 

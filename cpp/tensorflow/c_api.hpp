@@ -1,4 +1,4 @@
-// The part of TensorFlow's C API that ops.cpp calls, declared here and resolved when the library is
+// The part of TensorFlow's C API that the ops call, declared here and resolved when the library is
 // loaded: so it is built without TensorFlow, and one binary serves every version. The API's C types
 // have no layout of ours.
 #pragma once

@@ -16,21 +16,21 @@ bool is_fresh(const void* data, std::size_t bytes) noexcept;
 // Asks for huge pages, where that makes sense.
 void advise_huge(void* data, std::size_t bytes) noexcept;
 
-// A piece of memory that begins on a line. When the last who holds it drops it, a large one is kept
+// Memory that begins on a line. When the last who holds it drops it, a large one is kept
 // for the next of its size, as long as no fewer of its size are in use.
-class Block {
+class Buffer {
  public:
   // Held once, by the caller. Null: there is no memory.
-  static Block* take(std::size_t bytes) noexcept;
+  static Buffer* take(std::size_t bytes) noexcept;
 
   std::byte* data() const noexcept { return data_; }
   void hold() noexcept { ++holders_; }
   void drop() noexcept;
 
  private:
-  Block(std::byte* data, std::size_t bytes) noexcept : data_(data), bytes_(bytes) {}
-  static Block* make(std::size_t bytes) noexcept;
-  static void destroy(Block* block) noexcept;
+  Buffer(std::byte* data, std::size_t bytes) noexcept : data_(data), bytes_(bytes) {}
+  static Buffer* make(std::size_t bytes) noexcept;
+  static void destroy(Buffer* buffer) noexcept;
 
   std::byte* data_;
   std::size_t bytes_;
@@ -38,8 +38,8 @@ class Block {
 };
 
 struct Drop {
-  void operator()(Block* block) const noexcept { block->drop(); }
+  void operator()(Buffer* buffer) const noexcept { buffer->drop(); }
 };
-using BlockPtr = std::unique_ptr<Block, Drop>;
+using BufferPtr = std::unique_ptr<Buffer, Drop>;
 
 }  // namespace fastema

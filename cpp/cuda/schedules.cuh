@@ -1,0 +1,92 @@
+// The decays of an update: given by the host, or computed on the device from a step it counts
+// itself.
+#pragma once
+
+#include "numbers.cuh"
+
+namespace fastema {
+
+constexpr int kLists = 8;  // the most lists of averages that one pass over the values serves
+
+// What changes from step to step, where it is computed on the device by advance().
+struct State {
+  uint64_t step;
+  double decay[kLists];
+};
+
+// The decays of an update. A negative one leaves its averages as they are.
+struct Decays {
+  const State* device;  // not null: decays and step come from there
+  double value[kLists];
+};
+
+// A decay for each step. k = step - start_step.
+struct Schedule {
+  uint32_t kind;   // 0 constant: decay; 1 dynamic: min(decay, (1 + k) / (10 + k));
+                   // 2 warmup: 1 - (1 + (k - 1) / scale)^-power between least and decay, but
+                   // 0 while k <= 1; 3 power: (1 - 1 / step)^power; 4 equal weights: k / (k + 1)
+  uint32_t every;  // averages after every so many steps, with decay^every; 1 or more
+  int64_t start_step;  // before it, the decay is 0: a copy
+  double decay;
+  double scale;
+  double power;
+  double least;
+};
+
+struct Schedules {
+  Schedule of[kLists];
+};
+
+namespace {
+
+// By multiplications alone, as fastema.schedules.compound.
+inline Double compound(Double decay, uint32_t updates) {
+  uint32_t bit = 1;
+  while (bit <= updates / 2) bit *= 2;
+  Double result = decay;
+  while (bit > 1) {
+    bit /= 2;
+    result = result * result;
+    if ((updates & bit) != 0) result = result * decay;
+  }
+  return result;
+}
+
+inline double decay_at(const Schedule& schedule, uint64_t step) {
+  const int64_t k = static_cast<int64_t>(step) - schedule.start_step;
+  if (k < 0) return 0;
+  double limit = schedule.decay;
+  const double after = static_cast<double>(k);
+  if (schedule.kind == 1) {
+    const double rising = (1 + after) / (10 + after);
+    return rising < limit ? rising : limit;
+  }
+  if (schedule.kind == 2) {
+    if (k <= 1) return 0;
+    const double falling = pow(1 + (after - 1) / schedule.scale, -schedule.power);
+    const double rising = 1 - falling, limited = rising < limit ? rising : limit;
+    return limited > schedule.least ? limited : schedule.least;
+  }
+  if (schedule.kind == 3) {
+    return pow(1 - 1 / static_cast<double>(step), schedule.power);
+  }
+  if (schedule.kind == 4) return after / (after + 1);
+  return limit;
+}
+
+}  // namespace
+
+// Counts a step and computes its decays, one for each list: one thread of one block. A step that is
+// not due has a decay of -1.
+__global__ void advance(State* state, const __grid_constant__ Schedules schedules, uint32_t lists) {
+  if (threadIdx.x != 0) return;
+  const uint64_t step = state->step + 1;
+  state->step = step;
+  for (uint32_t k = 0; k < lists; ++k) {
+    const Schedule& schedule = schedules.of[k];
+    const bool due = step % schedule.every == 0;
+    state->decay[k] = due ? compound(decay_at(schedule, step), schedule.every).x : -1;
+  }
+}
+
+}  // namespace fastema

@@ -88,7 +88,7 @@ class Averages:
         self._rows = {i: _side_by_side([averages[i] for averages in self.by_decay]) for i in self.averaged}
         self._carry_rows = {i: _side_by_side([kept[i] for kept in self.carries]) for i in self.averaged}
 
-    def rows(self, leaves: Iterable[int]) -> tuple[list[Array], list[Array]]:
+    def rows(self, leaves: Iterable[int]) -> tuple[Locals, Locals]:
         """Return averages and carries of some leaves as the core takes them: of all decays side by side."""
         rows, carries = self._rows, self._carry_rows
         return [x for i in leaves for x in rows[i]], [x for i in leaves for x in carries[i]]

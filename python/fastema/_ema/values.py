@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from .. import _arrays
 from .._arrays import Leaf
-from .._types import Array
+from .._types import AnyArray, Array
 from .tree import Buffers, Nested, Tree
 
-Locals = list[Array]  # the local arrays of a leaf, NumPy's or on a device, as they are worked on
+Locals = list[AnyArray]  # the local arrays of a leaf, as they are worked on: NumPy's, or on a device
 
 
 class Values:

@@ -56,13 +56,7 @@ class Values:
             given = list(given)
         tree, arrays = Tree.of(given, _arrays.is_leaf, buffers)
         values = cls(tree, given if hasattr(given, "named_parameters") else None)
-        local = values._take(arrays, unchanging)
-        values._reader = _arrays.Reader(values.leaves)
-        values.moving = _arrays.Addresses(leaf.address for leaf in values.leaves if leaf.may_move)
-        return values, local
-
-    _reader: _arrays.Reader
-    moving: _arrays.Addresses
+        return values, values._take(arrays, unchanging)
 
     def _take(self, arrays: list[Array], unchanging: bool) -> list[Locals]:
         found: list[Locals] = []
@@ -87,6 +81,8 @@ class Values:
                 found.append(local)
             self._places.append(place)
             self._given.append(None if leaf.immutable else array)
+        self._reader = _arrays.Reader(self.leaves)
+        self.moving = _arrays.Addresses(leaf.address for leaf in self.leaves if leaf.may_move)
         return found
 
     # --- shape ------------------------------------------------------------------------------------

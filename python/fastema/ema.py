@@ -1,27 +1,25 @@
 """Averages of a model's weights for training loops of one's own: two lines in any framework."""
 
-import operator
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NoReturn
 
-import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
-from . import _arrays, schedules
-from ._arrays.shards import Shards
-from ._tree import Buffers, Tree
-from ._types import FLOATS, average_type
-from .checkpoint import _sets, _state
-from .checkpoint._state import PlainState
-from .functional import Pairs
-
-_Arrays = list[Any]  # as they lie somewhere, see _arrays
-_AWAY = "needs the weights, and averages are in their place: call swap() first"
+from . import _arrays
+from ._ema.averages import Averages, Form
+from ._ema.background import Background
+from ._ema.count import Count, Pace
+from ._ema.exchange import Exchange
+from ._ema.passes import Passes
+from ._ema.state import State
+from ._ema.tree import Buffers, Nested
+from ._ema.values import Values
+from ._types import Array, Decay, check_choice, check_count, float_type
+from .checkpoint._replace import StrPath
+from .checkpoint._state import read_state
 
 
 class EMA:
@@ -93,150 +91,55 @@ class EMA:
 
     def __init__(
         self,
-        values: Any,
-        decay: Any = 0.999,
+        values: Nested,
+        decay: Decay | Sequence[Decay] = 0.999,
         *,
         every: int = 1,
         start_step: int = 0,
         initial: Literal["values", "zeros"] = "values",
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         rounding: Literal["nearest", "stochastic", "compensated"] = "nearest",
         seed: int = 0,
         buffers: Buffers = "copy",
         device: Literal["cpu"] | None = None,
         background: bool = False,
         threads: int = 0,
-        memory: str | PathLike[str] | None = None,
+        memory: StrPath | None = None,
     ) -> None:
-        _check_choice("initial", initial, ("values", "zeros"))
-        _check_choice("rounding", rounding, ("nearest", "stochastic", "compensated"))
-        _check_choice("buffers", buffers, ("copy", "average", "ignore"))
-        _check_choice("device", device, (None, "cpu"))
-        self._pass: _Pass | None = None
-        self._several = isinstance(decay, Sequence) and not isinstance(decay, str)
-        self._decays: list[Any] = [_checked_decay(d) for d in (decay if self._several else [decay])]
-        if not self._decays:
-            raise ValueError("decay must hold one decay or more, got none")
-        self._every, self._start_step = _count("every", every, 1), _count("start_step", start_step, 0)
-        self._seed, self._threads = _count("seed", seed, 0), _count("threads", threads, 0)
-        self._rounding = rounding
-        self._buffers: Buffers = buffers
-        self._dtype = None if dtype is None else _float_type(dtype)
-        self._offloading = device == "cpu"
+        check_choice(initial, "initial", ("values", "zeros"))
+        check_choice(rounding, "rounding", ("nearest", "stochastic", "compensated"))
+        check_choice(buffers, "buffers", ("copy", "average", "ignore"))
+        check_choice(device, "device", (None, "cpu"))
+        self._pace = Pace.of(decay, every, start_step)
+        kept = None if dtype is None else float_type(dtype)
+        self._config: dict[str, Any] = {  # what is saved of the arguments
+            "every": self._pace.every,
+            "start_step": self._pace.start_step,
+            "rounding": rounding,
+            "seed": check_count(seed, "seed"),
+            "decay": list(self._pace.decays) if self._pace.several else self._pace.decays[0],
+            "dtype": None if kept is None else kept.name,
+            "buffers": buffers,
+        }
+        threads = check_count(threads, "threads")
+        stochastic = self._config["seed"] if rounding == "stochastic" else None
 
-        if isinstance(values, Iterator):
-            values = list(values)
-        self._tree = Tree(values, _arrays.is_leaf, buffers)
-        self._module = values if hasattr(values, "named_parameters") else None
-        parts = self._take(self._tree.arrays(values), background)
-        self._reader = _arrays.Reader(self._leaves)
-        self._allocate(parts, memory)
-        self._step = 0
-        self._used: list[float] | None = None
-        # of all decays used: the share that its start has in an average, where the start is nothing
-        self._products = [1.0 if initial == "zeros" else 0.0] * len(self._decays)
-        self._swapped: int | None = None  # which averages are in the values
-        self._aside: dict[int, _Arrays] = {}  # of each leaf that is not exchanged, the raw weights
-        self._exchanged: set[int] = set()  # the devices where contents are exchanged
-        # exchanged with those in host memory: tells it where an interrupt comes up as native code returns
-        self._mark = np.zeros(1), np.ones(1)
-        self._worker = ThreadPoolExecutor(1, "fastema") if background else None
-        self._pending: tuple[Future[None], tuple[Any, ...]] | None = None
-        checked = self._pass_over(parts)
-        self._pass = checked if all(leaf.stable for leaf in self._leaves) else None
-        self._moving = _arrays.Addresses(leaf.address for leaf in self._leaves if leaf.may_move)
+        self._values, local = Values.of(values, buffers, unchanging=background)
+        form = Form(len(self._pace.decays), kept, rounding, device == "cpu", memory)
+        self._averages = Averages(self._values, local, form)
+        self._exchange = Exchange(self._values, self._averages, threads)
+        self._passes = Passes(self._values, self._averages, local, seed=stochastic, threads=threads)
+        self._background = Background() if background else None
+        self._count = Count.at_start(len(self._pace.decays), zeros=initial == "zeros")
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise TypeError(
             "an EMA cannot be copied or pickled: a copy would not know its values; use state_dict()"
         )
 
-    def _take(self, values: list[Any], background: bool) -> list[list[Any]]:
-        """Make leaves of the values, one for those that are the same; return what they have to read."""
-        self._leaves: list[_arrays.Leaf] = []
-        self._names: list[str] = []
-        self._places: list[int] = []  # of each value in the tree, its leaf
-        self._firsts: list[int] = []  # of each leaf, its first value in the tree
-        self._given: list[Any] = []  # of each value, the object; but none that every step leaves behind
-        all_parts: list[list[Any]] = []
-        known: dict[Any, int] = {}
-        for value, name in zip(values, self._tree.names, strict=True):
-            leaf = _arrays.leaf(value, f"values[{name!r}]")
-            if background and not leaf.immutable:
-                raise ValueError(
-                    "background must be False unless values cannot change meanwhile, as JAX arrays; "
-                    f"values[{name!r}] is of {type(value).__name__}"
-                )
-            parts = leaf.local_arrays(value if leaf.immutable else None)
-            # an immutable array that is given twice may well become two
-            key = id(leaf) if leaf.immutable else _memory_of(parts[0]) if leaf.stable else id(value)
-            place = known.setdefault(key or id(value), len(self._leaves))
-            if place == len(self._leaves):
-                self._leaves.append(leaf)
-                self._names.append(name)
-                self._firsts.append(len(self._places))
-                all_parts.append(parts)
-            self._places.append(place)
-            self._given.append(None if leaf.immutable else value)
-        return all_parts
-
-    def _allocate(self, all_parts: list[list[Any]], file: Any) -> None:
-        """Make averages that start at the values, and carries."""
-        views = [_views(parts, name) for parts, name in zip(all_parts, self._names, strict=True)]
-        self._averaged: list[int] = []
-        self._copied: dict[int, None] = {}  # in order, as a list, and found as fast as in a set
-        for i, (parts, name) in enumerate(zip(views, self._names, strict=True)):
-            kind = _arrays.dtype_of(parts[0])
-            if kind not in FLOATS and kind.kind not in "iub":
-                raise TypeError(
-                    f"values[{name!r}] must be of float16, bfloat16, float32, float64, integers or booleans, "
-                    f"got {kind}"
-                )
-            averaged = kind in FLOATS and name not in self._tree.copied
-            if averaged:
-                self._averaged.append(i)
-            else:
-                self._copied[i] = None
-        self._check_places([x for parts in views for x in parts], file)
-        copied = [view for i in self._copied for view in views[i]]
-        moving = [view for i in self._averaged for view in views[i]]
-        same = [_arrays.dtype_of(view) for view in copied]
-        wide = [self._dtype or average_type(_arrays.dtype_of(view)) for view in moving]
-        carried = [np.dtype(np.int16) if kind == ml_dtypes.bfloat16 else kind for kind in wide]
-        lists = len(self._decays)
-        carries = lists if self._rounding == "compensated" else 0
-        arrays = [*copied, *moving * (lists + carries)]
-        dtypes = [*same, *wide * lists, *carried * carries]
-        on_host = [False] * len(copied) + [self._offloading] * (len(arrays) - len(copied))
-        made = iter(_arrays.allocate_like(arrays, dtypes, on_host, file))
-
-        def taken(leaves: Iterable[int]) -> dict[int, _Arrays]:
-            return {i: [next(made) for _ in views[i]] for i in leaves}
-
-        shared = taken(self._copied)  # by all decays
-        self._stores = [{**shared, **taken(self._averaged)} for _ in range(lists)]
-        self._carries = [taken(self._averaged) for _ in range(carries)]
-        for store in self._stores:
-            for i, averages in store.items():
-                for view, average in zip(views[i], averages, strict=True):
-                    _arrays.write(view, average)
-        for carry in [x for carries in self._carries for parts in carries.values() for x in parts]:
-            _arrays.clear(carry)
-
-    def _check_places(self, views: _Arrays, file: Any) -> None:
-        if all(_arrays.device(view) is None for view in views):
-            return
-        if file is not None and not self._offloading:
-            raise ValueError("memory must be None where values lie on a CUDA device, unless device is 'cpu'")
-        if self._offloading and self._rounding == "stochastic":
-            raise ValueError(
-                "rounding must be 'nearest' or 'compensated' where device is 'cpu' and values lie on a CUDA "
-                "device, got 'stochastic'"
-            )
-
     # --- updates ----------------------------------------------------------------------------------
 
-    def update(self, values: Any = None, *, fence: bool = True) -> None:
+    def update(self, values: Nested | None = None, *, fence: bool = True) -> None:
         """Count a step of training, and move the averages towards the values.
 
         Args:
@@ -253,40 +156,31 @@ class EMA:
             ValueError: The values do not fit those given at first, or an array was given other memory since.
                 Nothing has changed then.
         """
-        if self._swapped is not None:
-            raise RuntimeError(f"update() {_AWAY}")
-        if self._pending is not None:
+        if self._exchange.swapped is not None:  # each call takes its time here
+            self._exchange.check_not_swapped("update()")
+        if self._background is not None:
             self.wait()
-        step = self._step + 1
-        if step % self._every:
-            self._step = step
+        before = self._count
+        if not self._pace.averages_at(before.step + 1):
+            self._count = before.skip()
             return
-        arrays = None if values is None else self._tree.arrays(values)
-        decays = [self._decay_at(decay, step) for decay in self._decays]
-        products = self._products
-        before = self._step, self._used, products
-        if self._worker is not None:
-            work = self._worker.submit(self._average, self._held(arrays), decays, products, step)
-            self._pending = work, before
-            self._advance(decays, step)
+        arrays = None if values is None else self._values.matched(values)
+        count = before.next(self._pace)
+        if self._background is not None:
+            self._background.start(
+                partial(self._passes.average, self._values.sources(arrays), before, count), before
+            )
+            self._count = count
             return
-        known = arrays is None or all(map(operator.is_, arrays, self._given))
-        over = self._pass_where_it_lies() if known and 1.0 not in products else None
-        if over is None:  # also before averages start at nothing: what moved is noticed first
-            over = self._pass_over_held(self._held(arrays))
-        self._advance(decays, step)
+        over = self._passes.over(arrays, before)
+        self._count = count
         try:
-            self._move(over, decays, products, step)
+            self._passes.move(over, before, count)
         except Exception:  # no interrupt: that comes up when native code has moved them
-            self._step, self._used, self._products = before
+            self._count = before
             raise
-        if fence and self._offloading:
+        if fence and self._averages.on_host:
             self.fence()
-
-    def _advance(self, decays: list[float], step: int) -> None:
-        self._step, self._used = step, decays
-        if any(self._products):
-            self._products = [x * decay for x, decay in zip(self._products, decays, strict=True)]
 
     def fence(self) -> None:
         """Have CUDA devices change no value before the last update has copied it to host memory.
@@ -308,123 +202,7 @@ class EMA:
                     optimizer.step()
                     ema.update(fence=False)
         """
-        if self._pass is not None:
-            self._pass.fence()
-
-    def _decay_at(self, decay: Any, step: int) -> float:
-        if step < self._start_step:
-            return 0.0
-        if callable(decay):
-            decay = _checked_decay(decay(step), f"decay({step})")
-        return float(schedules.compound(decay, self._every))
-
-    def _check_module(self) -> None:
-        """Raise if a module has other tensors by now: they would be neither averaged nor swapped."""
-        if self._module is None:
-            return
-        for now, first, name in zip(
-            self._tree.arrays(self._module), self._given, self._tree.names, strict=True
-        ):
-            if now is not first:
-                raise RuntimeError(
-                    f"values[{name!r}] is no longer the tensor that was given at first; make the EMA anew"
-                )
-
-    def _held(self, arrays: list[Any] | None) -> list[Any]:
-        """Return for each leaf the value to read; None: its own, as it is by then."""
-        if arrays is not None:
-            return [arrays[place] for place in self._firsts]
-        for leaf, name in zip(self._leaves, self._names, strict=True):
-            if leaf.immutable:
-                raise ValueError(
-                    f"values must be given: values[{name!r}] {leaf.obstacle()}, and a step leaves others"
-                )
-        return [None] * len(self._leaves)
-
-    def _average(self, held: list[Any], decays: list[float], products: list[float], step: int) -> None:
-        self._move(self._pass_over_held(held), decays, products, step)
-
-    def _pass_where_it_lies(self) -> "_Pass | None":
-        """Return the pass over the values that was checked once, made anew where shards have moved."""
-        if self._pass is not None and self._moving.moved():
-            self._pass.wait()
-            self._pass = self._pass_over([leaf.local_arrays() for leaf in self._leaves])
-            self._moving.accept()
-        return self._pass
-
-    def _pass_over_held(self, held: list[Any]) -> "_Pass":
-        if self._pass is not None:
-            self._pass.wait()
-        return self._pass_over(self._reader.local_arrays(held))
-
-    def _move(self, over: "_Pass", decays: list[float], products: list[float], step: int) -> None:
-        if 1.0 in products:  # some start at nothing; until now they were the first values
-            over.wait()
-            for k, (product, decay) in enumerate(zip(products, decays, strict=True)):
-                for i in self._averaged if product == 1.0 and decay < 1.0 else ():
-                    for average in self._stores[k][i]:
-                        _arrays.clear(average)
-        options: dict[str, Any] = {}
-        if self._rounding == "stochastic":
-            options = {"rounding": "stochastic", "seed": self._seed, "step": step}
-        over.update(decays, self._threads, **options)
-        if over is not self._pass:
-            over.wait()
-
-    def _pass_over(self, parts: list[list[Any]]) -> "_Pass":
-        """Pair the averages with local arrays of each leaf; those of each device apart."""
-        over = _Pass(self._named)
-        views = {i: _views(x, self._names[i]) for i, x in enumerate(parts)}
-        for leaves in self._by_device(self._averaged, views):
-            averages = [[x for i in leaves for x in store[i]] for store in self._stores]
-            carries = [[x for i in leaves for x in carry[i]] for carry in self._carries]
-            values = [x for i in leaves for x in parts[i]]
-            away = self._offloading and _arrays.device(views[leaves[0]][0]) is not None
-            several = _offloads() if away else Pairs.several
-            try:
-                over.add(several(averages, values, carries=carries or None), leaves)
-            except (TypeError, ValueError) as error:
-                raise self._named(error, leaves) from None
-        for i in self._copied:
-            _check_alike(self._names[i], views[i], self._stores[0][i])
-        wide = [i for i in self._copied if _arrays.dtype_of(self._stores[0][i][0]).itemsize > 1]
-        for leaves in self._by_device(wide, views):
-            try:
-                over.copy(
-                    Pairs(
-                        [_arrays.bits(x) for i in leaves for x in self._stores[0][i]],
-                        [_arrays.bits(x) for i in leaves for x in views[i]],
-                    )
-                )
-            except (TypeError, ValueError) as error:
-                raise self._named(error, leaves) from None
-        # those on devices are followed by their pairs
-        watched = [
-            self._leaves[i] for i, x in enumerate(parts) if i in self._copied or _arrays.device(x[0]) is None
-        ]
-        over.watch(watched)
-        for i in self._copied:
-            if _arrays.dtype_of(self._stores[0][i][0]).itemsize == 1:
-                over.copy_bytewise(zip(self._stores[0][i], views[i], strict=True))
-        return over
-
-    def _by_device(self, leaves: Iterable[int], views: Mapping[int, _Arrays]) -> list[list[int]]:
-        """Return leaves whose values lie in one memory together; those in host memory come first."""
-        groups: dict[int, list[int]] = {}
-        for i in leaves:
-            device = _arrays.device(views[i][0])
-            groups.setdefault(-1 if device is None else device, []).append(i)
-        return [groups[device] for device in sorted(groups)]
-
-    def _named(self, error: Exception, leaves: list[int]) -> Exception:
-        """Return an error of the core, which knows numbers in a list, with the names of values."""
-        names = [self._names[i] for i in leaves for _ in self._stores[0][i]]
-
-        def named(found: re.Match[str]) -> str:
-            return f"{found[1]}[{names[int(found[2])]!r}]"
-
-        numbers = r"\b((?:averages|carries)(?:\[\d+\](?=\[))?|values)\[(\d+)\]"
-        return type(error)(re.sub(numbers, named, str(error)))
+        self._passes.fence()
 
     def wait(self) -> None:
         """Return when all that was asked for is done.
@@ -433,15 +211,10 @@ class EMA:
             Exception: What stopped an update in the background; that update was not counted then.
             RuntimeError: An update of averages in host memory failed beside the device; some may have moved.
         """
-        if self._pass is not None:
-            self._pass.wait()
-        if self._pending is None:
-            return
-        work, before = self._pending
-        error = work.exception()
-        self._pending = None
-        if error is not None:
-            self._step, self._used, self._products = before
+        self._passes.wait()
+        failed = self._background.join() if self._background is not None else None
+        if failed is not None:
+            error, self._count = failed
             raise error
 
     # --- averages ---------------------------------------------------------------------------------
@@ -449,17 +222,18 @@ class EMA:
     @property
     def step(self) -> int:
         """The number of updates seen."""
-        return self._step
+        return self._count.step
 
     @property
     def decay(self) -> float | tuple[float, ...] | None:
         """The decay last used (its power, with `every`); of several averages, a tuple; None before."""
-        if self._used is None:
+        decays = self._count.decays
+        if not decays:
             return None
-        return tuple(self._used) if self._several else self._used[0]
+        return decays if self._pace.several else decays[0]
 
     @property
-    def averages(self) -> Any:
+    def averages(self) -> Nested:
         """The averages, shaped as the values, in arrays of their library; of several, the first ones.
 
         NumPy's, torch's and CuPy's are the averages themselves, until the next `swap`, unless they started at
@@ -468,47 +242,18 @@ class EMA:
         """
         return self.averages_of(0)
 
-    def averages_of(self, k: int) -> Any:
+    def averages_of(self, k: int) -> Nested:
         """Return the averages of the k-th decay, as `averages`."""
-        k = self._checked_index(k)
+        k = self._averages.checked_index(k)
         self.wait()
-        averages = [self._average_of(k, i) for i in range(len(self._leaves))]
-        if self._offloading:
-            averages = [[_arrays.host(x) for x in parts] for parts in averages]
-        shown = [leaf.to_library(parts) for leaf, parts in zip(self._leaves, averages, strict=True)]
-        return self._tree.build(shown[place] for place in self._places)
-
-    def _checked_index(self, k: int) -> int:
-        if not 0 <= (index := operator.index(k)) < len(self._decays):
-            raise IndexError(f"k must be from 0 to {len(self._decays) - 1}, got {k}")
-        return index
-
-    def _average_of(self, k: int, i: int) -> _Arrays:
-        """Return a leaf's average as the user sees it."""
-        kept, divisor = self._kept(k, i), self._divisor(k)
-        if i in self._copied or divisor == 1.0:
-            return kept
-        return [_arrays.quotient(average, divisor) for average in kept]
-
-    def _kept(self, k: int, i: int) -> _Arrays:
-        """Return a leaf's average as it is kept, wherever that is."""
-        away = (
-            i not in self._aside
-            and (k == self._swapped or (i in self._copied and self._swapped is not None))
-            and self._is_exchanged(_arrays.device(self._stores[k][i][0]))
-        )
-        return self._read(i) if away else self._stores[k][i]
-
-    def _divisor(self, k: int) -> float:
-        product = self._products[k]
-        return 1.0 if product == 1.0 else 1.0 - product  # nothing was averaged yet: they are the first values
+        return self._exchange.nested(k, self._count)
 
     # --- swapping ---------------------------------------------------------------------------------
 
     @property
     def is_swapped(self) -> bool:
         """Whether the averages are in the place of the weights."""
-        return self._swapped is not None
+        return self._exchange.swapped is not None
 
     def swap(self, k: int = 0) -> None:
         """Put averages in the place of the weights; called again, put the weights back, bit for bit.
@@ -526,80 +271,7 @@ class EMA:
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()
-        if self._swapped is None:
-            self._put_averages(k)
-            return
-        try:
-            self._put_weights_back()
-        except KeyboardInterrupt:
-            self._put_weights_back()
-            raise
-
-    def _put_averages(self, k: int) -> None:
-        for leaf, name in zip(self._leaves, self._names, strict=True):
-            _check_writable(leaf, name, "swap()")
-        self._check_module()
-        k = self._checked_index(k)
-        apart = [i for i in range(len(self._leaves)) if not self._exchangeable(k, i)]
-        copy = _arrays.host_copy if self._offloading else _arrays.copy
-        aside = {i: [copy(x) for x in self._read(i)] for i in apart}
-        averages = {i: self._average_of(k, i) for i in apart}
-        self._swapped, self._aside = k, aside  # first, so that whatever happens can be undone
-        try:
-            for i in apart:
-                self._leaves[i].assign(averages[i])
-            self._exchange(k)
-        except BaseException:
-            self._put_weights_back()
-            raise
-
-    def _put_weights_back(self) -> None:
-        """Undo `_put_averages`, from wherever it or this was interrupted."""
-        if self._swapped is not None:
-            self._exchange(self._swapped, back=True)
-        for i, raw in self._aside.items():
-            self._leaves[i].assign(raw)
-        self._swapped, self._aside = None, {}
-
-    def _is_exchanged(self, device: int | None) -> bool:
-        return device in self._exchanged if device is not None else bool(self._mark[0][0])
-
-    def _exchangeable(self, k: int, i: int) -> bool:
-        """Tell whether a value and its average can exchange contents, and both stay what they are."""
-        shown_as_kept = i in self._copied or self._divisor(k) == 1.0
-        if not (self._leaves[i].in_place() and shown_as_kept):
-            return False
-        for value, average in zip(self._read(i), self._stores[k][i], strict=True):
-            dtype = _arrays.dtype_of(value)
-            same = dtype == _arrays.dtype_of(average) and dtype.itemsize > 1
-            if not same or _arrays.device(value) != _arrays.device(average):
-                return False
-        return True
-
-    def _read(self, i: int) -> _Arrays:
-        return _views(self._leaves[i].local_arrays(), self._names[i])
-
-    def _exchange(self, k: int, *, back: bool = False) -> None:
-        """Exchange contents with all leaves that are not kept aside, but where that is done already."""
-        leaves = [i for i in range(len(self._leaves)) if i not in self._aside]
-        views = {i: self._read(i) for i in leaves}
-        for together in self._by_device(leaves, views):
-            device = _arrays.device(views[together[0]][0])
-            if self._is_exchanged(device) != back:
-                continue
-            averages = [_arrays.bits(x) for i in together for x in self._stores[k][i]]
-            values = [_arrays.bits(x) for i in together for x in views[i]]
-            if device is None:
-                averages.append(self._mark[0])
-                values.append(self._mark[1])
-            try:
-                Pairs(averages, values).swap(self._threads)
-            except (TypeError, ValueError) as error:
-                raise self._named(error, together) from None
-            if device is not None:
-                self._exchanged ^= {device}
-        for i in leaves:
-            self._leaves[i].written()
+        self._exchange.swap(k, self._count)
 
     @contextmanager
     def swapped(self, k: int = 0) -> Iterator[None]:
@@ -623,16 +295,16 @@ class EMA:
             ...     print(weight)
             [0.5 0.5]
         """
-        if self._swapped is not None:
+        if self.is_swapped:
             raise RuntimeError("swapped() cannot be entered while averages are in the place of the weights")
         try:
             self.swap(k)
             yield
         finally:
-            if self._swapped is not None:
+            if self.is_swapped:
                 self.swap()
 
-    def copy_to(self, values: Any = None, k: int = 0) -> Any:
+    def copy_to(self, values: Nested | None = None, k: int = 0) -> Nested:
         """Write averages into values, for good.
 
         Args:
@@ -654,29 +326,8 @@ class EMA:
             {'w': array([1., 1.])}
         """
         self.wait()
-        k = self._checked_index(k)
-        averages = [self._average_of(k, i) for i in range(len(self._leaves))]
-        if values is None:
-            if self._swapped is not None:
-                raise RuntimeError(f"copy_to() {_AWAY}")
-            self._check_module()
-            targets = [self._leaves[place] for place in self._places]
-        else:
-            targets = []
-            for value, name, place in zip(
-                self._tree.arrays(values), self._tree.names, self._places, strict=True
-            ):
-                target = _arrays.leaf(value, f"values[{name!r}]")
-                if target.shards != self._leaves[place].shards:
-                    raise ValueError(f"values[{name!r}] must be sharded, or whole, as it was at first")
-                _check_fits(name, target.local_arrays(value if target.immutable else None), averages[place])
-                targets.append(target)
-        for target, name in zip(targets, self._tree.names, strict=True):
-            if not target.immutable:
-                _check_writable(target, name, "copy_to()")
-        return self._tree.build(
-            target.assign(averages[place]) for target, place in zip(targets, self._places, strict=True)
-        )
+        k = self._averages.checked_index(k)
+        return self._exchange.copy_to(values, k, self._count)
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -700,55 +351,7 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return dict(self._state(_arrays.host_copy))
-
-    def _state(self, taken: Callable[[Any], np.ndarray]) -> PlainState:
-        """Return the state with what `taken` makes of each array; the arrays themselves are live."""
-        self.wait()
-        self._check_module()
-        raw: dict[int, _Arrays] = {}
-        if self._swapped is not None:
-            raw = {i: self._aside.get(i, parts) for i, parts in self._stores[self._swapped].items()}
-
-        def named(leaves: Iterable[int], of: Callable[[int], _Arrays]) -> dict[str, np.ndarray]:
-            return {
-                name: taken(x) for i in leaves for name, x in zip(self._part_names(i), of(i), strict=True)
-            }
-
-        return {
-            "averages": [named(self._averaged, partial(self._kept, k)) for k in range(len(self._decays))],
-            "carries": [named(self._averaged, carries.__getitem__) for carries in self._carries],
-            "copied": named(self._copied, partial(self._kept, 0)),
-            "values": named(sorted(raw), raw.__getitem__),
-            "step": self._step,
-            "decay": None if self._used is None else list(self._used),
-            "products": list(self._products),
-            "swapped": self._swapped,
-            "config": {
-                "every": self._every,
-                "start_step": self._start_step,
-                "rounding": self._rounding,
-                "seed": self._seed,
-            },
-        }
-
-    def _part_names(self, i: int) -> list[str]:
-        parts, name = self._stores[0][i], self._names[i]
-        return [name] if len(parts) == 1 else [f"{name}/{j}" for j in range(len(parts))]
-
-    def _all_parts(self) -> list[tuple[str, dict[str, tuple[int, ...]], Shards | None]]:
-        """Return of each leaf its name, the names and shapes of its parts and how it is spread."""
-        return [
-            (
-                name,
-                {
-                    part: _arrays.shape_of(x)
-                    for part, x in zip(self._part_names(i), self._stores[0][i], strict=True)
-                },
-                leaf.shards,
-            )
-            for i, (name, leaf) in enumerate(zip(self._names, self._leaves, strict=True))
-        ]
+        return dict(self._state(_arrays.host_copy).to_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, to the bit.
@@ -768,42 +371,10 @@ class EMA:
             ValueError: The state does not fit. Whatever is raised, nothing has changed.
         """
         self.wait()
-        if self._swapped is not None:
-            raise RuntimeError(f"load_state_dict() {_AWAY}")
-        step, swapped = _count("state['step']", state["step"], 0), state["swapped"]
-        products = [_checked_share(product, "state['products']") for product in state["products"]]
-        used = state["decay"] and [_checked_share(x, "state['decay']") for x in state["decay"]]
-        lists = len(self._decays)
-        if len(products) != lists or (used is not None and len(used) != lists):
-            raise ValueError(f"state must be of {lists} decays, got {len(products)}")
-        found = []
-        for key, ours, all_leaves in (
-            ("averages", self._stores, self._averaged),
-            ("carries", self._carries, self._averaged),
-            ("copied", self._stores[:1], self._copied),
-        ):
-            theirs = [state[key]] if key == "copied" else state[key]
-            if len(theirs) != len(ours):
-                raise ValueError(f"state[{key!r}] must hold {len(ours)} dictionaries, got {len(theirs)}")
-            for k, (own, other) in enumerate(zip(ours, theirs, strict=True)):
-                place = f"state[{key!r}]" if key == "copied" else f"state[{key!r}][{k}]"
-                found += self._fitting(place, {i: own[i] for i in all_leaves}, other)
-        raw: list[tuple[Any, Any]] = []
-        if swapped is not None:
-            swapped = self._checked_index(swapped)
-            for leaf, name in zip(self._leaves, self._names, strict=True):
-                _check_writable(leaf, name, "load_state_dict() of a state saved while swapped")
-            own = {i: [_arrays.empty_like(x) for x in self._read(i)] for i in range(len(self._leaves))}
-            raw = self._fitting("state['values']", own, state["values"])
-        for target, source in (*found, *raw):
-            _arrays.write(np.asarray(source), target)
-        self._step, self._used, self._products = step, used, products
-        if swapped is not None:
-            self._swapped, self._aside = swapped, own
-            for i, leaf in enumerate(self._leaves):
-                leaf.assign(self._average_of(swapped, i))
+        self._exchange.check_not_swapped("load_state_dict()")
+        self._restore(State.from_dict(state))
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.
 
         The averages of the first decay, as `averages` shows them, and what is copied have the names of the
@@ -833,22 +404,17 @@ class EMA:
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        state = self._state(_arrays.host)
-        shown = [
-            {
-                name: _arrays.host(x)
-                for i in (self._averaged if self._divisor(k) != 1.0 else ())
-                for name, x in zip(self._part_names(i), self._average_of(k, i), strict=True)
-            }
-            for k in range(len(self._decays))
-        ]
-        decay = self._decays if self._several else self._decays[0]
-        dtype = None if self._dtype is None else self._dtype.name
-        config = {"decay": decay, "dtype": dtype, "buffers": self._buffers}
-        _state.write_state(path, state, config, shown, _sets.layout(self._all_parts()))
+        self._state(_arrays.host).write(path, self._exchange, self._config)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], values: Any, *, decay: Any = None, **options: Any) -> "EMA":
+    def load(
+        cls,
+        path: StrPath,
+        values: Nested,
+        *,
+        decay: Decay | Sequence[Decay] | None = None,
+        **options: Any,
+    ) -> "EMA":
         """Go on from a file of `save`, to the bit, as the run that wrote it would have.
 
         Saved while averages were in the place of the weights, it is loaded so, too, as by `load_state_dict`.
@@ -872,206 +438,23 @@ class EMA:
                 sets. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """
-        state, config = _state.read_state(path, decay)
+        state, config = read_state(path, decay)
         ema = cls(values, **{**config, **options})
         try:
-            ema.load_state_dict(ema._own(state))
+            ema._restore(State.from_dict(state).cut(ema._exchange))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path} does not fit: {error}") from None
         return ema
 
-    def _own(self, state: PlainState) -> dict[str, Any]:
-        """Return a state of whole arrays with the parts of them that are here."""
-        places = {
-            name: dict(zip(names, shards.blocks if shards else [None], strict=True))
-            for name, names, shards in self._all_parts()
-        }
+    def _state(self, contents: Callable[[Array], np.ndarray]) -> State:
+        self.wait()
+        self._values.check_module()
+        config = {key: self._config[key] for key in ("every", "start_step", "rounding", "seed")}
+        return State.of(self._exchange, self._count, config, contents)
 
-        def cut(arrays: Mapping[str, Any]) -> dict[str, Any]:
-            return {
-                part: _sets.cut(array, block, name)
-                for name, array in arrays.items()
-                for part, block in places.get(name, {name: None}).items()
-            }
-
-        return {
-            **state,
-            "averages": [cut(arrays) for arrays in state["averages"]],
-            "carries": [cut(arrays) for arrays in state["carries"]],
-            "copied": cut(state["copied"]),
-            "values": cut(state["values"]),
-        }
-
-    def _fitting(
-        self, place: str, own: dict[int, _Arrays], other: Mapping[str, Any]
-    ) -> list[tuple[Any, Any]]:
-        """Return our arrays with those of a state, where these fit."""
-        ours = {
-            name: x for i, parts in own.items() for name, x in zip(self._part_names(i), parts, strict=True)
-        }
-        if ours.keys() != other.keys():
-            missing, unknown = sorted(ours.keys() - other.keys()), sorted(other.keys() - ours.keys())
-            raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
-        pairs = [
-            (array, x if isinstance(x := other[name], _sets.Region) else np.asarray(x))
-            for name, array in ours.items()
-        ]
-        for name, (array, source) in zip(ours, pairs, strict=True):
-            if (dtype := _arrays.dtype_of(array)) != source.dtype:
-                raise TypeError(f"{place}[{name!r}] must be {dtype}, got {source.dtype}")
-            if (shape := _arrays.shape_of(array)) != source.shape:
-                raise ValueError(f"{place}[{name!r}] must have shape {shape}, got {source.shape}")
-        return pairs
-
-
-class _Group(NamedTuple):
-    """Averages that lie in one memory together."""
-
-    pairs: Pairs
-    leaves: list[int]
-
-
-class _Pass:
-    """One pass over the values, checked once: averages move, and what is not averaged is copied.
-
-    Args:
-        named: What makes an error of the core one that names the values, of a list of leaves.
-    """
-
-    def __init__(self, named: Callable[[Exception, list[int]], Exception]) -> None:
-        self._named = named
-        self._groups: list[_Group] = []
-        self._offloads: list[Any] = []
-        self._copies: list[Pairs] = []
-        self._bytewise: list[tuple[Any, Any]] = []
-        self._addresses: _arrays.Addresses | None = None
-
-    def add(self, pairs: Any, leaves: list[int]) -> None:
-        """Have averages move, those of these leaves; pairs in host memory come before others."""
-        if isinstance(pairs, Pairs):
-            self._groups.append(_Group(pairs, leaves))
-        else:
-            self._offloads.append(pairs)
-
-    def copy(self, pairs: Pairs) -> None:
-        """Have values copied."""
-        self._copies.append(pairs)
-
-    def copy_bytewise(self, pairs: Iterable[tuple[Any, Any]]) -> None:
-        """Have values of one byte an element copied to the first of each pair."""
-        self._bytewise += pairs
-
-    def watch(self, leaves: Iterable[_arrays.Leaf]) -> None:
-        """Refuse to go on where values, of which there are views, were given other memory."""
-        self._addresses = _arrays.Addresses(leaf.address for leaf in leaves)
-
-    def update(self, decays: list[float], threads: int, **options: Any) -> None:
-        """Move the averages; a call that raises has changed nothing."""
-        if self._addresses is not None:
-            self._addresses.check("EMA")
-        if self._offloads:
-            self.wait()
-        decay = decays if len(decays) > 1 else decays[0]
-        try:
-            for group in self._groups[1:]:  # before the first moves
-                group.pairs._check_unmoved()
-            for group in self._groups:
-                group.pairs.update(decay, threads, **options)
-        except (TypeError, ValueError) as error:
-            raise self._named(error, group.leaves) from None
-        for offload in self._offloads:
-            offload.update(decay, threads)
-        for copies in self._copies:
-            copies.update(0.0, threads)  # which copies bits, whatever they mean
-        for target, source in self._bytewise:
-            _arrays.write(source, target)
-
-    def fence(self) -> None:
-        """See `EMA.fence`."""
-        for offload in self._offloads:
-            offload.fence()
-
-    def wait(self) -> None:
-        """Return when averages in host memory of values on devices have moved."""
-        for offload in self._offloads:
-            offload.wait()
-
-
-def _offloads() -> Any:
-    from .cuda import Offload  # noqa: PLC0415 - no CPU needs it
-
-    return Offload.several
-
-
-def _views(parts: Sequence[Any], name: str) -> _Arrays:
-    return [x if isinstance(x, np.ndarray) else _arrays.local_array(x, f"values[{name!r}]") for x in parts]
-
-
-def _memory_of(array: Any) -> Any:
-    """Return what tells an array's memory from others'; nothing for arrays without elements."""
-    found = _arrays.describe(array)
-    return found if found.size else None
-
-
-def _check_writable(leaf: _arrays.Leaf, name: str, call: str) -> None:
-    obstacle = leaf.obstacle()
-    if leaf.immutable:
-        raise TypeError(f"{call} must change values[{name!r}], which {obstacle}: use `averages` or copy_to()")
-    if obstacle is not None:
-        raise ValueError(f"{call} must change values[{name!r}], which {obstacle}")
-
-
-def _check_alike(name: str, values: _Arrays, copies: _Arrays) -> None:
-    for value, copy in zip(values, copies, strict=True):
-        if (dtype := _arrays.dtype_of(value)) != (needed := _arrays.dtype_of(copy)):
-            raise TypeError(f"values[{name!r}] must be of {needed}, got {dtype}")
-        if (found := _arrays.shape_of(value)) != (shape := _arrays.shape_of(copy)):
-            raise ValueError(f"values[{name!r}] must have shape {shape}, got {found}")
-
-
-def _check_fits(name: str, targets: _Arrays, averages: _Arrays) -> None:
-    for target, average in zip(targets, averages, strict=True):
-        if (found := _arrays.shape_of(target)) != (shape := _arrays.shape_of(average)):
-            raise ValueError(f"values[{name!r}] must have shape {shape}, got {found}")
-        held, dtype = _arrays.dtype_of(average), _arrays.dtype_of(target)
-        if not np.can_cast(held, dtype, "same_kind"):
-            raise TypeError(f"values[{name!r}] must be able to hold {held}, got {dtype}")
-
-
-def _checked_decay(decay: Any, name: str = "decay") -> Any:
-    """Return a decay as a float, or a schedule as it is."""
-    return decay if callable(decay) else _checked_share(decay, name, ", or a schedule")
-
-
-def _checked_share(number: Any, name: str, also: str = "") -> float:
-    try:
-        share = float(number)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number from 0 to 1{also}, got {number!r}") from None
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{name} must be from 0 to 1, got {number!r}")
-    return share
-
-
-def _count(name: str, number: Any, least: int) -> int:
-    try:
-        count = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {number!r}") from None
-    if count < least:
-        raise ValueError(f"{name} must be {least} or more, got {number!r}")
-    return count
-
-
-def _check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:
-    if choice not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {choice!r}")
-
-
-def _float_type(dtype: Any) -> Any:
-    """Return NumPy's type for the averages, of its own or of torch's name."""
-    name = str(dtype)
-    chosen = np.dtype(name.removeprefix("torch.") if name.startswith("torch.") else dtype)
-    if chosen not in FLOATS:
-        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {chosen}")
-    return chosen
+    def _restore(self, state: State) -> None:
+        fitted = state.fitted(self._exchange)
+        fitted.write()
+        self._count = state.count
+        if state.swapped is not None:
+            self._exchange.resume(state.swapped, fitted.weights, state.count)

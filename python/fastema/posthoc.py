@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from . import checkpoint, schedules
 from ._arrays import as_view, is_array
-from ._tree import Tree
+from ._ema.tree import Tree
 from .checkpoint._replace import StrPath
 
 __all__ = ["Snapshots", "weights"]
@@ -338,12 +338,12 @@ def _averaged(shares: Mapping[Path, float], output: StrPath, dtype: npt.DTypeLik
 def _named(averages: object, sigma: float) -> tuple[dict[str, np.ndarray], str]:
     """Return averages by name, as NumPy sees them, and the form in which they are given back."""
     try:
-        tree = Tree(averages, is_array, "copy")
+        tree, found = Tree.of(averages, is_array)
     except (TypeError, ValueError) as error:
         raise type(error)(f"averages[{sigma!r}] cannot be kept: {error}") from None
     views = {
         name: array if isinstance(array, np.ndarray) else as_view(array, f"averages[{sigma!r}][{name!r}]")
-        for name, array in zip(tree.names, tree.arrays(averages), strict=True)
+        for name, array in zip(tree.names, found, strict=True)
     }
     if is_array(averages):
         return views, "array"

@@ -105,7 +105,7 @@ class Twins:
 
     def check(self):
         """Compare everything, to the bit."""
-        for k in range(len(self.cpu._decays)):
+        for k in range(len(self.cpu._pace.decays)):
             assert_equal(self.library, self.gpu.averages_of(k), self.cpu.averages_of(k))
         assert_equal(self.library, self.there, self.here)
         ours, theirs = self.gpu.state_dict(), self.cpu.state_dict()
@@ -148,7 +148,7 @@ def beside(request):
 def test_averages_and_swaps_have_the_bits_of_the_cpu(library, rng, way, beside):
     twins = Twins(library, rng, **WAYS[way], beside=beside)
     twins.check()
-    last = len(twins.cpu._decays) - 1
+    last = len(twins.cpu._pace.decays) - 1
     for _ in range(5):
         twins.step()
         twins.check()
@@ -398,7 +398,9 @@ def test_nothing_moves_where_one_device_refuses():
     second.data = fake_cuda.tensor(torch.ones(5), 1)
     with pytest.raises(ValueError, match=r"values\['1'\] must have one size"):
         ema.update()
-    assert all((np.asarray(average) == 1).all() for average in (ema._stores[0][i][0] for i in (2, 0)))
+    assert all(
+        (np.asarray(average) == 1).all() for average in (ema._averages.by_decay[0][i][0] for i in (2, 0))
+    )
 
 
 # --- averages in host memory --------------------------------------------------------------------------
@@ -449,9 +451,9 @@ def test_an_update_returns_before_averages_in_host_memory_have_moved(fake):
     ema.update()
     with fake.held():
         ema.update(fence=False)
-        assert (ema._stores[0][0][0] == 0.5).all()
+        assert (ema._averages.by_decay[0][0][0] == 0.5).all()
     ema.wait()
-    assert (ema._stores[0][0][0] == 0.75).all()
+    assert (ema._averages.by_decay[0][0][0] == 0.75).all()
 
 
 @pytest.mark.parametrize("call", ["update", "wait", "swap", "state_dict", "fence"])
@@ -460,7 +462,7 @@ def test_what_goes_wrong_beside_the_device_comes_up_at_the_next_call(fake, call)
     with fake.held():
         ema.update(fence=False)
         fake.broken = "read"
-    while not ema._pass._offloads[0]._job.done():
+    while not ema._passes._stable.offloads[0]._job.done():
         pass
     fake.broken = None
     with pytest.raises(RuntimeError, match="averages in host memory failed: the device is on fire"):

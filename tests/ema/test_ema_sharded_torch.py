@@ -553,11 +553,11 @@ def test_values_that_never_move_are_paired_once(tmp_path):
         + """
 model = sharded()
 ema = fastema.EMA(model, 0.5)
-paired = ema._pass
+paired = ema._passes._stable
 train(ema, model, [1, 2])
 ema.swap()
 ema.swap()
 train(ema, model, [3])
-assert ema._pass is paired
+assert ema._passes._stable is paired
 """,
     )

@@ -213,3 +213,13 @@ def test_equal_to_torch_ema(torch, model, use_num_updates):
         ema.update()
     for ours, theirs in zip(ema.averages, rival.shadow_params, strict=True):
         tolerances.assert_close(ours.numpy(), theirs.numpy(), tolerances.FRAMEWORK)
+
+
+def test_an_ema_is_made_by_one_walk_and_one_view_of_each_tensor(torch, model, monkeypatch):
+    walks, views = [], []
+    walk, view = model.named_parameters, torch.Tensor.numpy
+    monkeypatch.setattr(model, "named_parameters", lambda: walks.append(1) or walk(), raising=False)
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: views.append(1) or view(tensor))
+    fastema.EMA(model)
+    assert len(walks) == 1
+    assert len(views) == len(model.state_dict())

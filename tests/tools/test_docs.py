@@ -20,6 +20,7 @@ MODULES = sorted(
     if not module.name.endswith(("__main__", "_core"))
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "python" / "docs").glob("*.md"))]
+ALL_PAGES = [*PAGES, ROOT / ".github" / "CONTRIBUTING.md"]
 OPTIONAL = ("diffusers", "ema_pytorch", "jax", "optax", "tf_keras", "timm", "torch", "torch_ema", "triton")
 
 
@@ -94,7 +95,7 @@ def test_calls_in_tables_are_in_examples():
     assert [call for call in calls if call not in code] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]*#?[^)]*)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")

@@ -190,10 +190,6 @@ class Storage(ABC):
         """Return new memory beside an array, in its shape and order."""
 
     @abstractmethod
-    def bits(self, array: AnyArray) -> AnyArray:
-        """Return a view that can be copied and exchanged, of an array of 2, 4 or 8 bytes an element."""
-
-    @abstractmethod
     def host(self, array: AnyArray) -> np.ndarray:
         """Return contents as a NumPy array: the array itself, or a copy where that cannot be."""
 

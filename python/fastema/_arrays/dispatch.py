@@ -145,11 +145,6 @@ def device(array: AnyArray) -> int | None:
     return None if isinstance(array, np.ndarray) else _storage(array).device(array)
 
 
-def bits(array: AnyArray) -> AnyArray:
-    """See `Storage.bits`."""
-    return _storage(array).bits(array)
-
-
 def empty_like(array: AnyArray) -> AnyArray:
     """Return new memory beside a local array, of its type, shape and order."""
     return _storage(array).empty_like(array, dtype_of(array))

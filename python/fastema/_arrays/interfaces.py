@@ -73,9 +73,6 @@ class _Storage(Storage):
         with driver.on(place.device or 0):
             return driver.empty(place.descriptor.shape, strides, dtype)
 
-    def bits(self, array: AnyArray) -> AnyArray:
-        return _Bits(array)
-
     def host(self, array: AnyArray) -> np.ndarray:
         with _at_work(array) as (driver, place, stream):
             found = _dense(place.descriptor).empty()
@@ -114,23 +111,6 @@ class _Storage(Storage):
         made = self.empty_like(average, host.dtype)
         self.write(numpy.storage.quotient(host, divisor), made)
         return made
-
-
-class _Bits:
-    """An array of floating numbers with the bits of another."""
-
-    def __init__(self, array: AnyArray) -> None:
-        place = library.locate(array, "values")
-        self.dtype = np.dtype(f"f{place.descriptor.itemsize}")
-        self._held = array
-        self.__cuda_array_interface__ = {
-            "version": 3,
-            "shape": place.descriptor.shape,
-            "strides": place.descriptor.strides,
-            "typestr": self.dtype.str,
-            "data": (place.descriptor.address, not place.descriptor.writable),
-            "stream": place.stream,
-        }
 
 
 @contextmanager

@@ -39,9 +39,6 @@ class _Storage(Storage):
     def empty_like(self, array: np.ndarray, dtype: DType) -> np.ndarray:
         return np.empty_like(array, dtype)
 
-    def bits(self, array: np.ndarray) -> np.ndarray:
-        return array.view(f"f{array.dtype.itemsize}")
-
     def host(self, array: np.ndarray) -> np.ndarray:
         return array
 

@@ -202,9 +202,6 @@ class _Storage(Storage):
         strides = self.describe(array).dense_strides()
         return array.detach().new_empty_strided(array.shape, strides, dtype=_kind(dtype))
 
-    def bits(self, array: AnyArray) -> AnyArray:
-        return array.detach().view(_kind(np.dtype(f"f{array.element_size()}")))
-
     def host(self, array: AnyArray) -> np.ndarray:
         found = self.describe(array).empty()
         tensor_of(found).copy_(array.detach())

@@ -27,19 +27,7 @@ _Arrays = Mapping[str, np.ndarray | Blocks]
 
 
 class PlainState(TypedDict):
-    """What an EMA needs to go on, as `EMA.state_dict` returns it; arrays by the names of values.
-
-    Attributes:
-        averages: For each decay the averages, as they are kept.
-        carries: For each decay what rounding has lost of them; empty unless rounding is compensated.
-        copied: What is copied, not averaged.
-        values: The weights, while averages are in their place; else nothing.
-        step: How many updates were seen.
-        decay: The decays last used; None before.
-        products: For each decay the product of all that were used, 0 unless averages started at zeros.
-        swapped: Which averages are in the place of the weights, or None.
-        config: Arguments of the constructor.
-    """
+    """What an EMA needs to go on, as `EMA.state_dict` returns and explains it; arrays by names of values."""
 
     averages: Sequence[_Arrays]
     carries: Sequence[_Arrays]

@@ -23,9 +23,14 @@ def tensor_table(averages: Sequence[Descriptor], values: Sequence[Descriptor]) -
     table = np.zeros(len(averages), TENSOR)
     for i, average in enumerate(averages):
         value = values[i // lists]
-        mix = MIXES[average.dtype.name, value.dtype.name]
-        table[i] = average.address, value.address, average.size, mix, i
+        table[i] = average.address, value.address, average.size, _mix(average, value), i
     return table
+
+
+def _mix(average: Descriptor, value: Descriptor) -> int:
+    """Return the number of a mix. What is no mix is only copied or exchanged, as floats of its size."""
+    mix = average.dtype.name, value.dtype.name
+    return MIXES[mix if mix in MIXES else (f"float{8 * value.itemsize}",) * 2]
 
 
 def chunk_size(elements: int, multiprocessors: int) -> int:

@@ -1,0 +1,196 @@
+"""Weights out, averages in, and back: bit for bit, from wherever it was interrupted."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import _arrays
+from ..functional import paired
+from .averages import Averages, shown
+from .count import Count
+from .tree import Nested
+from .values import Locals, Values, by_device, check_writable
+
+
+class Swapped(NamedTuple):
+    """Averages are in the place of the weights.
+
+    Attributes:
+        k: Of which decay.
+        saved_weights: Of each leaf whose contents are not exchanged, the weights.
+    """
+
+    k: int
+    saved_weights: dict[int, Locals]
+
+
+class Exchange:
+    """Exchanges weights and averages, and knows where either is meanwhile.
+
+    Contents are exchanged in place by one call for each device. Where that cannot be, weights are saved and
+    averages are written over them.
+
+    Attributes:
+        values: The weights.
+        averages: What is kept of them.
+        swapped: What was asked for last. Set before the first array is changed, and reset after the last has
+            come back: whatever happens between can be undone.
+    """
+
+    def __init__(self, values: Values, averages: Averages, threads: int) -> None:
+        self.values, self.averages, self._threads = values, averages, threads
+        self.swapped: Swapped | None = None
+        self._exchanged: set[int] = set()  # the devices where contents are exchanged
+        # exchanged with those in host memory, and tells so where an interrupt comes up as native code returns
+        self._swap_flag = np.zeros(1), np.ones(1)
+
+    def check_not_swapped(self, call: str) -> None:
+        """Raise if averages are in the place of the weights.
+
+        Raises:
+            RuntimeError: They are.
+        """
+        if self.swapped is not None:
+            raise RuntimeError(
+                f"{call} needs the weights, and averages are in their place: call swap() first"
+            )
+
+    # --- where averages and weights are -----------------------------------------------------------
+
+    def kept(self, k: int, i: int) -> Locals:
+        """Return a leaf's average as it is kept, wherever that is."""
+        swapped = self.swapped
+        away = (
+            swapped is not None
+            and i not in swapped.saved_weights
+            and (k == swapped.k or i in self.averages.copied)
+            and self._is_exchanged(_arrays.device(self.averages.by_decay[k][i][0]))
+        )
+        return self.values.leaves[i].local_arrays() if away else self.averages.by_decay[k][i]
+
+    def average_of(self, k: int, i: int, count: Count) -> Locals:
+        """Return a leaf's average as the user sees it."""
+        return shown(self.kept(k, i), self.averages.divisor(k, i, count))
+
+    def weights(self) -> dict[int, Locals]:
+        """Return the weights of each leaf while averages are in their place, else nothing."""
+        if self.swapped is None:
+            return {}
+        k, saved = self.swapped
+        return {i: saved.get(i, average) for i, average in sorted(self.averages.by_decay[k].items())}
+
+    def nested(self, k: int, count: Count) -> Nested:
+        """Return the k-th averages in arrays of the values' library, shaped as the values."""
+        leaves = self.values.leaves
+        averages = [self.average_of(k, i, count) for i in range(len(leaves))]
+        if self.averages.on_host:
+            averages = [[_arrays.host(x) for x in local] for local in averages]
+        return self.values.build([leaf.to_library(x) for leaf, x in zip(leaves, averages, strict=True)])
+
+    # --- the verbs --------------------------------------------------------------------------------
+
+    def swap(self, k: int, count: Count) -> None:
+        """Put the k-th averages in the place of the weights, or the weights back."""
+        if self.swapped is None:
+            self._put_averages(k, count)
+            return
+        try:
+            self._put_weights_back()
+        except KeyboardInterrupt:
+            self._put_weights_back()
+            raise
+
+    def resume(self, k: int, weights: dict[int, Locals], count: Count) -> None:
+        """Put averages in the place of weights that were saved earlier, whatever the values are now."""
+        self.swapped = Swapped(k, weights)
+        for i, leaf in enumerate(self.values.leaves):
+            leaf.assign(self.average_of(k, i, count))
+
+    def copy_to(self, others: Nested | None, k: int, count: Count) -> Nested:
+        """Write averages into other values, or the values themselves, for good; see `EMA.copy_to`."""
+        if others is None:
+            self.check_not_swapped("copy_to()")
+            self.values.check_module()
+            targets = self.values.targets()
+        else:
+            targets = self.values.targets(others)
+        averages = [self.average_of(k, i, count) for i in range(len(self.values.leaves))]
+        for target in targets:
+            if others is not None:
+                _check_fits(target.name, target.local_arrays, averages[target.place])
+            if not target.leaf.immutable:
+                check_writable(target.leaf, target.name, "copy_to()")
+        return self.values.build_given(target.leaf.assign(averages[target.place]) for target in targets)
+
+    def _put_averages(self, k: int, count: Count) -> None:
+        leaves = self.values.leaves
+        self.values.check_writable("swap()")
+        self.values.check_module()
+        k = self.averages.checked_index(k)
+        apart = [i for i in range(len(leaves)) if not self._exchangeable(k, i, count)]
+        copy = _arrays.host_copy if self.averages.on_host else _arrays.copy
+        weights = {i: [copy(x) for x in leaves[i].local_arrays()] for i in apart}
+        averages = {i: self.average_of(k, i, count) for i in apart}
+        self.swapped = Swapped(k, weights)
+        try:
+            for i in apart:
+                leaves[i].assign(averages[i])
+            self._exchange(k)
+        except BaseException:
+            self._put_weights_back()
+            raise
+
+    def _put_weights_back(self) -> None:
+        """Undo `_put_averages`, from wherever it or this was interrupted."""
+        if self.swapped is None:
+            return
+        self._exchange(self.swapped.k, back=True)
+        for i, weights in self.swapped.saved_weights.items():
+            self.values.leaves[i].assign(weights)
+        self.swapped = None
+
+    # --- exchanging contents ----------------------------------------------------------------------
+
+    def _is_exchanged(self, device: int | None) -> bool:
+        return device in self._exchanged if device is not None else bool(self._swap_flag[0][0])
+
+    def _exchangeable(self, k: int, i: int, count: Count) -> bool:
+        """Tell whether a value and its average can exchange contents, and both stay what they are."""
+        leaf = self.values.leaves[i]
+        if not leaf.in_place() or i in self.averages.alone or self.averages.divisor(k, i, count) != 1.0:
+            return False
+        return all(
+            _arrays.dtype_of(value) == _arrays.dtype_of(average)
+            and _arrays.device(value) == _arrays.device(average)
+            for value, average in zip(leaf.local_arrays(), self.averages.by_decay[k][i], strict=True)
+        )
+
+    def _exchange(self, k: int, *, back: bool = False) -> None:
+        """Exchange contents with all leaves whose weights are not saved, but where that is done already."""
+        saved = self.swapped.saved_weights if self.swapped is not None else {}
+        leaves = [i for i in range(len(self.values.leaves)) if i not in saved]
+        local_arrays = {i: self.values.leaves[i].local_arrays() for i in leaves}
+        for together in by_device(leaves, local_arrays):
+            device = _arrays.device(local_arrays[together[0]][0])
+            if self._is_exchanged(device) != back:
+                continue
+            averages = [x for i in together for x in self.averages.by_decay[k][i]]
+            values = [x for i in together for x in local_arrays[i]]
+            names = [self.values.names[i] for i in together for _ in local_arrays[i]]
+            if device is None:
+                averages.append(self._swap_flag[0])
+                values.append(self._swap_flag[1])
+                names.append("")  # nobody's
+            paired(averages, values, names=names, verb="swap").swap(self._threads)
+            if device is not None:
+                self._exchanged ^= {device}
+        for i in leaves:
+            self.values.leaves[i].written()
+
+
+def _check_fits(name: str, targets: Locals, averages: Locals) -> None:
+    for target, average in zip(targets, averages, strict=True):
+        if (shape := _arrays.shape_of(target)) != (needed := _arrays.shape_of(average)):
+            raise ValueError(f"values[{name!r}] must have shape {needed}, got {shape}")
+        if not np.can_cast(held := _arrays.dtype_of(average), dtype := _arrays.dtype_of(target), "same_kind"):
+            raise TypeError(f"values[{name!r}] must be able to hold {held}, got {dtype}")

@@ -1,0 +1,201 @@
+"""What one update touches: averages move and copies are made, in one pass over the values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .. import _arrays, _core
+from .._types import Array
+from ..functional import Pairs, paired
+from .averages import Averages
+from .count import Count
+from .values import Locals, Values, by_device
+
+if TYPE_CHECKING:
+    from ..cuda import Offload
+
+
+@dataclass
+class Pass:
+    """One pass over the values, checked once.
+
+    Attributes:
+        pairs: Averages that lie where their values do, by device, those in host memory first.
+        offloads: Averages in host memory of values on devices.
+        copies: Values that are copied, by device.
+        copied_alone: Values that are copied one by one, behind where they are copied to.
+        watched: Where values lay that must not be given other memory; pairs on devices follow theirs.
+    """
+
+    pairs: list[Pairs] = field(default_factory=list)
+    offloads: list["Offload"] = field(default_factory=list)
+    copies: list[Pairs] = field(default_factory=list)
+    copied_alone: list[tuple[Array, Array]] = field(default_factory=list)
+    watched: _arrays.Addresses | None = None
+
+    def fence(self) -> None:
+        """See `EMA.fence`."""
+        for offload in self.offloads:
+            offload.fence()
+
+    def wait(self) -> None:
+        """Return when averages in host memory of values on devices have moved."""
+        for offload in self.offloads:
+            offload.wait()
+
+
+class Passes:
+    """Carries updates out: over the same memory each time where values stay where they are.
+
+    Args:
+        values: What averages move towards.
+        averages: What moves.
+        local_arrays: Of each leaf, the local arrays as they are now.
+        seed: Of stochastic rounding. None: averages are rounded to nearest.
+        threads: See `EMA`.
+    """
+
+    def __init__(
+        self,
+        values: Values,
+        averages: Averages,
+        local_arrays: Sequence[Locals],
+        *,
+        seed: int | None,
+        threads: int,
+    ) -> None:
+        self._values, self._averages = values, averages
+        self._seed, self._threads = seed, threads
+        checked = self._pass_over(local_arrays)
+        self._stable: Pass | None = None
+        if values.are_stable:
+            self._stable = self._watching(checked, local_arrays)
+
+    # --- the verbs --------------------------------------------------------------------------------
+
+    def over(self, arrays: list[Array] | None, before: Count) -> Pass:
+        """Return the next pass; nothing has moved yet.
+
+        Args:
+            arrays: The new values, as `Values.matched` returns them. None: those given at first.
+            before: The count until now.
+
+        Raises:
+            ValueError: The values do not fit those given at first.
+        """
+        stable = self._stable
+        # before averages leave zero values are paired anew, so that what does not fit is noticed first
+        if stable is None or before.has_blank or not (arrays is None or self._values.are_given(arrays)):
+            return self.over_sources(self._values.sources(arrays))
+        if self._values.moving and self._values.moving.moved():
+            self.wait()
+            local_arrays = self._values.local_arrays()
+            stable = self._stable = self._watching(self._pass_over(local_arrays), local_arrays)
+            self._values.moving.accept()
+        return stable
+
+    def over_sources(self, sources: Sequence[Array | None]) -> Pass:
+        """Return a pass over what `Values.sources` returned."""
+        self.wait()
+        return self._pass_over(self._values.local_arrays(sources))
+
+    def average(self, sources: Sequence[Array | None], before: Count, count: Count) -> None:
+        """Move the averages towards what `Values.sources` returned, in any thread."""
+        self.move(self.over_sources(sources), before, count)
+
+    def move(self, over: Pass, before: Count, count: Count) -> None:
+        """Move the averages from one count to the next.
+
+        Raises:
+            Exception: Nothing has changed then, but by an offload. After an interrupt, which comes up when
+                native code returns, all has.
+        """
+        stable = over is self._stable
+        for k in () if stable else count.started_since(before):
+            self._averages.clear(k)
+        if over.watched is not None:
+            over.watched.check("EMA")
+        if over.offloads:
+            over.wait()
+        decays, threads = count.decays, self._threads
+        decay = decays if len(decays) > 1 else decays[0]
+        for pairs in over.pairs[1:]:  # before the first moves
+            pairs._check_unmoved()
+        for pairs in over.pairs:
+            if self._seed is None:
+                pairs.update(decay, threads)
+            else:
+                pairs.update(decay, threads, rounding="stochastic", seed=self._seed, step=count.step)
+        for offload in over.offloads:
+            offload.update(decay, threads)
+        for copies in over.copies:
+            copies._copy(threads)
+        for target, source in over.copied_alone:
+            _arrays.write(source, target)
+        if not stable:
+            over.wait()
+
+    def fence(self) -> None:
+        """See `EMA.fence`."""
+        if self._stable is not None:
+            self._stable.fence()
+
+    def wait(self) -> None:
+        """Return when averages in host memory of values on devices have moved."""
+        if self._stable is not None:
+            self._stable.wait()
+
+    # --- pairing ----------------------------------------------------------------------------------
+
+    def _watching(self, over: Pass, local_arrays: Sequence[Locals]) -> Pass:
+        """Have a pass over values that stay where they are notice if they were given other memory."""
+        copied, leaves = self._averages.copied, self._values.leaves
+        watched = _arrays.Addresses(
+            leaf.address
+            for i, (leaf, local) in enumerate(zip(leaves, local_arrays, strict=True))
+            if i in copied or _arrays.device(local[0]) is None
+        )
+        over.watched = watched if watched else None
+        return over
+
+    def _pass_over(self, local_arrays: Sequence[Locals]) -> Pass:
+        """Pair the averages with local arrays of each leaf; those of each device apart."""
+        over, kept, names = Pass(), self._averages, self._values.names
+        decays = len(kept.by_decay)
+        for leaves in by_device(kept.averaged, local_arrays):
+            averages, carries = kept.rows(leaves)
+            values = [x for i in leaves for x in local_arrays[i]]
+            named = [names[i] for i in leaves for _ in local_arrays[i]]
+            if kept.on_host and _arrays.device(values[0]) is not None:
+                lying = [_arrays.describe(x) for x in values]
+                _core.check(averages, lying, carries, names=named, averages_per_value=decays)
+                over.offloads.append(_offload(kept, leaves, values))
+            else:
+                over.pairs.append(paired(averages, values, carries, names=named, averages_per_value=decays))
+        copies = kept.by_decay[0]
+        for i in kept.copied:
+            _check_alike(names[i], local_arrays[i], copies[i])
+        for leaves in by_device((i for i in kept.copied if i not in kept.alone), local_arrays):
+            targets = [x for i in leaves for x in copies[i]]
+            values = [x for i in leaves for x in local_arrays[i]]
+            named = [names[i] for i in leaves for _ in copies[i]]
+            over.copies.append(paired(targets, values, names=named, verb="copy"))
+        for i in kept.alone:
+            over.copied_alone += zip(copies[i], local_arrays[i], strict=True)
+        return over
+
+
+def _offload(kept: Averages, leaves: Sequence[int], values: Locals) -> "Offload":
+    from ..cuda import Offload  # noqa: PLC0415 - no CPU needs it
+
+    averages = [[x for i in leaves for x in arrays[i]] for arrays in kept.by_decay]
+    carries = [[x for i in leaves for x in arrays[i]] for arrays in kept.carries]
+    return Offload.several(averages, values, carries=carries or None)
+
+
+def _check_alike(name: str, values: Locals, copies: Locals) -> None:
+    for value, copy in zip(values, copies, strict=True):
+        if (dtype := _arrays.dtype_of(value)) != (needed := _arrays.dtype_of(copy)):
+            raise TypeError(f"values[{name!r}] must be of {needed}, got {dtype}")
+        if (shape := _arrays.shape_of(value)) != (its := _arrays.shape_of(copy)):
+            raise ValueError(f"values[{name!r}] must have shape {its}, got {shape}")

@@ -1,0 +1,241 @@
+"""All that is needed to go on, as one value: taken from an EMA, and checked against another."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _arrays
+from .._arrays.shards import Shards
+from .._types import Array, check_count, check_share
+from ..checkpoint import _sets
+from ..checkpoint._replace import StrPath
+from ..checkpoint._state import PlainState, write_state
+from .count import Count
+from .exchange import Exchange
+from .values import Locals
+
+_Named = Mapping[str, Any]  # NumPy arrays, or blocks of files, by the names of local arrays
+
+
+@dataclass(frozen=True)
+class State:
+    """All that an EMA needs to go on; `EMA.state_dict` returns it as a dictionary.
+
+    Attributes:
+        averages: For each decay, averages as they are kept.
+        carries: For each decay, carries; or none.
+        copied: What is copied at each update.
+        values: The weights, while averages are in their place; else nothing.
+        count: How far averaging has come.
+        swapped: Which averages are in the place of the weights, if any are.
+        config: Arguments of the constructor, for the record.
+    """
+
+    averages: Sequence[_Named]
+    carries: Sequence[_Named]
+    copied: _Named
+    values: _Named
+    count: Count
+    swapped: int | None
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        exchange: Exchange,
+        count: Count,
+        config: Mapping[str, Any],
+        contents: Callable[[Array], np.ndarray],
+    ) -> "State":
+        """Take the state of an EMA.
+
+        Args:
+            exchange: Knows where everything is.
+            count: How far averaging has come.
+            config: For the record.
+            contents: Returns an array's contents. The arrays themselves are live.
+        """
+        averages = exchange.averages
+
+        def named(arrays: Mapping[int, Locals]) -> dict[str, np.ndarray]:
+            return {name: contents(x) for name, x in exchange.values.by_name(arrays).items()}
+
+        return cls(
+            averages=[
+                named({i: exchange.kept(k, i) for i in averages.averaged})
+                for k in range(len(averages.by_decay))
+            ],
+            carries=[named(carries) for carries in averages.carries],
+            copied=named({i: exchange.kept(0, i) for i in averages.copied}),
+            values=named(exchange.weights()),
+            count=count,
+            swapped=exchange.swapped.k if exchange.swapped is not None else None,
+            config=config,
+        )
+
+    def to_dict(self) -> PlainState:
+        """Return it as a dictionary of plain values."""
+        return {
+            "averages": self.averages,
+            "carries": self.carries,
+            "copied": self.copied,
+            "values": self.values,
+            "step": self.count.step,
+            "decay": list(self.count.decays) or None,
+            "products": list(self.count.products),
+            "swapped": self.swapped,
+            "config": dict(self.config),
+        }
+
+    def write(self, path: StrPath, exchange: Exchange, config: Mapping[str, Any]) -> None:
+        """Write it into a file, or a set of files where values are sharded; see `EMA.save`.
+
+        Args:
+            path: Of the file.
+            exchange: That the state was just taken from.
+            config: All arguments of the constructor that are saved.
+        """
+        averages = exchange.averages
+        debiased = [
+            {i: exchange.average_of(k, i, self.count) for i in averages.averaged}
+            if self.count.divisor(k) != 1.0
+            else {}
+            for k in range(len(averages.by_decay))
+        ]
+        shown = [
+            {name: _arrays.host(x) for name, x in exchange.values.by_name(kept).items()} for kept in debiased
+        ]
+        write_state(path, self.to_dict(), config, shown, _sets.layout(_local_shapes(exchange)))
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "State":
+        """Return what `to_dict` was called on.
+
+        Raises:
+            KeyError: Something is missing.
+            TypeError: A number is none.
+            ValueError: A number is outside of its range.
+        """
+        step, swapped = check_count(state["step"], "state['step']"), state["swapped"]
+        products = tuple(check_share(product, "state['products']") for product in state["products"])
+        decays = tuple(check_share(decay, "state['decay']") for decay in state["decay"] or ())
+        return cls(
+            averages=state["averages"],
+            carries=state["carries"],
+            copied=state["copied"],
+            values={} if swapped is None else state["values"],
+            count=Count(step, decays, products),
+            swapped=swapped,
+            config=state.get("config", {}),
+        )
+
+    def cut(self, exchange: Exchange) -> "State":
+        """Return the state with those parts of whole arrays that this EMA's local arrays are of.
+
+        Raises:
+            ValueError: An array is of another shape.
+        """
+        places = {
+            name: dict(zip(names, shards.blocks if shards else [None], strict=True))
+            for name, names, shards in _local_shapes(exchange)
+        }
+
+        def cut(arrays: _Named) -> _Named:
+            return {
+                part: _sets.cut(array, block, name)
+                for name, array in arrays.items()
+                for part, block in places.get(name, {name: None}).items()
+            }
+
+        return replace(
+            self,
+            averages=[cut(arrays) for arrays in self.averages],
+            carries=[cut(arrays) for arrays in self.carries],
+            copied=cut(self.copied),
+            values=cut(self.values),
+        )
+
+    def fitted(self, exchange: Exchange) -> "Fitted":
+        """Check that an EMA can go on from this state, and change nothing.
+
+        Raises:
+            IndexError: There are no averages that could have been in the place of the weights.
+            TypeError: A type differs, or a value that never changes was swapped.
+            ValueError: Names, shapes or numbers of arrays differ.
+        """
+        averages, values = exchange.averages, exchange.values
+        decays, count = len(averages.by_decay), self.count
+        if len(count.products) != decays or len(count.decays) not in (0, decays):
+            raise ValueError(f"state must be of {decays} decays, got {len(count.products)}")
+        pairs = []
+        for key, ours, theirs in (
+            ("averages", averages.by_decay, self.averages),
+            ("carries", averages.carries, self.carries),
+        ):
+            if len(theirs) != len(ours):
+                raise ValueError(f"state[{key!r}] must hold {len(ours)} dictionaries, got {len(theirs)}")
+            for k, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+                averaged = values.by_name({i: own[i] for i in averages.averaged})
+                pairs += _fitting(f"state[{key!r}][{k}]", averaged, other)
+        copied = values.by_name({i: averages.by_decay[0][i] for i in averages.copied})
+        pairs += _fitting("state['copied']", copied, self.copied)
+        weights: dict[int, Locals] = {}
+        if self.swapped is not None:
+            averages.checked_index(self.swapped)
+            values.check_writable("load_state_dict() of a state saved while swapped")
+            leaves = range(len(values.leaves))
+            weights = {i: [_arrays.empty_like(x) for x in values.leaves[i].local_arrays()] for i in leaves}
+            pairs += _fitting("state['values']", values.by_name(weights), self.values)
+        return Fitted(pairs, weights)
+
+
+class Fitted(NamedTuple):
+    """A state that fits an EMA.
+
+    Attributes:
+        pairs: Arrays of the EMA with what they are to hold.
+        weights: What is put back by a swap, where the state was saved while swapped: among those arrays.
+    """
+
+    pairs: list[tuple[Array, "np.ndarray | _sets.Region"]]
+    weights: dict[int, Locals]
+
+    def write(self) -> None:
+        """Have the arrays hold what they are to hold."""
+        for target, source in self.pairs:
+            _arrays.write(np.asarray(source), target)
+
+
+def _local_shapes(exchange: Exchange) -> list[tuple[str, dict[str, tuple[int, ...]], Shards | None]]:
+    """Return of each leaf its name, the names and shapes of its local arrays and how it is spread."""
+    values, kept = exchange.values, exchange.averages.by_decay[0]
+    return [
+        (
+            name,
+            {part: _arrays.shape_of(x) for part, x in zip(values.local_names[i], kept[i], strict=True)},
+            values.leaves[i].shards,
+        )
+        for i, name in enumerate(values.names)
+    ]
+
+
+def _fitting(
+    place: str, ours: Mapping[str, Array], theirs: Mapping[str, Any]
+) -> list[tuple[Array, "np.ndarray | _sets.Region"]]:
+    """Return our arrays with those of a state, where these fit."""
+    if ours.keys() != theirs.keys():
+        missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
+    pairs = []
+    for name, array in ours.items():
+        dtype, shape, source = _arrays.dtype_of(array), _arrays.shape_of(array), theirs[name]
+        if not isinstance(source, _sets.Region):
+            source = np.asarray(source)
+        if dtype != source.dtype:
+            raise TypeError(f"{place}[{name!r}] must be {dtype}, got {source.dtype}")
+        if shape != source.shape:
+            raise ValueError(f"{place}[{name!r}] must have shape {shape}, got {source.shape}")
+        pairs.append((array, source))
+    return pairs

@@ -74,6 +74,26 @@ inline double decay_at(const Schedule& schedule, uint64_t step) {
   return limit;
 }
 
+// The decay of one update that takes the last `every` steps at once, as Schedule.over in Python: the
+// product of theirs, in the same order.
+inline double decay_over(const Schedule& schedule, uint64_t step) {
+  const uint64_t before = step - schedule.every;
+  if (schedule.every == 1) return decay_at(schedule, step);
+  if (schedule.kind == 3) {
+    return pow(static_cast<double>(before) / static_cast<double>(step), schedule.power);
+  }
+  if (schedule.kind == 4) {
+    const int64_t all = static_cast<int64_t>(step) - schedule.start_step + 1;
+    const int64_t old = all - static_cast<int64_t>(schedule.every);
+    return old > 0 ? static_cast<double>(old) / static_cast<double>(all) : 0;
+  }
+  const double first = decay_at(schedule, before + 1);
+  if (first == schedule.decay) return compound(first, schedule.every).x;
+  Double product = first;
+  for (uint64_t t = before + 2; t <= step; ++t) product = product * decay_at(schedule, t);
+  return product.x;
+}
+
 }  // namespace
 
 // Counts a step and computes its decays, one for each list: one thread of one block. A step that is
@@ -85,7 +105,7 @@ __global__ void advance(State* state, const __grid_constant__ Schedules schedule
   for (uint32_t k = 0; k < lists; ++k) {
     const Schedule& schedule = schedules.of[k];
     const bool due = step % schedule.every == 0;
-    state->decay[k] = due ? compound(decay_at(schedule, step), schedule.every).x : -1;
+    state->decay[k] = due ? decay_over(schedule, step) : -1;
   }
 }
 

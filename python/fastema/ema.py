@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 from . import _arrays
 from ._ema.averages import Averages, Form
 from ._ema.background import Background
-from ._ema.count import Count, Pace
+from ._ema.count import Count, Pace, check_span
 from ._ema.exchange import Exchange
 from ._ema.passes import Passes
 from ._ema.state import State
@@ -46,8 +46,9 @@ class EMA:
             ``named_parameters()``. Arrays that can change are kept and read again at each update.
         decay: From 0 to 1, towards 1 is slower; or a schedule, called with the number of updates, the
             present one included. A sequence of either: as many averages, in one pass over the values.
-        every: Average at every so many updates only, with ``decay ** every``: the window stays the same.
-        start_step: The first update that averages; before it, an average is a copy.
+        every: Average at every so many updates only, with the product of the decays of all of them: where
+            weights stand still in between, that is the same average.
+        start_step: The first update (step of the clock) that averages; before it, an average is a copy.
         initial: ``"values"``, or ``"zeros"``: averages start at nothing, and what is shown is divided by
             one minus the product of all decays used, so that the first values have no extra weight. What is
             kept stays undivided.
@@ -139,12 +140,15 @@ class EMA:
 
     # --- updates ----------------------------------------------------------------------------------
 
-    def update(self, values: Nested | None = None, *, fence: bool = True) -> None:
+    def update(self, values: Nested | None = None, *, span: float = 1, fence: bool = True) -> None:
         """Count a step of training, and move the averages towards the values.
 
         Args:
             values: The new values, shaped as those given at first: JAX arrays do not change, so that each
                 step leaves others. None: the arrays given at first.
+            span: How much time passes on the clock of schedules, half-lives and `start_step`; above 0: the
+                samples or tokens of a batch, seconds, a weight. Averages move as by that many updates with
+                these values. With `schedules.equal_weights` they are the mean of values weighted so.
             fence: Of averages in host memory of values on a CUDA device: whether the device is to change no
                 value before it was copied, whatever it is asked for next. Values of more than 256 MB are
                 copied in turns, and the host waits until the last turn has begun. False: call `fence`
@@ -160,12 +164,12 @@ class EMA:
             self._exchange.check_not_swapped("update()")
         if self._background is not None:
             self.wait()
-        before = self._count
+        before, span = self._count, span if span == 1 else check_span(span)
         if not self._pace.averages_at(before.step + 1):
-            self._count = before.skip()
+            self._count = before.skip(span)
             return
         arrays = None if values is None else self._values.matched(values)
-        count = before.next(self._pace)
+        count = before.next(self._pace, span)
         if self._background is not None:
             self._background.start(
                 partial(self._passes.average, self._values.sources(arrays), before, count), before
@@ -225,8 +229,13 @@ class EMA:
         return self._count.step
 
     @property
+    def clock(self) -> float:
+        """The time that has passed: the sum of all spans, and so equal to `step` where none was given."""
+        return self._count.clock
+
+    @property
     def decay(self) -> float | tuple[float, ...] | None:
-        """The decay last used (its power, with `every`); of several averages, a tuple; None before."""
+        """The decay last used, of all steps taken at once; of several averages, a tuple; None before."""
         decays = self._count.decays
         if not decays:
             return None

@@ -296,12 +296,59 @@ def test_after_a_half_life_half_of_the_start_is_left(updates):
 
 
 @pytest.mark.parametrize("every", [2, 5, 12])
-def test_an_update_every_few_steps_with_the_compound_decay_keeps_the_window(trained, every):
-    """Where the weights stand still in between, the average is that of every step."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_every_few_steps_is_an_update_at_each_where_weights_stand_still(trained, kind, every):
+    schedule = kind()
     blocks = np.repeat(trained[1:9], every, axis=0)
-    each = averaged(np.vstack([trained[:1], blocks]), schedules.constant(0.9))
-    few = averaged(trained[:9], lambda _: schedules.compound(0.9, every))
+    each = averaged(np.vstack([trained[:1], blocks]), schedule)
+    few = averaged(trained[:9], lambda block: schedule.over((block - 1) * every, block * every))
     tolerances.assert_close(few, each[every - 1 :: every], tolerances.FLOAT64)
+
+
+# --- spans --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(t0=st.integers(0, 300), steps=st.integers(0, 500))
+def test_over_a_span_the_decay_is_the_product_of_those_in_it(kind, t0, steps):
+    needed = math.prod(kind()(t) for t in range(t0 + 1, t0 + steps + 1))
+    tolerances.assert_close(kind().over(t0, t0 + steps), needed, tolerances.PRODUCT)
+    tolerances.assert_close(schedules.over(kind().__call__, t0, t0 + steps), needed, tolerances.PRODUCT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(times=st.lists(st.floats(0, 1e4), min_size=3, max_size=3))
+def test_spans_add_up(kind, times):
+    a, b, c = sorted(times)
+    both = kind().over(a, b) * kind().over(b, c)
+    tolerances.assert_close(both, kind().over(a, c), tolerances.SPANS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_span_is_many_short_ones(kind):
+    times = [0, 3, 20_000, 50_000, 10**6]
+    needed = math.prod(kind().over(a, b) for a, b in pairwise(times[1:]))
+    tolerances.assert_close(kind().over(times[1], times[-1]), needed, tolerances.SPANS)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 64, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tensor_gives_the_decay_over_a_span(kind, steps):
+    jax = pytest.importorskip("jax")
+    traced = tf.function(lambda step: kind().at_once(tf.cast(step, tf.float64), steps, tf))
+    for step in (steps, 2 * steps, 50 * steps):
+        needed = kind().over(step - steps, step)
+        tolerances.assert_close(traced(tf.constant(step)).numpy(), needed, tolerances.SPANS)
+        with jax.enable_x64(True):
+            at_once = jax.jit(lambda x: kind().at_once(x.astype(np.float64), steps, jax.numpy))
+            got = float(at_once(jax.numpy.asarray(step)))
+        tolerances.assert_close(got, needed, tolerances.SPANS)
+
+
+@pytest.mark.parametrize(("t0", "t1"), [(-1, 2), (3, 2), (0, math.inf), (math.nan, 1)])
+def test_a_span_runs_from_nothing_upwards(t0, t1):
+    with pytest.raises(ValueError, match="t0 and t1 must be finite and 0 <= t0 <= t1, got "):
+        schedules.dynamic(0.9).over(t0, t1)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.25, 12**-0.5])

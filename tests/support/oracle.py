@@ -1,5 +1,7 @@
 """The formulas in NumPy, one element-wise operation at a time: what every result must equal, bit for bit."""
 
+import math
+
 import numpy as np
 
 
@@ -21,12 +23,12 @@ def update(average, value, decay):
 
 
 def decay_at(step, decay=0.99, start_step=0, dynamic=True, every=1):
-    """Return the decay of a step as the documented schedule has it."""
-    if step < start_step:
-        return 0.0
-    k = step - start_step
-    d = min(decay, (1 + k) / (10 + k)) if dynamic else decay
-    return d**every
+    """Return the documented decay of a step, or of so many steps up to it that are taken at once."""
+    decays = []
+    for s in range(step - every + 1, step + 1):
+        k = s - start_step
+        decays.append(0.0 if k < 0 else min(decay, (1 + k) / (10 + k)) if dynamic else decay)
+    return math.prod(decays)
 
 
 def same_bits(x, y):

@@ -24,6 +24,15 @@ FRAMEWORK = {"rtol": 1e-6, "atol": 1e-6}
 # Libraries round a power differently, by a unit or two in the last place of a float64 near 1, as decays are.
 POWERS = {"rtol": 0, "atol": 2.0**-51}
 
+# A product of up to a thousand decays in another order: a rounding of each factor.
+PRODUCT = {"rtol": 1e-13, "atol": 1e-300}
+
+# The same, where powers of numbers are taken to exponents of up to ten thousand.
+SPANS = {"rtol": 1e-11, "atol": 1e-300}
+
+# The same average in float64 with decays of a hundred steps taken at once, of values up to a million.
+CLOCK = {"rtol": 1e-11, "atol": 1e-11}
+
 # The same average in float64 by another order of the operations, over at most a thousand steps of weights of
 # about 10.
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-13}

@@ -1,10 +1,11 @@
-"""How far averaging has come: the step, the decays last used, and what `every` and `start_step` mean."""
+"""How far averaging has come: steps, the clock, decays; and what `every`, `start_step` and a span mean."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 from .. import schedules
-from .._types import Decay, check_count, check_decay, check_share
+from .._types import Decay, check_count, check_decay
 
 
 class Pace(NamedTuple):
@@ -13,9 +14,9 @@ class Pace(NamedTuple):
     Attributes:
         decays: Of each average a number or a schedule.
         several: Whether they were given as a sequence, if of one.
-        every: Average at every so many steps only, with the decay that many steps have together.
-        start_step: The first step that averages; before it, an average is a copy.
-        fixed: The decays of every update from there on; none where one is a schedule.
+        every: Average at every so many steps only, with the decay that the time since then has as a whole.
+        start_step: The first step of the clock that averages; before it, an average is a copy.
+        fixed: The decays of `every` steps of the clock from there on; none where one is a schedule.
     """
 
     decays: tuple[Decay, ...]
@@ -45,19 +46,18 @@ class Pace(NamedTuple):
         """Tell whether averages move at a step, or it is only counted."""
         return step % self.every == 0
 
-    def decays_at(self, step: int) -> tuple[float, ...]:
-        """Return the decays of the update at a step, which takes `every` steps at once.
+    def decays_over(self, t0: float, t1: float) -> tuple[float, ...]:
+        """Return the decays of an update that takes the clock's time from `t0` to `t1` at once.
 
         Raises:
             TypeError: A schedule returned no number.
             ValueError: A schedule returned a number that is no decay.
         """
-        if step < self.start_step:
+        if t0 < self.start_step - 1:  # it contains a step that copies
             return (0.0,) * len(self.decays)
-        if self.fixed:
+        if self.fixed and t1 - t0 == self.every:
             return self.fixed
-        asked = [decay(step) if callable(decay) else decay for decay in self.decays]
-        return tuple([schedules.compound(check_share(x, f"decay({step})"), self.every) for x in asked])
+        return tuple([schedules.over(decay, t0, t1) for decay in self.decays])
 
 
 class Count(NamedTuple):
@@ -65,6 +65,8 @@ class Count(NamedTuple):
 
     Attributes:
         step: How many updates were seen.
+        clock: How much time has passed: the sum of all spans, each of 1 unless it was given.
+        averaged: Until which time of the clock values were averaged.
         decays: The last ones used, of each average; none before the first.
         products: Of each average the product of all decays used, if it starts at zeros: the share that its
             start has in it. 1: nothing was averaged so far, and it still is the first values. 0, if it starts
@@ -72,30 +74,32 @@ class Count(NamedTuple):
     """
 
     step: int
+    clock: float
+    averaged: float
     decays: tuple[float, ...]
     products: tuple[float, ...]
 
     @classmethod
     def at_start(cls, decays: int, *, zeros: bool) -> "Count":
         """Return the count before the first update, of so many averages that start at zeros or the values."""
-        return cls(0, (), (1.0 if zeros else 0.0,) * decays)
+        return cls(0, 0, 0, (), (1.0 if zeros else 0.0,) * decays)
 
-    def skip(self) -> "Count":
+    def skip(self, span: float) -> "Count":
         """Return the count after a step that is only counted."""
-        return Count(self.step + 1, self.decays, self.products)
+        return self._replace(step=self.step + 1, clock=self.clock + span)
 
-    def next(self, pace: Pace) -> "Count":
-        """Return the count after a step at which averages move.
+    def next(self, pace: Pace, span: float) -> "Count":
+        """Return the count after a step at which averages move, over all the time since they last did.
 
         Raises:
             TypeError: A schedule returned no number.
             ValueError: A schedule returned a number that is no decay.
         """
-        step = self.step + 1
-        decays, products = pace.decays_at(step), self.products
+        clock = self.clock + span
+        decays, products = pace.decays_over(self.averaged, clock), self.products
         if any(products):
             products = tuple(x * decay for x, decay in zip(products, decays, strict=True))
-        return Count(step, decays, products)
+        return Count(self.step + 1, clock, clock, decays, products)
 
     @property
     def has_blank(self) -> bool:
@@ -111,3 +115,21 @@ class Count(NamedTuple):
         """Return what the k-th averages are to be divided by where they are shown."""
         product = self.products[k]
         return 1.0 if product == 1.0 else 1.0 - product
+
+
+def check_span(span: object, name: str = "span") -> float:
+    """Return how much time passes by an update; an int where it is whole, which adds up exactly.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not above 0, or not finite.
+    """
+    try:
+        if isinstance(span, str | bytes):  # which float() would read
+            raise TypeError
+        number = float(span)  # type: ignore[arg-type] # anything that says it is a number
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number above 0, got {span!r}") from None
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"{name} must be above 0 and finite, got {span!r}")
+    return int(number) if number.is_integer() else number

@@ -12,7 +12,7 @@ from .._types import Array, check_count, check_share
 from ..checkpoint import _sets
 from ..checkpoint._replace import StrPath
 from ..checkpoint._state import PlainState, write_state
-from .count import Count
+from .count import Count, check_span
 from .exchange import Exchange
 from .values import Locals
 
@@ -83,6 +83,8 @@ class State:
             "copied": self.copied,
             "values": self.values,
             "step": self.count.step,
+            "clock": self.count.clock,
+            "averaged": self.count.averaged,
             "decay": list(self.count.decays) or None,
             "products": list(self.count.products),
             "swapped": self.swapped,
@@ -121,14 +123,22 @@ class State:
         step, swapped = check_count(state["step"], "state['step']"), state["swapped"]
         products = tuple(check_share(product, "state['products']") for product in state["products"])
         decays = tuple(check_share(decay, "state['decay']") for decay in state["decay"] or ())
+        config = state.get("config", {})
+        # before there was a clock it was the step, and the last average at a multiple of `every`
+        clock = _check_time(state.get("clock", step), "state['clock']")
+        averaged = _check_time(
+            state.get("averaged", step - step % config.get("every", 1)), "state['averaged']"
+        )
+        if averaged > clock:
+            raise ValueError(f"state['averaged'] must be at most {clock}, its clock, got {averaged}")
         return cls(
             averages=state["averages"],
             carries=state["carries"],
             copied=state["copied"],
             values={} if swapped is None else state["values"],
-            count=Count(step, decays, products),
+            count=Count(step, clock, averaged, decays, products),
             swapped=swapped,
-            config=state.get("config", {}),
+            config=config,
         )
 
     def cut(self, exchange: Exchange) -> "State":
@@ -206,6 +216,11 @@ class Fitted(NamedTuple):
         """Have the arrays hold what they are to hold."""
         for target, source in self.pairs:
             _arrays.write(np.asarray(source), target)
+
+
+def _check_time(time: object, name: str) -> float:
+    """Return a time of the clock; raises as `check_span`."""
+    return 0 if time == 0 else check_span(time, name)
 
 
 def _local_shapes(exchange: Exchange) -> list[tuple[str, dict[str, tuple[int, ...]], Shards | None]]:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class PlainState(TypedDict):
     copied: _Arrays
     values: _Arrays
     step: int
+    clock: NotRequired[float]  # not in files that were written before there were spans
+    averaged: NotRequired[float]
     decay: list[float] | None
     products: list[float]
     swapped: int | None
@@ -65,6 +67,8 @@ def write_state(
     plain = {
         "version": _VERSION,
         "step": state["step"],
+        "clock": state["clock"],
+        "averaged": state["averaged"],
         "decay": state["decay"],
         "products": state["products"],
         "swapped": state["swapped"],
@@ -171,7 +175,7 @@ def _state_in(paths: Sequence[Path], *, is_set: bool) -> PlainState:
             if isinstance(whole, Blocks):
                 whole.add(tuple(begins[tensor]["saved_offsets"]), array)
     decays, config = range(len(first["products"])), first["config"]
-    return {
+    state: PlainState = {
         "averages": [found["kept", k] or found["averages", k] for k in decays],
         "carries": [found["carries", k] for k in decays if config["rounding"] == "compensated"],
         "copied": found["copied", 0],
@@ -182,6 +186,9 @@ def _state_in(paths: Sequence[Path], *, is_set: bool) -> PlainState:
         "swapped": first["swapped"],
         "config": config,
     }
+    if "clock" in first:
+        state["clock"], state["averaged"] = first["clock"], first["averaged"]
+    return state
 
 
 def _plain_in(file: File, path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Schedule:
         schedules: One of `fastema.schedules` (none of your own) or a number; for
             `Pairs.several` a sequence of them, one for each list of averages.
         step: How many updates were seen before, as in a checkpoint.
-        every: Average at every so many updates, with the decay to that power.
+        every: Average at every so many updates, with the product of their decays.
 
     Raises:
         TypeError: The device does not know a schedule.

@@ -50,7 +50,7 @@ class Settings:
         return self.initial_average == "zeros" and not self.dynamic_decay and self.start_step < 2
 
     def decay(self, step: Tensor, arrays: ModuleType) -> Tensor:
-        """Return the decay of a step.
+        """Return the decay of a step, over all the steps that it takes at once.
 
         Args:
             step: A float64 scalar.
@@ -58,7 +58,7 @@ class Settings:
         """
         kind = schedules.dynamic if self.dynamic_decay else schedules.constant
         schedule = kind(self.average_decay, self.start_step)
-        return schedules.compound(schedule.at(step, arrays), self.update_every)
+        return schedule.at_once(step, self.update_every, arrays)
 
     def dtype(self, variable: Variable) -> str:
         """Return the type of a variable's average."""

@@ -57,7 +57,7 @@ class ExponentialMovingAverage(
         name: The optimizer's name.
         initial_average: ``"zeros"``, as documented, or ``"weights"``.
         average_dtype: The type of the averages; None: float32 for 16-bit weights, else the weight's.
-        update_every: Average after every so many steps, with ``decay ** update_every``, so that the
+        update_every: Average after every so many steps, with the product of their decays, so that the
             averaging window stays the same.
         engine: ``"native"`` (an error where native code cannot run), ``"graph"`` (TensorFlow's
             operations) or ``"auto"`` (native where it can run).

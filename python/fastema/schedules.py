@@ -67,8 +67,8 @@ class Schedule(ABC):
 
         It is the product of the decays of all steps in between: of 3, 4 and 5 for ``over(2, 5)``. So spans
         add up, ``over(a, b) * over(b, c) == over(a, c)``, and one update over a span in which the value
-        stands still does what an update at each of its steps would do. `constant`, `equal_weights` and `power` know
-        the product between any two numbers; for other schedules, what is no whole step does not count.
+        stands still does what an update at each of its steps would do. `constant`, `equal_weights` and
+        `power` know the product between any two numbers; for others, only whole steps count.
 
         Args:
             t0: Where the update before ended; 0 or more, in steps.
@@ -370,8 +370,8 @@ def over(decay: Decay, t0: float, t1: float) -> float:
 
     Example:
         >>> from fastema import schedules
-        >>> schedules.over(0.5, 0, 3), schedules.over(lambda step: 1 - 1 / step, 3, 6)
-        (0.125, 0.5)
+        >>> schedules.over(0.5, 0, 3), schedules.over(lambda step: 0.5 if step < 3 else 0.25, 1, 3)
+        (0.125, 0.125)
     """
     if isinstance(decay, Schedule):
         return check_share(decay.over(t0, t1), f"decay over {t0} to {t1}")

@@ -174,10 +174,11 @@ def test_without_a_clock_a_state_has_its_step():
     for _ in range(7):
         ema.update()
     state = ema.state_dict()
-    assert (state.pop("clock"), state.pop("averaged")) == (7, 6)
-    ema.load_state_dict(state)
-    assert ema.clock == 7
-    assert ema.state_dict()["averaged"] == 6
+    assert "clock" not in state
+    ema.load_state_dict({**state, "step": 8})
+    assert ema.clock == 8
+    ema.update()
+    assert ema.decay == schedules.compound(0.9, 3)  # of steps 7, 8 and 9
 
 
 @pytest.mark.parametrize(
@@ -212,5 +213,6 @@ def test_a_span_is_a_number_above_nothing(span, error, message):
 def test_a_state_with_an_impossible_clock_is_refused(key, time, message):
     ema = fastema.EMA({"w": np.ones(2)}, 0.9)
     ema.update(span=2)
+    assert (ema.state_dict()["clock"], ema.state_dict()["averaged"]) == (2, 2)
     with pytest.raises(ValueError, match=re.escape(message)):
         ema.load_state_dict({**ema.state_dict(), key: time})

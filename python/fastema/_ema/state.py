@@ -76,20 +76,22 @@ class State:
         )
 
     def to_dict(self) -> PlainState:
-        """Return it as a dictionary of plain values."""
-        return {
+        """Return it as a dictionary of plain values; with a clock only where that is not the step."""
+        count = self.count
+        state: PlainState = {
             "averages": self.averages,
             "carries": self.carries,
             "copied": self.copied,
             "values": self.values,
-            "step": self.count.step,
-            "clock": self.count.clock,
-            "averaged": self.count.averaged,
-            "decay": list(self.count.decays) or None,
-            "products": list(self.count.products),
+            "step": count.step,
+            "decay": list(count.decays) or None,
+            "products": list(count.products),
             "swapped": self.swapped,
             "config": dict(self.config),
         }
+        if (count.clock, count.averaged) != _times_of(count.step, self.config):
+            state["clock"], state["averaged"] = count.clock, count.averaged
+        return state
 
     def write(self, path: StrPath, exchange: Exchange, config: Mapping[str, Any]) -> None:
         """Write it into a file, or a set of files where values are sharded; see `EMA.save`.
@@ -124,11 +126,10 @@ class State:
         products = tuple(check_share(product, "state['products']") for product in state["products"])
         decays = tuple(check_share(decay, "state['decay']") for decay in state["decay"] or ())
         config = state.get("config", {})
-        # before there was a clock it was the step, and the last average at a multiple of `every`
-        clock = _check_time(state.get("clock", step), "state['clock']")
-        averaged = _check_time(
-            state.get("averaged", step - step % config.get("every", 1)), "state['averaged']"
-        )
+        clock, averaged = _times_of(step, config)
+        if "clock" in state:
+            clock = _check_time(state["clock"], "state['clock']")
+            averaged = _check_time(state["averaged"], "state['averaged']")
         if averaged > clock:
             raise ValueError(f"state['averaged'] must be at most {clock}, its clock, got {averaged}")
         return cls(
@@ -216,6 +217,11 @@ class Fitted(NamedTuple):
         """Have the arrays hold what they are to hold."""
         for target, source in self.pairs:
             _arrays.write(np.asarray(source), target)
+
+
+def _times_of(step: int, config: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the clock, and the time of the last average, where each step took a span of 1."""
+    return step, step - step % config.get("every", 1)
 
 
 def _check_time(time: object, name: str) -> float:

@@ -34,7 +34,7 @@ class PlainState(TypedDict):
     copied: _Arrays
     values: _Arrays
     step: int
-    clock: NotRequired[float]  # not in files that were written before there were spans
+    clock: NotRequired[float]  # where it is not the step
     averaged: NotRequired[float]
     decay: list[float] | None
     products: list[float]
@@ -64,11 +64,9 @@ def write_state(
     """
     decay = config["decay"]
     values = layout.values if layout else {name: name for name in state["copied"]}
-    plain = {
+    plain: dict[str, Any] = {
         "version": _VERSION,
         "step": state["step"],
-        "clock": state["clock"],
-        "averaged": state["averaged"],
         "decay": state["decay"],
         "products": state["products"],
         "swapped": state["swapped"],
@@ -79,6 +77,8 @@ def write_state(
             "decay": [_described(d) for d in decay] if isinstance(decay, list) else _described(decay),
         },
     }
+    if "clock" in state:
+        plain |= {"clock": state["clock"], "averaged": state["averaged"]}
     arrays = list(_arrays_of(state, debiased))
     # transformers refuses a file whose metadata lack a format; all other readers pass over it
     if layout is None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from ._types import check_share
+
 __all__ = ["Schedule", "compound", "constant", "dynamic", "equal_weights", "half_life", "power", "warmup"]
 
 
@@ -74,8 +76,7 @@ class _Limited(_Started):
     decay: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.decay <= 1.0:
-            raise ValueError(f"decay must be from 0 to 1, got {self.decay!r}")
+        object.__setattr__(self, "decay", check_share(self.decay, "decay"))  # a float, which JSON can hold
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,7 @@ class _Limited(_Started):
         return self.decay
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.decay <= 1.0:
-            raise ValueError(f"decay must be from 0 to 1, got {self.decay!r}")
+        object.__setattr__(self, "decay", check_share(self.decay, "decay"))  # a float, which JSON can hold
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,12 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from . import _formula
 from ._build import OP_LIBRARY
-from ._types import check_choice, check_share
+from ._types import MIXES, check_choice, check_share
 
 __all__ = ["swap", "update"]
 
 Engine = Literal["auto", "native", "graph"]
 Value: TypeAlias = tf.Variable | tf.Tensor
-
-_NATIVE_MIXES = {  # average and value
-    *((dtype, dtype) for dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64)),
-    (tf.float32, tf.float16),
-    (tf.float32, tf.bfloat16),
-    (tf.float64, tf.float32),
-}
 
 
 def update(
@@ -214,7 +207,7 @@ def _obstacle(averages: list[tf.Variable], values: list[Value]) -> str | None:
     if tf.distribute.has_strategy() or any(hasattr(average, "distribute_strategy") for average in averages):
         return "a tf.distribute strategy updates its variables itself"
     for i, (average, value) in enumerate(zip(averages, values, strict=True)):
-        if (average.dtype, value.dtype) not in _NATIVE_MIXES:
+        if (average.dtype.name, value.dtype.name) not in MIXES:
             return f"averages[{i}] is {average.dtype.name}, values[{i}] {value.dtype.name}"
         if average.device and ("CPU" not in average.device or "/job:ps/" in average.device):
             return f"averages[{i}] lies on {average.device}"

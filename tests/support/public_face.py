@@ -47,7 +47,7 @@ def _of_name(module, name):
         yield f"{name}: a module"
     elif inspect.isclass(public):
         yield from _of_class(name, public)
-    elif callable(public):
+    elif inspect.isroutine(public):
         yield name + _signature(public)
     else:
         yield name

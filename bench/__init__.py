@@ -1,5 +1,5 @@
 """Benchmarks: what an update and a swap cost, against this machine's ceiling and every rival at its best.
 
 Each script answers one question and runs on its own (``python -m fastema.bench.bench_update``);
-``python -m fastema bench`` runs them all.
+``python -m fastema bench`` runs those of updates, swaps and memory.
 """

@@ -1,4 +1,4 @@
-// What this build is and what it runs on.
+// The functions of `_core` that say which mixes and instruction sets this build has, and choose one.
 #include <pybind11/stl.h>
 
 #include <string>

@@ -1,7 +1,7 @@
 // The kernels of a CUDA device. What one element becomes is decided by formula.hpp, the core's own,
 // so the bits are the core's.
 //
-// NVRTC compiles it (through CuPy), and a C++ compiler through tests/cuda_shim.h.
+// NVRTC compiles it (through CuPy), and a C++ compiler through tests/support/cuda_shim.h.
 #include "rows.cuh"
 #include "schedules.cuh"
 #include "words.cuh"

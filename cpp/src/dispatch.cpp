@@ -1,3 +1,4 @@
+// Asks the processor which of the compiled instruction sets it runs, and keeps the choice.
 #include "dispatch.hpp"
 
 #include <array>

@@ -1,3 +1,4 @@
+// How helpers are woken, moved and put to sleep, and what a fork leaves of them.
 #include "team.hpp"
 
 #include <pthread.h>

@@ -1,3 +1,4 @@
+// New averages beside the old, a bucket at a time, for TensorFlows that lack locks.
 #include "beside.hpp"
 
 #include <atomic>

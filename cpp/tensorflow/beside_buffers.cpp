@@ -1,3 +1,4 @@
+// Memory for new averages that stays ours between two steps: fresh pages cost more than averaging.
 #include "beside_buffers.hpp"
 
 #include <sys/mman.h>

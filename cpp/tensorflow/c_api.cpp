@@ -1,3 +1,4 @@
+// Finds TensorFlow's functions among the libraries that are loaded.
 #include "c_api.hpp"
 
 #include <dlfcn.h>

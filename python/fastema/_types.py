@@ -1,6 +1,6 @@
 """Types and arguments that every room shares: what an array is, which are averaged, what a number must be.
 
-Knowledge of element types that the core has (which mixes are offered) is asked of it, never repeated.
+Which types go together is asked of the core.
 """
 
 import operator

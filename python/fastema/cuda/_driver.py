@@ -1,7 +1,7 @@
 """What fastema asks of CUDA devices: the only file that knows CuPy.
 
 Everything else in this package goes through the object that `load` returns. Tests put another in its place,
-which does the same on host memory (tests/fake_cuda.py).
+which does the same on host memory (tests/support/fake_cuda.py).
 """
 
 import ctypes

@@ -1,4 +1,5 @@
-// The functions of `_core` that say which mixes and instruction sets this build has, and choose one.
+// The functions of `_core` that say which mixes and instruction sets this build has, and choose
+// one.
 #include <pybind11/stl.h>
 
 #include <string>

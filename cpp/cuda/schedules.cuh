@@ -74,8 +74,8 @@ inline double decay_at(const Schedule& schedule, uint64_t step) {
   return limit;
 }
 
-// The decay of one update that takes the last `every` steps at once, as Schedule.over in Python: the
-// product of theirs, in the same order.
+// The decay of one update that takes the last `every` steps at once, as Schedule.over in Python:
+// the product of theirs, in the same order.
 inline double decay_over(const Schedule& schedule, uint64_t step) {
   const uint64_t before = step - schedule.every;
   if (schedule.every == 1) return decay_at(schedule, step);

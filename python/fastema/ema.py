@@ -165,7 +165,9 @@ class EMA:
         if self._background is not None:
             self.wait()
         before, span = self._count, span if span == 1 else check_span(span)
-        if not self._pace.averages_at(before.step + 1):
+        if not self._pace.averages_at(before.step + 1, before.clock + span):
+            if not before.decays:
+                self._passes.skip(None if values is None else self._values.matched(values), before)
             self._count = before.skip(span)
             return
         arrays = None if values is None else self._values.matched(values)
@@ -246,8 +248,9 @@ class EMA:
         """The averages, shaped as the values, in arrays of their library; of several, the first ones.
 
         NumPy's, torch's and CuPy's are the averages themselves, until the next `swap`, unless they started at
-        zeros; others are copies. Those in host memory beside a device go on moving until `wait` after each
-        update.
+        zeros; others are copies. Before the first update that averages (the k-th with ``every=k``) they are
+        copies of the weights as these are now. Those in host memory beside a device go on moving until `wait`
+        after each update.
         """
         return self.averages_of(0)
 

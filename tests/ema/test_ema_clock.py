@@ -216,3 +216,81 @@ def test_a_state_with_an_impossible_clock_is_refused(key, time, message):
     assert (ema.state_dict()["clock"], ema.state_dict()["averaged"]) == (2, 2)
     with pytest.raises(ValueError, match=re.escape(message)):
         ema.load_state_dict({**ema.state_dict(), key: time})
+
+
+# --- before the first average -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 100},
+        {"every": 100, "start_step": 1000},
+        {"start_step": 1000},
+        {"every": 7, "initial": "zeros"},
+    ],
+)
+@pytest.mark.parametrize("decay", [0.9, schedules.warmup(0.9999), [0.5, 0.9]], ids=repr)
+def test_before_the_first_average_an_average_is_a_copy_of_now(tmp_path, decay, options):
+    weights = {"w": np.zeros(2), "n": np.zeros((), np.int64)}
+    ema = fastema.EMA(weights, decay, **options)
+    for step in range(1, 7):
+        weights["w"] += 1
+        weights["n"] += 1
+        ema.update()
+        averages = ema.averages
+        assert (averages["w"].tolist(), int(averages["n"])) == ([step, step], step)
+    with ema.swapped():
+        assert (weights["w"].tolist(), int(weights["n"])) == ([6, 6], 6)
+        assert ema.averages["w"].tolist() == [6, 6]
+    ema.save(tmp_path / "e.safetensors")
+    assert fastema.checkpoint.File(tmp_path / "e.safetensors")["w"].tolist() == [6, 6]
+    averages["w"][:] = 0
+    assert weights["w"].tolist() == [6, 6], "it is the weight itself"
+
+
+@pytest.mark.parametrize("way", ["file", "state"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_resumed_before_the_first_average_a_run_goes_on_to_the_bit(tmp_path, way, swapped):
+    path, runs = tmp_path / "e.safetensors", []
+    for resumed in (False, True):
+        weights = {"w": np.full(3, 5.0)}
+        ema = fastema.EMA(weights, schedules.dynamic(0.99), every=6)
+        for step in range(20):
+            if resumed and step == 4:
+                if swapped:
+                    ema.swap()
+                ema.save(path)
+                state, weights = ema.state_dict(), {"w": np.full(3, -1.0)}
+                if way == "file":
+                    ema = fastema.EMA.load(path, weights)
+                else:
+                    ema = fastema.EMA(weights, schedules.dynamic(0.99), every=6)
+                    ema.load_state_dict(state)
+                if swapped:
+                    assert weights["w"].tolist() == [8.0, 8.0, 8.0]
+                    ema.swap()
+                    assert weights["w"].tolist() == [8.0, 8.0, 8.0]
+            weights["w"][:] = step + 5
+            ema.update()
+        runs.append(ema.averages["w"].tobytes())
+    assert runs[0] == runs[1]
+
+
+def test_before_the_first_average_16_bit_weights_have_float32_averages():
+    weight = np.ones(2, np.float16)
+    ema = fastema.EMA(weight, 0.9, every=3)
+    weight += 1
+    ema.update()
+    assert ema.averages.dtype == np.float32
+    assert ema.averages.tolist() == [2.0, 2.0]
+
+
+def test_of_arrays_that_never_change_the_last_ones_given_are_shown():
+    jax = pytest.importorskip("jax")
+    ema = fastema.EMA({"w": jax.numpy.zeros(2)}, 0.5, every=3)
+    for step in (1.0, 2.0):
+        ema.update({"w": jax.numpy.full(2, step)})
+        assert ema.averages["w"].tolist() == [step, step]
+    ema.update({"w": jax.numpy.full(2, 8.0)})
+    assert ema.averages["w"].tolist() == [7.0, 7.0]  # an eighth of zeros is left

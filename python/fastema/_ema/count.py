@@ -42,9 +42,9 @@ class Pace(NamedTuple):
         fixed = tuple(shares) if len(shares) == len(decays) else ()
         return cls(decays, several, every, start_step, fixed)
 
-    def averages_at(self, step: int) -> bool:
-        """Tell whether averages move at a step, or it is only counted."""
-        return step % self.every == 0
+    def averages_at(self, step: int, clock: float) -> bool:
+        """Tell whether averages move at a step and its time, or it is only counted."""
+        return step % self.every == 0 or clock < self.start_step  # before the start each step copies
 
     def decays_over(self, t0: float, t1: float) -> tuple[float, ...]:
         """Return the decays of an update that takes the clock's time from `t0` to `t1` at once.
@@ -102,7 +102,12 @@ class Count(NamedTuple):
         return Count(self.step + 1, clock, clock, decays, products)
 
     @property
-    def has_blank(self) -> bool:
+    def is_blank(self) -> bool:
+        """Whether steps were counted and none has averaged: what is shown then are the weights of now."""
+        return self.step > 0 and not self.decays
+
+    @property
+    def has_zeros(self) -> bool:
         """Whether nothing was averaged yet of some averages that start at zeros."""
         return 1.0 in self.products
 

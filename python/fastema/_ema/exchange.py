@@ -70,7 +70,20 @@ class Exchange:
 
     def average_of(self, k: int, i: int, count: Count) -> Locals:
         """Return a leaf's average as the user sees it."""
+        if count.is_blank and i not in self.averages.copied:
+            return self._present(k, i)
         return shown(self.kept(k, i), self.averages.divisor(k, i, count))
+
+    def _present(self, k: int, i: int) -> Locals:
+        """Return a copy of the weights of a leaf as they are now, of the average's type."""
+        leaf, latest, kept = self.values.leaves[i], self.values.latest, self.averages.by_decay[k][i]
+        source = None if latest is None else latest[i]
+        if leaf.immutable and source is None:  # nobody told of others than the first
+            return kept
+        copies = [_arrays.empty_like(average) for average in kept]
+        for weight, copy in zip(leaf.local_arrays(source), copies, strict=True):
+            _arrays.write(weight, copy)
+        return copies
 
     def weights(self) -> dict[int, Locals]:
         """Return the weights of each leaf while averages are in their place, else nothing."""
@@ -104,7 +117,7 @@ class Exchange:
         """Put averages in the place of weights that were saved earlier, whatever the values are now."""
         self.swapped = Swapped(k, weights)
         for i, leaf in enumerate(self.values.leaves):
-            leaf.assign(self.average_of(k, i, count))
+            leaf.assign(weights[i] if count.is_blank else self.average_of(k, i, count))
 
     def copy_to(self, others: Nested | None, k: int, count: Count) -> Nested:
         """Write averages into other values, or the values themselves, for good; see `EMA.copy_to`."""
@@ -158,6 +171,8 @@ class Exchange:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
         leaf = self.values.leaves[i]
         if not leaf.in_place() or i in self.averages.alone or self.averages.divisor(k, i, count) != 1.0:
+            return False
+        if count.is_blank and i not in self.averages.copied:
             return False
         return all(
             _arrays.dtype_of(value) == _arrays.dtype_of(average)

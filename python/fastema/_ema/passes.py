@@ -85,7 +85,7 @@ class Passes:
         """
         stable = self._stable
         # before averages leave zero values are paired anew, so that what does not fit is noticed first
-        if stable is None or before.has_blank or not (arrays is None or self._values.are_given(arrays)):
+        if stable is None or before.has_zeros or not (arrays is None or self._values.are_given(arrays)):
             return self.over_sources(self._values.sources(arrays))
         if self._values.moving and self._values.moving.moved():
             self.wait()
@@ -102,6 +102,22 @@ class Passes:
     def average(self, sources: Sequence[Array | None], before: Count, count: Count) -> None:
         """Move the averages towards what `Values.sources` returned, in any thread."""
         self.move(self.over_sources(sources), before, count)
+
+    def skip(self, arrays: list[Array] | None, before: Count) -> None:
+        """Copy what is not averaged, and note the values, at a step before the first that averages.
+
+        Args:
+            arrays: As for `over`.
+            before: The count until now.
+        """
+        if arrays is None and any(leaf.immutable for leaf in self._values.leaves):
+            return
+        self._values.latest = None if arrays is None else self._values.sources(arrays)
+        if self._averages.copied:
+            over = self.over(arrays, before)
+            if over.watched is not None:
+                over.watched.check("EMA")
+            self._copy(over)
 
     def move(self, over: Pass, before: Count, count: Count) -> None:
         """Move the averages from one count to the next.
@@ -128,12 +144,15 @@ class Passes:
                 pairs.update(decay, threads, rounding="stochastic", seed=self._seed, step=count.step)
         for offload in over.offloads:
             offload.update(decay, threads)
-        for copies in over.copies:
-            copies._copy(threads)
-        for target, source in over.copied_alone:
-            _arrays.write(source, target)
+        self._copy(over)
         if not stable:
             over.wait()
+
+    def _copy(self, over: Pass) -> None:
+        for copies in over.copies:
+            copies._copy(self._threads)
+        for target, source in over.copied_alone:
+            _arrays.write(source, target)
 
     def fence(self) -> None:
         """See `EMA.fence`."""

@@ -104,7 +104,7 @@ class State:
         averages = exchange.averages
         debiased = [
             {i: exchange.average_of(k, i, self.count) for i in averages.averaged}
-            if self.count.divisor(k) != 1.0
+            if self.count.divisor(k) != 1.0 or self.count.is_blank
             else {}
             for k in range(len(averages.by_decay))
         ]

@@ -22,6 +22,7 @@ class Values:
         names: Of each leaf, the first one that it was given under.
         local_names: Of each leaf, the names of its local arrays: several only where it is sharded.
         copied: The names of a module's buffers that are not to be averaged.
+        latest: Of each leaf the array that an update was given which averaged nothing; while none has.
         moving: Where those leaves lie that stay where they are, unless their library moves them (FSDP).
     """
 
@@ -32,6 +33,7 @@ class Values:
         self.leaves: list[Leaf] = []
         self.names: list[str] = []
         self.local_names: list[list[str]] = []
+        self.latest: list[Array | None] | None = None
         self._given: list[Array | None] = []  # of each value in the tree; None if it never changes
         self._places: list[int] = []  # of each value in the tree, its leaf
         self._firsts: list[int] = []  # of each leaf, its first value in the tree

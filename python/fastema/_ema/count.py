@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 from .. import schedules
-from .._types import Decay, check_count, check_decay
+from .._types import Decay, check_count, check_decay, check_share
 
 
 class Pace(NamedTuple):
@@ -57,7 +57,11 @@ class Pace(NamedTuple):
             return (0.0,) * len(self.decays)
         if self.fixed and t1 - t0 == self.every:
             return self.fixed
-        return tuple([schedules.over(decay, t0, t1) for decay in self.decays])
+        if t1 - t0 != 1 or not isinstance(t1, int):
+            return tuple([schedules.over(decay, t0, t1) for decay in self.decays])
+        # most spans are one step: the same without the microsecond that any span takes
+        asked = [decay(t1) if callable(decay) else decay for decay in self.decays]
+        return tuple([x if 0.0 <= x <= 1.0 else check_share(x, f"decay({t1})") for x in asked])
 
 
 class Count(NamedTuple):

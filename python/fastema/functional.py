@@ -67,7 +67,9 @@ def update(
         >>> average
         array([0.25, 0.5 , 1.  ])
     """
-    Pairs(averages, values, carries=carries).update(decay, threads, rounding=rounding, seed=seed, step=step)
+    pairs = Pairs.__new__(Pairs)
+    pairs._set_up(*as_lists([averages], values, None if carries is None else [carries]), watched=False)
+    pairs.update(decay, threads, rounding=rounding, seed=seed, step=step)
 
 
 def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
@@ -198,10 +200,18 @@ class Pairs:
         pairs._set_up(*as_lists(averages, values, carries))
         return pairs
 
-    def _set_up(self, averages: list[Array], values: list[Array], carries: list[Array], terms: Terms) -> None:
+    def _set_up(
+        self,
+        averages: list[Array],
+        values: list[Array],
+        carries: list[Array],
+        terms: Terms,
+        *,
+        watched: bool = True,  # not where they are used at once
+    ) -> None:
         self._native = _checked(averages, values, carries, terms)
         self._compensated = bool(carries)
-        self._watched = watch((*averages, *values, *carries))
+        self._watched = watch((*averages, *values, *carries)) if watched else None
 
     def _check_unmoved(self) -> None:
         if self._watched is None:

@@ -211,7 +211,10 @@ class Library(ABC):
 
     Attributes:
         storage: What is done to its arrays where they lie; only of libraries with such arrays.
+        owns_classes: Whether its arrays are known by their classes, and not by what each of them can do.
     """
+
+    owns_classes = True
 
     storage: Storage
 

@@ -18,10 +18,18 @@ KINDS = "a NumPy array, a torch tensor, a JAX array or anything else with __dlpa
 libraries: list[Library] = []  # the first that owns a value has it; filled by the package itself
 
 
+_by_class: dict[type, Library] = {}  # of classes of libraries, which stay what they are
+
+
 def library_of(value: object) -> Library | None:
     """Return the library of an array or a variable; None: it is neither."""
+    known = _by_class.get(type(value))
+    if known is not None:
+        return known
     for library in libraries:
         if library.owns(value):
+            if library.owns_classes:
+                _by_class[type(value)] = library
             return library
     return None
 

@@ -138,6 +138,7 @@ def _dense(descriptor: Descriptor) -> Descriptor:
 
 class _Interfaces(Library):
     storage: Storage = _Storage()
+    owns_classes = False
 
     def owns(self, value: object) -> bool:
         return hasattr(value, "__dlpack_device__") or hasattr(value, "__cuda_array_interface__")

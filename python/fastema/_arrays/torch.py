@@ -12,6 +12,8 @@ from .base import Descriptor, Leaf, Library, Location, Storage, dtype_named, is_
 from .dispatch import write
 from .shards import Block, Shards
 
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
 
 def tensor_of(array: np.ndarray) -> AnyArray:
     """Return a tensor in host memory of an array's contents, and in its memory where that is writable."""
@@ -33,7 +35,7 @@ def array_of(tensor: AnyArray) -> np.ndarray:
     if tensor.device.type != "cpu":
         raise TypeError(f"it lies on {tensor.device}")
     tensor = tensor.detach()
-    if _dtype(tensor.dtype) != ml_dtypes.bfloat16:
+    if _dtype(tensor.dtype) is not _BFLOAT16:  # to compare types takes as long as the view
         view: np.ndarray = tensor.numpy()
         return view
     import torch  # noqa: PLC0415

@@ -486,12 +486,13 @@ def test_get_updates_is_one_step_of_a_graph_averaging_included(kind):
         weight = tf.Variable(1.0)
         optimizer = wrap(kind.SGD(1.0))
         gradients = optimizer.get_gradients(-weight, [weight])
+        alone, nested = (optimizer.get_gradients(-weight, x) for x in (weight, {"a": [weight]}))
         updates = optimizer.get_updates(-weight, [weight])
         average = optimizer.get_slot(weight, "average")
         with pytest.raises(ValueError, match="the loss has no gradient with respect to Variable"):
             optimizer.get_gradients(tf.constant(1.0), [weight])
         session.run(tf.compat.v1.global_variables_initializer())
-        assert session.run(gradients) == [-1.0]
+        assert session.run([gradients, alone, nested]) == [[-1.0]] * 3
         expected = np.float32(0)
         for step in (1, 2, 3):
             session.run(updates)

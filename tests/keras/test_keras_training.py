@@ -226,9 +226,10 @@ def test_constraints_are_applied_before_averaging():
     np.testing.assert_allclose(norms, 1.0, rtol=1e-6)  # Keras rounds a norm and a quotient
 
 
-def test_weights_excluded_from_decay():
+@pytest.mark.parametrize("scaled", [lambda inner: inner, keras.optimizers.LossScaleOptimizer])
+def test_weights_excluded_from_decay(scaled):
     weight, bias = keras.Variable([2.0], name="kernel"), keras.Variable([2.0], name="bias")
-    optimizer = wrap(keras.optimizers.SGD(1.0, weight_decay=0.5))
+    optimizer = wrap(scaled(keras.optimizers.SGD(1.0, weight_decay=0.5)))
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     optimizer.apply([tf.zeros(1), tf.zeros(1)], [weight, bias])
     assert (weight.numpy()[0], bias.numpy()[0]) == (1.0, 2.0)

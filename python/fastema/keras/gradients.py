@@ -11,18 +11,18 @@ class GraphGradientMembers(Wrapper):
 
     apply_gradients: Callable[..., Operation]
 
-    def get_gradients(self, loss: Tensor, params: Iterable[Variable]) -> list[Tensor]:
+    def get_gradients(self, loss: Tensor, params: Variable | Iterable[Variable]) -> list[Tensor]:
         """Return the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.
 
         Args:
             loss: A tensor of the graph.
-            params: Variables.
+            params: A variable, or variables, also nested.
 
         Raises:
             ValueError: A variable has no gradient.
             RuntimeError: This is not graph mode.
         """
-        return self._backend.graph_gradients(loss, list(params))
+        return self._backend.graph_gradients(loss, params)
 
     def get_updates(self, loss: Tensor, params: Iterable[Variable]) -> list[Operation]:
         """Apply the gradients of a loss, in TensorFlow's graph mode: `minimize` works everywhere.

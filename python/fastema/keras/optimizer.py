@@ -375,7 +375,7 @@ class ExponentialMovingAverage(
         self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
     ) -> None:
         """Exclude variables from the wrapped optimizer's weight decay."""
-        self._optimizer.exclude_from_weight_decay(var_list, var_names)
+        self._innermost().exclude_from_weight_decay(var_list, var_names)
 
     # --- saving -----------------------------------------------------------------------------------
 

@@ -132,8 +132,12 @@ class Backend:
         """Assign to variables without recording it for gradients."""
         return nullcontext()
 
-    def graph_gradients(self, loss: Tensor, variables: list[Variable]) -> list[Tensor]:  # noqa: ARG002
-        """Return the gradients of a tensor of TensorFlow's graph."""
+    def graph_gradients(
+        self,
+        loss: Tensor,  # noqa: ARG002
+        variables: Variable | Iterable[Variable],  # noqa: ARG002
+    ) -> list[Tensor]:
+        """Return the gradients of a tensor of TensorFlow's graph, of one variable or nested ones."""
         raise RuntimeError(_NO_GRAPH)
 
     # --- steps ------------------------------------------------------------------------------------

@@ -98,9 +98,10 @@ class TensorFlow(Backend):
         found = tape.gradient(scaled, natives_of(variables, tf.Variable), output_gradients=output)
         return list(zip(found, variables, strict=True))
 
-    def graph_gradients(self, loss: Tensor, variables: list[Variable]) -> list[Tensor]:
+    def graph_gradients(self, loss: Tensor, variables: Variable | Iterable[Variable]) -> list[Tensor]:
         if tf.executing_eagerly():
             return super().graph_gradients(loss, variables)
+        variables = tf.nest.flatten(variables)
         found = tf.compat.v1.gradients(loss, natives_of(variables, tf.Variable))
         for gradient, variable in zip(found, variables, strict=True):
             if gradient is None:

@@ -29,6 +29,16 @@ class Pairs:
     def swap(self, threads: int = 0) -> None: ...
     def copy(self, threads: int = 0) -> None: ...
 
+class Contents:
+    """Dictionaries and lists with the objects that they held, to notice others."""
+
+    def __init__(self, containers: list[dict[Any, Any] | list[Any]]) -> None: ...
+    def changed(self) -> bool:
+        """Tell whether one holds another object, more, fewer, or in another order."""
+
+    def accept(self) -> None:
+        """Take what they hold now for right."""
+
 def check(
     averages: list[np.ndarray] | list[Descriptor],
     values: list[np.ndarray] | list[Descriptor],

@@ -5,18 +5,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NoReturn
 
-import numpy as np
 from numpy.typing import DTypeLike
 
 from . import _arrays
-from ._ema.averages import Averages, Form
+from ._arrays.torch import copied_state
+from ._ema.averages import Form
 from ._ema.background import Background
 from ._ema.count import Count, Pace, check_span
-from ._ema.exchange import Exchange
-from ._ema.passes import Passes
+from ._ema.parts import Options, Parts
 from ._ema.state import State
-from ._ema.tree import Buffers, Nested
-from ._ema.values import Values
+from ._ema.tree import Buffers, Nested, Only, Selection
 from ._types import Array, Decay, check_choice, check_count, float_type
 from .checkpoint._replace import StrPath
 from .checkpoint._state import read_state
@@ -35,8 +33,15 @@ class EMA:
     call waits for another process, and averages are shown sharded alike. They have the bits of whole ones
     but with stochastic rounding, which goes by the place in a shard.
 
-    Arrays of integers and booleans (counters, masks) are copied at each update. An array that is given
-    twice (tied weights) is averaged once. Values are known by the object, never by a name.
+    Arrays of integers and booleans (counters, masks) are copied at each update, complex ones averaged by
+    their parts. Keys of random numbers, Python's numbers, sparse and quantised tensors that need no gradient
+    are carried along: shown as they are, never changed, never saved. An array that is given twice (tied
+    weights) is averaged once.
+
+    A module, dictionary or list that was given is looked at again at each call. Other arrays of the same
+    names, types and shapes in it are followed; so are buffers that appear, grow or go. Other changes are
+    errors that name the value and the cure. After an update with other arrays, `swap` and `copy_to` are of
+    these. Names are those of the plain model: wrappers of torch.compile, DDP and checkpointing have none.
 
     Methods are for one thread at a time. After Ctrl-C in a swap, `is_swapped` is true to the arrays, and
     another `swap` gives the weights back.
@@ -68,6 +73,9 @@ class EMA:
         threads: How many threads to use at most; 0: as many as OpenMP would.
         memory: The path of a file to keep the averages in, mapped, for more averages than memory. It is made
             anew, and holds no checkpoint. Averages on a CUDA device need ``device="cpu"`` for it.
+        only: Which arrays are meant: patterns of names, as ``["*.lora_?.*"]``, or a function of name, value
+            as ``lambda name, value: value.requires_grad``. What is left out costs nothing: it is not kept,
+            copied, swapped or saved, and `averages` has no such name (None in a sequence or a tree of JAX).
 
     Raises:
         ImportError: A value lies on a CUDA device, and CuPy is not installed.
@@ -106,6 +114,7 @@ class EMA:
         background: bool = False,
         threads: int = 0,
         memory: StrPath | None = None,
+        only: Only | None = None,
     ) -> None:
         check_choice(initial, "initial", ("values", "zeros"))
         check_choice(rounding, "rounding", ("nearest", "stochastic", "compensated"))
@@ -125,11 +134,10 @@ class EMA:
         threads = check_count(threads, "threads")
         stochastic = self._config["seed"] if rounding == "stochastic" else None
 
-        self._values, local = Values.of(values, buffers, unchanging=background)
-        form = Form(len(self._pace.decays), kept, rounding, device == "cpu", memory)
-        self._averages = Averages(self._values, local, form)
-        self._exchange = Exchange(self._values, self._averages, threads)
-        self._passes = Passes(self._values, self._averages, local, seed=stochastic, threads=threads)
+        form = Form(len(self._pace.decays), kept, rounding, device == "cpu", memory, buffers)
+        self._parts = Parts.of(
+            values, Options(Selection(buffers, only), form, background, stochastic, threads)
+        )
         self._background = Background() if background else None
         self._count = Count.at_start(len(self._pace.decays), zeros=initial == "zeros")
 
@@ -155,37 +163,40 @@ class EMA:
                 before the values change, as late as can be.
 
         Raises:
-            RuntimeError: Weights and averages are swapped; or this update or the one before failed in host
-                memory beside the device, and some averages may have moved.
-            ValueError: The values do not fit those given at first, or an array was given other memory since.
-                Nothing has changed then.
+            RuntimeError: Weights and averages are swapped; what was given holds values that do not fit any
+                more; or this update or the one before failed in host memory beside the device, and some
+                averages may have moved.
+            ValueError: The values do not fit those given at first. Nothing has changed then.
         """
-        if self._exchange.swapped is not None:  # each call takes its time here
-            self._exchange.check_not_swapped("update()")
+        parts = self._parts
+        if parts.exchange.swapped is not None:  # each call takes its time here
+            parts.exchange.check_not_swapped("update()")
         if self._background is not None:
             self.wait()
         before, span = self._count, span if span == 1 else check_span(span)
+        parts, arrays = (parts.followed(), None) if values is None else parts.given(values)
         if not self._pace.averages_at(before.step + 1, before.clock + span):
             if not before.decays:
-                self._passes.skip(None if values is None else self._values.matched(values), before)
-            self._count = before.skip(span)
+                parts.passes.skip(arrays, before)
+            self._parts, self._count = parts, before.skip(span)
             return
-        arrays = None if values is None else self._values.matched(values)
         count = before.next(self._pace, span)
         if self._background is not None:
-            self._background.start(
-                partial(self._passes.average, self._values.sources(arrays), before, count), before
-            )
+            sources = parts.values.sources(arrays)
+            self._background.start(partial(parts.passes.average, sources, before, count), before)
             self._count = count
             return
-        over = self._passes.over(arrays, before)
+        over = parts.passes.over(arrays, before)
         self._count = count
         try:
-            self._passes.move(over, before, count)
+            parts.passes.move(over, before, count)
         except Exception:  # no interrupt: that comes up when native code has moved them
             self._count = before
             raise
-        if fence and self._averages.on_host:
+        self._parts = parts
+        if arrays is not None:
+            parts.values.passed(arrays)
+        if fence and parts.averages.on_host:
             self.fence()
 
     def fence(self) -> None:
@@ -208,7 +219,7 @@ class EMA:
                     optimizer.step()
                     ema.update(fence=False)
         """
-        self._passes.fence()
+        self._parts.passes.fence()
 
     def wait(self) -> None:
         """Return when all that was asked for is done.
@@ -217,7 +228,7 @@ class EMA:
             Exception: What stopped an update in the background; that update was not counted then.
             RuntimeError: An update of averages in host memory failed beside the device; some may have moved.
         """
-        self._passes.wait()
+        self._parts.passes.wait()
         failed = self._background.join() if self._background is not None else None
         if failed is not None:
             error, self._count = failed
@@ -256,16 +267,21 @@ class EMA:
 
     def averages_of(self, k: int) -> Nested:
         """Return the averages of the k-th decay, as `averages`."""
-        k = self._averages.checked_index(k)
+        k = self._parts.averages.checked_index(k)
         self.wait()
-        return self._exchange.nested(k, self._count)
+        return self._followed().exchange.nested(k, self._count)
+
+    def _followed(self) -> Parts:
+        """Return the parts for what holds the values by now."""
+        self._parts = parts = self._parts.followed()
+        return parts
 
     # --- swapping ---------------------------------------------------------------------------------
 
     @property
     def is_swapped(self) -> bool:
         """Whether the averages are in the place of the weights."""
-        return self._exchange.swapped is not None
+        return self._parts.exchange.swapped is not None
 
     def swap(self, k: int = 0) -> None:
         """Put averages in the place of the weights; called again, put the weights back, bit for bit.
@@ -279,11 +295,12 @@ class EMA:
 
         Raises:
             TypeError: A value never changes, as JAX arrays. Evaluate with `averages` there.
-            RuntimeError: A module's tensor is another one by now, or FSDP holds the parameters gathered.
+            RuntimeError: A value is of another shape or type by now, FSDP holds the parameters gathered, or
+                values were replaced while averages were in their place.
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()
-        self._exchange.swap(k, self._count)
+        self._followed().exchange.swap(k, self._count)
 
     @contextmanager
     def swapped(self, k: int = 0) -> Iterator[None]:
@@ -338,10 +355,66 @@ class EMA:
             {'w': array([1., 1.])}
         """
         self.wait()
-        k = self._averages.checked_index(k)
-        return self._exchange.copy_to(values, k, self._count)
+        k = self._parts.averages.checked_index(k)
+        return self._followed().exchange.copy_to(values, k, self._count)
+
+    def rebind(self, values: Nested) -> None:
+        """Go on with other arrays in the place of the values: of the same names and shapes.
+
+        After a model was moved (``model.to(...)``), cast (``model.half()``) or made anew. Averages keep their
+        types, counters go on, and averages lie where the new values are. Where what was given holds other
+        arrays of the same types and devices by now, calls find that by themselves.
+
+        Args:
+            values: As for `EMA`.
+
+        Raises:
+            RuntimeError: Averages are in the place of the weights.
+            TypeError: A type cannot be averaged into what is kept.
+            ValueError: Names or shapes differ. Nothing has changed then.
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> ema = fastema.EMA({"w": np.zeros(2)}, 0.5)
+            >>> loaded = {"w": np.ones(2)}
+            >>> ema.rebind(loaded)
+            >>> ema.update()
+            >>> ema.averages["w"]
+            array([0.5, 0.5])
+        """
+        self.wait()
+        self._parts.exchange.check_not_swapped("rebind()")
+        self._parts = Parts.of(values, self._parts.options, self._parts, call="rebind()")
 
     # --- state ------------------------------------------------------------------------------------
+
+    def model_state_dict(self) -> dict[str, Any]:
+        """Return a copy of a torch module's state dict with averages in it, in the weights' own types.
+
+        It is what ``module.state_dict()`` is while averages are in the place of the weights, so tied
+        weights, buffers, extra state and hooks are as the module has them, and its ``load_state_dict`` takes
+        it. A module that was given in wrappers, as of torch.compile or DDP, is meant itself.
+
+        Raises:
+            RuntimeError: As for `swap`.
+            TypeError: The values are no module.
+
+        Example:
+            >>> import fastema, torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> ema = fastema.EMA(model, 0.9)
+            >>> sorted(ema.model_state_dict())
+            ['bias', 'weight']
+        """
+        module = self._followed().values.given
+        if not hasattr(module, "state_dict") or not hasattr(module, "named_parameters"):
+            raise TypeError(
+                f"values must be a torch module for this, got {type(module).__name__}: use averages"
+            )
+        if self.is_swapped:
+            return copied_state(module)
+        with self.swapped():
+            return copied_state(module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that is needed to go on: NumPy arrays and plain values.
@@ -363,7 +436,7 @@ class EMA:
             ([{'w': array([1., 1.])}], 0)
             >>> fastema.EMA({"w": np.zeros(2)}, 0.9).load_state_dict(state)
         """
-        return dict(self._state(_arrays.host_copy).to_dict())
+        return dict(self._state(lambda leaf, x: leaf.to_state(_arrays.host_copy(x))).to_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, to the bit.
@@ -383,8 +456,8 @@ class EMA:
             ValueError: The state does not fit. Whatever is raised, nothing has changed.
         """
         self.wait()
-        self._exchange.check_not_swapped("load_state_dict()")
-        self._restore(State.from_dict(state))
+        self._parts.exchange.check_not_swapped("load_state_dict()")
+        self._restore(State.from_dict(state).local(self._parts.exchange))
 
     def save(self, path: StrPath) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.
@@ -416,7 +489,7 @@ class EMA:
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        self._state(_arrays.host).write(path, self._exchange, self._config)
+        self._state(lambda _, x: _arrays.host(x)).write(path, self._parts.exchange, self._config)
 
     @classmethod
     def load(
@@ -453,20 +526,20 @@ class EMA:
         state, config = read_state(path, decay)
         ema = cls(values, **{**config, **options})
         try:
-            ema._restore(State.from_dict(state).cut(ema._exchange))
+            ema._restore(State.from_dict(state).cut(ema._parts.exchange))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path} does not fit: {error}") from None
         return ema
 
-    def _state(self, contents: Callable[[Array], np.ndarray]) -> State:
+    def _state(self, contents: Callable[[_arrays.Leaf, Array], Array]) -> State:
         self.wait()
-        self._values.check_module()
         config = {key: self._config[key] for key in ("every", "start_step", "rounding", "seed")}
-        return State.of(self._exchange, self._count, config, contents)
+        return State.of(self._followed().exchange, self._count, config, contents)
 
     def _restore(self, state: State) -> None:
-        fitted = state.fitted(self._exchange)
+        exchange = self._followed().exchange
+        fitted = state.fitted(exchange)
         fitted.write()
         self._count = state.count
         if state.swapped is not None:
-            self._exchange.resume(state.swapped, fitted.weights, state.count)
+            exchange.resume(state.swapped, fitted.weights, state.count)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
-from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, views, watch
+from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, rebinds, views, watch
 from ._types import Array, Arrays, Rounding, Terms, average_type
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Pairs:
         array([0.75, 0.75, 0.75])
     """
 
-    __slots__ = ("_compensated", "_native", "_watched")
+    __slots__ = ("_anew", "_compensated", "_native", "_watched")
 
     def __init__(self, averages: Arrays, values: Arrays, *, carries: Arrays | None = None) -> None:
         self._set_up(*as_lists([averages], values, None if carries is None else [carries]))
@@ -212,11 +212,17 @@ class Pairs:
         self._native = _checked(averages, values, carries, terms)
         self._compensated = bool(carries)
         self._watched = watch((*averages, *values, *carries)) if watched else None
+        anew = self._watched is not None and any(map(rebinds, (*averages, *values, *carries)))
+        self._anew = (averages, values, carries, terms) if anew else None
 
     def _check_unmoved(self) -> None:
         if self._watched is None:
             return
-        if isinstance(self._native, _core.Pairs):
+        if self._anew is not None:
+            if self._watched.moved():
+                self._native = _checked(*self._anew)
+                self._watched.accept()
+        elif isinstance(self._native, _core.Pairs):
             self._watched.check("pairs")
         elif self._watched.moved():
             self._native.follow()

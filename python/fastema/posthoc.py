@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from . import checkpoint, schedules
 from ._arrays import as_view, is_array
-from ._ema.tree import Tree
+from ._ema.tree import Selection, Tree
 from .checkpoint._replace import StrPath
 
 __all__ = ["Snapshots", "weights"]
@@ -338,7 +338,7 @@ def _averaged(shares: Mapping[Path, float], output: StrPath, dtype: npt.DTypeLik
 def _named(averages: object, sigma: float) -> tuple[dict[str, np.ndarray], str]:
     """Return averages by name, as NumPy sees them, and the form in which they are given back."""
     try:
-        tree, found = Tree.of(averages, is_array)
+        tree, found = Tree.of(averages, is_array, Selection("copy", None))
     except (TypeError, ValueError) as error:
         raise type(error)(f"averages[{sigma!r}] cannot be kept: {error}") from None
     views = {

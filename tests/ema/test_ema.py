@@ -97,7 +97,6 @@ def test_averages_are_shaped_as_the_values():
     assert averages["empty"] == {}
     assert fastema.EMA(np.ones(4)).averages.shape == (4,)
     assert len(fastema.EMA(np.ones(2) for _ in range(3)).averages) == 3
-    assert fastema.EMA([]).averages == []
 
 
 def test_new_values_are_known_by_their_place_and_key(rng):
@@ -116,7 +115,7 @@ def test_new_values_are_known_by_their_place_and_key(rng):
         ([np.ones(3)], "values must be a mapping, got list"),
         ({"a": np.ones(3), "b": np.ones(3)}, r"values\['b'\] must be a sequence, got ndarray"),
         ({"a": np.ones(3), "b": []}, r"values\['b'\] must have 1 entries, got 0"),
-        ({"a": np.ones(3), "b": [np.ones(4)]}, r"averages\['b.0'\] and values\['b.0'\] must have one size"),
+        ({"a": np.ones(3), "b": [np.ones(4)]}, r"values\['b.0'\] must have shape \(3,\), got \(4,\)"),
     ],
 )
 def test_new_values_that_do_not_fit_are_refused_by_name(values, message):
@@ -203,7 +202,7 @@ def test_an_average_from_zeros_is_the_first_value_after_one_update_and_before():
 def test_a_first_update_from_zeros_that_fails_changes_nothing():
     weight = np.ones(3)
     ema = fastema.EMA([weight], 0.5, initial="zeros")
-    with pytest.raises(ValueError, match="must have one size"):
+    with pytest.raises(ValueError, match=r"must have shape \(3,\), got \(4,\)"):
         ema.update([np.ones(4)])
     assert ema.averages[0].tolist() == [1.0, 1.0, 1.0]
 
@@ -338,14 +337,12 @@ def test_what_cannot_be_copied_says_what_can(copied):
 
 
 def test_values_that_are_no_arrays_are_refused_by_name():
-    with pytest.raises(TypeError, match=r"values\['a.1'\] must be an array, .* got float"):
-        fastema.EMA({"a": [np.ones(2), 1.0]})
-    with pytest.raises(TypeError, match=r"values\['0'\] must be of float16, .* got complex128"):
-        fastema.EMA([np.ones(2, complex)])
+    with pytest.raises(TypeError, match=r"values\['a.1'\] must be an array, .* got str"):
+        fastema.EMA({"a": [np.ones(2), "relu"]})
+    with pytest.raises(TypeError, match=r"values\['0'\] must be of float16, .* got datetime64"):
+        fastema.EMA([np.ones(2, "M8[s]")])
     with pytest.raises(ValueError, match=r"values\['w'\] must be dense"):
         fastema.EMA({"w": np.ones(4)[::2]})
-    with pytest.raises(ValueError, match=r"values\['n'\] must be dense"):
-        fastema.EMA({"w": np.ones(4), "n": np.ones(4, int)[::2]})
     with pytest.raises(ValueError, match=r"values must have one name each, and two of them are 'a\.0'"):
         fastema.EMA({"a.0": np.ones(2), "a": [np.ones(2)]})
 

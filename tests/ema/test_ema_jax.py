@@ -109,8 +109,8 @@ def test_averages_in_the_background_have_the_bits_of_those_in_the_foreground(jnp
 def test_an_update_returns_before_the_average_is_done_and_readers_wait(jnp, monkeypatch):
     values = jax_values(jnp, 0)
     ema = fastema.EMA(values, 0.5, background=True)
-    go, average = threading.Event(), ema._passes.average
-    monkeypatch.setattr(ema._passes, "average", lambda *work: (go.wait(), average(*work)))
+    go, average = threading.Event(), ema._parts.passes.average
+    monkeypatch.setattr(ema._parts.passes, "average", lambda *work: (go.wait(), average(*work)))
     new = jax_values(jnp, 1)
     ema.update(new)  # would wait for ever, were it not in the background
     threading.Timer(0.05, go.set).start()

@@ -92,7 +92,7 @@ def test_no_array_larger_than_a_shard_is_made(tmp_path):
         size, path = 1 << 20, sys.argv[1] + "/ema.safetensors"
         values = {"w": jax.device_put(jnp.ones(4 * size), NamedSharding(FLAT, P("all")))}
         ema = fastema.EMA(values, 0.5)
-        assert [x.shape for x in ema._averages.by_decay[0][0]] == [(size,)] * 4
+        assert [x.shape for x in ema._parts.averages.by_decay[0][0]] == [(size,)] * 4
         tracemalloc.start()  # sees NumPy's memory
         ema.update(values)
         ema.save(path)
@@ -114,9 +114,9 @@ def test_averages_of_replicas_are_kept_once():
     run("""
         values = jax.device_put(jnp.ones(1000), NamedSharding(MESH, P("a")))
         ema = fastema.EMA([values], 0.5)
-        assert [x.shape for x in ema._averages.by_decay[0][0]] == [(500,), (500,)]
+        assert [x.shape for x in ema._parts.averages.by_decay[0][0]] == [(500,), (500,)]
         ema = fastema.EMA([jax.device_put(jnp.ones(1000), NamedSharding(MESH, P()))], 0.5)
-        assert [x.shape for x in ema._averages.by_decay[0][0]] == [(1000,)]
+        assert [x.shape for x in ema._parts.averages.by_decay[0][0]] == [(1000,)]
         assert len(ema.averages[0].addressable_shards) == 4
     """)
 

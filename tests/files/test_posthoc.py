@@ -312,7 +312,7 @@ def test_memory_is_bounded_by_a_piece_whatever_the_snapshots(tmp_path, monkeypat
     [
         (0, {0.1: [np.ones(2)]}, ValueError, "step must be at least 1, the first update, got 0"),
         (2, {0.5: [np.ones(2)]}, ValueError, "sigma_rel must be above 0"),
-        (2, {0.1: [np.ones(2)], 0.05: [1.0]}, TypeError, "averages[0.05] cannot be kept"),
+        (2, {0.1: [np.ones(2)], 0.05: ["relu"]}, TypeError, "averages[0.05] cannot be kept"),
         (2, {0.1: 7}, TypeError, "averages[0.1] cannot be kept"),
         (
             2,

@@ -4,18 +4,21 @@
 file, and put its `library` in the list below. No library is imported before the user has imported it.
 """
 
-from . import dispatch, interfaces, jax, keras, numpy, tensorflow, torch
-from .base import Addresses, Descriptor, Leaf, Location
+from . import dispatch, flax, interfaces, jax, keras, numpy, tensorflow, torch
+from .base import Addresses, Carried, Descriptor, Leaf, Location
 from .dispatch import (
     allocate_like,
+    are_shown,
     as_list,
     as_view,
+    check_exchange,
     clear,
     copy,
     describe,
     device,
     dtype_of,
     empty_like,
+    exchanged,
     host,
     host_copy,
     interleaved,
@@ -23,9 +26,11 @@ from .dispatch import (
     is_leaf,
     is_on_cuda,
     leaf,
+    library_of,
     local_array,
     locate,
     quotient,
+    rebinds,
     shape_of,
     views,
     watch,
@@ -36,19 +41,23 @@ from .tensorflow import Reader
 
 __all__ = [
     "Addresses",
+    "Carried",
     "Descriptor",
     "Leaf",
     "Location",
     "Reader",
     "allocate_like",
+    "are_shown",
     "as_list",
     "as_view",
+    "check_exchange",
     "clear",
     "copy",
     "describe",
     "device",
     "dtype_of",
     "empty_like",
+    "exchanged",
     "host",
     "host_copy",
     "interleaved",
@@ -56,11 +65,13 @@ __all__ = [
     "is_leaf",
     "is_on_cuda",
     "leaf",
+    "library_of",
     "local_array",
     "locate",
     "packed",
     "packed_copies",
     "quotient",
+    "rebinds",
     "shape_of",
     "views",
     "watch",
@@ -71,6 +82,7 @@ dispatch.libraries += [
     numpy.library,
     torch.library,
     jax.library,
+    flax.library,
     keras.library,
     tensorflow.library,
     interfaces.library,  # last: most arrays have these

@@ -170,8 +170,43 @@ class Leaf(ABC):
     def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         """Return an average as an array of the value's library; it is live where such arrays can change."""
 
+    def to_state(self, array: np.ndarray) -> AnyArray:
+        """Return a copy of one of this leaf's averages as states hold it: of torch's a tensor."""
+        return array
+
+    def from_state(self, array: AnyArray, name: str) -> AnyArray:  # noqa: ARG002 - what errors call it
+        """Return what a state holds as a local array in host memory.
+
+        Raises:
+            ValueError: It is another process' part of the value, or of another shape.
+        """
+        return array
+
     def written(self) -> None:  # noqa: B027 - most libraries need not know
         """Take notice that the local arrays were written behind the library's back."""
+
+
+class Carried(Leaf):
+    """What cannot be averaged, nor copied byte by byte, and is carried along: shown as it is, never changed.
+
+    Keys of random numbers, tensors that are sparse or quantised, Python's numbers and functions in trees. It
+    has no local arrays.
+
+    Attributes:
+        value: What was given last.
+    """
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:  # noqa: ARG002 - it has none
+        return []
+
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:  # noqa: ARG002
+        return self.value
+
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:  # noqa: ARG002
+        return self.value
 
 
 class Storage(ABC):
@@ -210,11 +245,13 @@ class Library(ABC):
     """All that is known of a library.
 
     Attributes:
+        rebinds: Whether its arrays may lie elsewhere at any time, without a word: then they are viewed anew.
         storage: What is done to its arrays where they lie; only of libraries with such arrays.
         owns_classes: Whether its arrays are known by their classes, and not by what each of them can do.
     """
 
     owns_classes = True
+    rebinds = False
 
     storage: Storage
 
@@ -241,6 +278,16 @@ class Library(ABC):
     def address(self, array: AnyArray) -> Callable[[], object] | None:  # noqa: ARG002 - of most it stays
         """Return what tells where an array lies now, if it can be given other memory."""
         return None
+
+    def are_shown(self, values: Sequence[AnyArray]) -> bool:  # noqa: ARG002 - most make none
+        """Tell whether what holds values shows them now, and no copies that the library made for a while."""
+        return True
+
+    def check_exchange(self, values: Sequence[AnyArray]) -> None:  # noqa: B027 - most know no copies
+        """Raise if copies of values would go on holding the weights when averages are in their place."""
+
+    def exchanged(self, values: Sequence[AnyArray]) -> None:  # noqa: B027
+        """Forget copies of values, whose contents were exchanged."""
 
     def _view(self, array: AnyArray) -> np.ndarray:  # noqa: ARG002
         raise TypeError("it may be put into other memory at any time")
@@ -303,5 +350,5 @@ def is_loaded(value: object, module: str, name: str) -> bool:
 
 
 def dtype_named(name: object) -> DType:
-    """Return NumPy's type of a name, of which NumPy itself does not know bfloat16."""
-    return np.dtype(ml_dtypes.bfloat16 if str(name) == "bfloat16" else str(name))
+    """Return NumPy's type of a name, of which NumPy itself does not know bfloat16 and narrower ones."""
+    return np.dtype(getattr(ml_dtypes, str(name), str(name)))

@@ -10,7 +10,8 @@ from os import PathLike
 import numpy as np
 
 from .._types import AnyArray, DType
-from .base import Addresses, Descriptor, Leaf, Library, Location, Storage
+from .base import Addresses, Carried, Descriptor, Leaf, Library, Location, Storage
+from .complex import ComplexLeaf
 from .packing import packed
 
 KINDS = "a NumPy array, a torch tensor, a JAX array or anything else with __dlpack__"
@@ -72,7 +73,10 @@ def leaf(value: AnyArray, name: str) -> Leaf:
         TypeError: Its memory cannot be viewed.
         ValueError: It has no memory yet.
     """
-    return _library(value, name).leaf(value, name)
+    found = _library(value, name).leaf(value, name)
+    if not isinstance(found, Carried) and "complex" in str(getattr(value, "dtype", "")):
+        return ComplexLeaf(found, name)
+    return found
 
 
 def as_view(array: AnyArray, name: str) -> np.ndarray:
@@ -106,6 +110,35 @@ def locate(array: AnyArray, name: str) -> Location:
         TypeError: It is no array, or its memory cannot be viewed.
     """
     return _library(array, name).locate(array, name)
+
+
+def rebinds(array: AnyArray) -> bool:
+    """Tell whether something may give another array, or other memory, each time it is asked."""
+    if isinstance(array, np.ndarray):
+        return False
+    library = _library(array, "values")
+    return library.rebinds and not library.is_on_cuda(array)
+
+
+def are_shown(values: Sequence[AnyArray]) -> bool:
+    """Tell whether what holds values shows them now, and no copies that their library made for a while."""
+    return all(library.are_shown(values) for library in libraries)
+
+
+def check_exchange(values: Sequence[AnyArray]) -> None:
+    """Raise if copies of values would go on holding the weights when averages are in their place.
+
+    Raises:
+        RuntimeError: So it is, and what to do.
+    """
+    for library in libraries:
+        library.check_exchange(values)
+
+
+def exchanged(values: Sequence[AnyArray]) -> None:
+    """Have libraries forget copies of values, whose contents were exchanged."""
+    for library in libraries:
+        library.exchanged(values)
 
 
 def watch(arrays: Iterable[AnyArray]) -> Addresses | None:

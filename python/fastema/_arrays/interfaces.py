@@ -4,7 +4,7 @@ Those on a device are copied byte by byte in CuPy's current stream, and what nee
 host memory: CuPy flushes subnormals to zero, and before version 14 it has no bfloat16.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,21 @@ class _OnDevice(Leaf):
 
     def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         return arrays[0]
+
+
+class _Exporter(HostLeaf):
+    """Something that exports memory of the host by DLPack, and may export other memory the next time."""
+
+    may_move = True
+
+    def __init__(self, given: AnyArray, array: np.ndarray) -> None:
+        super().__init__(given, array)
+        self.address = library.address(given)
+
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
+        if value is None:
+            self._array = library.view(self._given, "values")
+        return [self._array if value is None else library.view(value, "values")]
 
 
 class _Storage(Storage):
@@ -139,16 +154,22 @@ def _dense(descriptor: Descriptor) -> Descriptor:
 class _Interfaces(Library):
     storage: Storage = _Storage()
     owns_classes = False
+    rebinds = True
 
     def owns(self, value: object) -> bool:
         return hasattr(value, "__dlpack_device__") or hasattr(value, "__cuda_array_interface__")
 
     def leaf(self, value: AnyArray, name: str) -> Leaf:
         array = self.local_array(value, name)
-        return HostLeaf(value, array) if isinstance(array, np.ndarray) else _OnDevice(array)
+        return _Exporter(value, array) if isinstance(array, np.ndarray) else _OnDevice(array)
 
     def is_on_cuda(self, array: AnyArray) -> bool:
         return not hasattr(array, "__dlpack_device__") or int(array.__dlpack_device__()[0]) in CUDA
+
+    def address(self, array: AnyArray) -> Callable[[], object] | None:
+        if self.is_on_cuda(array):
+            return None
+        return lambda: np.from_dlpack(array).ctypes.data
 
     def _view(self, array: AnyArray) -> np.ndarray:
         if not hasattr(array, "__dlpack_device__"):

@@ -1,11 +1,14 @@
-"""JAX's arrays, on one device or sharded over several: they never change, so each step leaves others."""
+"""JAX's arrays, on one device or sharded over several, which never change; and what JAX knows as a tree."""
 
+import sys
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._types import AnyArray
-from .base import CPU, CUDA, Descriptor, Leaf, Library, Location, is_loaded
+from .base import CPU, CUDA, Carried, Descriptor, Leaf, Library, Location, is_loaded
 from .dispatch import cast
 from .interfaces import c_strides
 from .shards import Block, Shards
@@ -81,6 +84,34 @@ class JaxLeaf(Leaf):
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
 
 
+class JaxVariable(JaxLeaf):
+    """A variable that keeps its value in an array of JAX: each assignment puts another one behind it."""
+
+    immutable = False
+
+    def __init__(self, variable: AnyArray) -> None:
+        self._variable = variable
+        super().__init__(self._read())
+
+    @abstractmethod
+    def _read(self) -> AnyArray:
+        """Return the array of now."""
+
+    @abstractmethod
+    def _write(self, array: AnyArray) -> None:
+        """Put another array behind the variable."""
+
+    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
+        return super().local_arrays(self._read() if value is None else value)
+
+    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
+        self._write(super().to_library([cast(array, self._dtype) for array in arrays]))
+        return self._variable
+
+    def obstacle(self) -> str | None:
+        return None
+
+
 def _block_of(shard: AnyArray, shape: tuple[int, ...]) -> Block:
     """Return where a shard lies."""
     begin = (index.indices(size)[0] for index, size in zip(shard.index, shape, strict=True))
@@ -92,6 +123,8 @@ class _Jax(Library):
         return is_loaded(value, "jax", "Array")
 
     def leaf(self, value: AnyArray, name: str) -> Leaf:
+        if not isinstance(value.dtype, np.dtype):  # of keys of random numbers
+            return Carried(value)
         self.view(value.addressable_data(0), name)
         return JaxLeaf(value)
 
@@ -112,3 +145,40 @@ class _Jax(Library):
 
 
 library = _Jax()
+
+
+class Registered(NamedTuple):
+    """What is a tree to JAX, taken apart by one level.
+
+    Attributes:
+        keys: The names of its children.
+        children: What it holds.
+        structure: JAX's own description of it.
+    """
+
+    keys: tuple[str, ...]
+    children: Sequence[Any]
+    structure: Any
+
+    def build(self, children: Sequence[Any]) -> Any:
+        """Put other children together as these were."""
+        return self.structure.unflatten(children)
+
+
+def registered(value: object) -> Registered | None:
+    """Take apart by one level what JAX knows as a tree: dataclasses, modules; None: it does not."""
+    jax = sys.modules.get("jax")
+    if jax is None or not hasattr(jax, "tree_util"):
+        return None
+    found, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)
+    if jax.tree_util.treedef_is_leaf(structure) and structure.num_leaves == 1:
+        return None
+    return Registered(tuple(_name_of(path[0]) for path, _ in found), [child for _, child in found], structure)
+
+
+def _name_of(key: Any) -> str:
+    """Return what an entry of a path in JAX's trees is called."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

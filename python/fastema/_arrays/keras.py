@@ -6,27 +6,17 @@ from collections.abc import Sequence
 from .._types import AnyArray
 from .base import Leaf, Library, is_loaded
 from .dispatch import leaf
-from .jax import JaxLeaf
+from .jax import JaxLeaf, JaxVariable
 
 
-class _OnJax(JaxLeaf):
-    """A variable on JAX: each assignment puts another array behind it."""
+class _OnJax(JaxVariable):
+    """A variable on JAX."""
 
-    immutable = False
+    def _read(self) -> AnyArray:
+        return self._variable._value
 
-    def __init__(self, variable: AnyArray) -> None:
-        super().__init__(variable._value)
-        self._variable = variable
-
-    def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
-        return super().local_arrays(self._variable._value if value is None else value)
-
-    def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
-        self._variable.assign(super().assign(arrays))
-        return self._variable
-
-    def obstacle(self) -> str | None:
-        return None
+    def _write(self, array: AnyArray) -> None:
+        self._variable.assign(array)
 
 
 class _Keras(Library):

@@ -1,18 +1,17 @@
-"""All that fastema knows of torch: tensors and parameters, those that are sharded, and modules of FSDP."""
+"""All that fastema knows of torch: tensors and parameters, those that are sharded, modules and wrappers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import cache
 from sys import modules
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from .._types import AnyArray, DType, compute_type
-from .base import Descriptor, Leaf, Library, Location, Storage, dtype_named, is_loaded
+from .base import Carried, Descriptor, Leaf, Library, Location, Storage, dtype_named, is_loaded
 from .dispatch import write
 from .shards import Block, Shards
-
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def tensor_of(array: np.ndarray) -> AnyArray:
@@ -21,27 +20,59 @@ def tensor_of(array: np.ndarray) -> AnyArray:
 
     if not array.flags.writeable:
         array = array.copy(order="K")
-    if array.dtype == ml_dtypes.bfloat16:  # of which neither buffers nor DLPack tell NumPy
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.isbuiltin != 1:  # of which torch knows, and NumPy's buffers do not
+        return torch.from_numpy(array.view(_BYTES[array.dtype.itemsize])).view(_kind(array.dtype))
     return torch.from_numpy(array)
+
+
+_BYTES = {1: "|u1", 2: "<i2"}  # for types of which NumPy itself does not know
+
+
+class _Memory:
+    """Memory of a tensor, as NumPy asks for it.
+
+    `tensor.numpy()` and DLPack would do: but the one marks the user's storage as one that never can be
+    resized, which offloading and FSDP do, and the other takes three times as long.
+    """
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, tensor: AnyArray, dtype: DType, address: int) -> None:
+        strides = None
+        if not tensor.is_contiguous():
+            strides = tuple([step * dtype.itemsize for step in tensor.stride()])
+        self._tensor = tensor  # as long as NumPy has it
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": _BYTES[dtype.itemsize] if dtype.isbuiltin != 1 else dtype.str,
+            "shape": tensor.shape,
+            "strides": strides,
+            "data": (address, False),
+        }
 
 
 def array_of(tensor: AnyArray) -> np.ndarray:
     """Return NumPy's view of a tensor in host memory.
 
     Raises:
-        TypeError: It lies elsewhere.
+        RuntimeError: It has no memory, as sparse ones.
+        TypeError: It lies elsewhere, or NumPy has no such type.
+        ValueError: Its memory holds other numbers than it shows, or none.
     """
     if tensor.device.type != "cpu":
         raise TypeError(f"it lies on {tensor.device}")
-    tensor = tensor.detach()
-    if _dtype(tensor.dtype) is not _BFLOAT16:  # to compare types takes as long as the view
-        view: np.ndarray = tensor.numpy()
-        return view
-    import torch  # noqa: PLC0415
-
-    halves: np.ndarray = tensor.view(torch.int16).numpy()
-    return halves.view(ml_dtypes.bfloat16)
+    dtype = _dtype(tensor.dtype)
+    address = tensor.data_ptr()
+    if address == 0:
+        if tensor.numel() == 0:
+            return np.empty(tensor.shape, dtype)
+        raise ValueError("it has no memory, or its storage is empty")
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(
+            "it is negated or conjugated only when it is read: give resolve_conj().resolve_neg()"
+        )
+    view = np.asarray(_Memory(tensor, dtype, address))
+    return view if dtype.isbuiltin == 1 else view.view(dtype)
 
 
 @cache
@@ -66,6 +97,7 @@ class _Tensor(Leaf):
 
     def __init__(self, tensor: AnyArray, name: str) -> None:
         self._tensor, self._name = tensor, name
+        self.may_move = not tensor.is_cuda  # pairs on devices follow theirs
         self.address = tensor.data_ptr
         self._look()
 
@@ -98,6 +130,14 @@ class _Tensor(Leaf):
     def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         return tensor_of(arrays[0]) if isinstance(arrays[0], np.ndarray) else arrays[0].detach()
 
+    def to_state(self, array: AnyArray) -> AnyArray:
+        return self.to_library([array])
+
+    def from_state(self, array: AnyArray, name: str) -> AnyArray:
+        if _is_dtensor(array):
+            array = _whole_of(array, name)
+        return array_of(array.cpu()) if library.owns(array) else array
+
     def written(self) -> None:
         # or a backward pass through what was there before would be wrong, and say nothing
         _count_version(self._tensor)
@@ -109,10 +149,9 @@ class _DTensor(_Tensor):
     FSDP may give a shard other memory.
     """
 
-    may_move = True
-
     def __init__(self, tensor: AnyArray, name: str) -> None:
         super().__init__(tensor, name)
+        self.may_move = True
         self.address = self._layout
         if not all(placement.is_replicate() for placement in tensor.placements):
             self.shards = _shards_of(tensor)
@@ -134,6 +173,23 @@ class _DTensor(_Tensor):
                 f"values must be sharded as at first, by {first.placements} on one mesh, got {got}"
             )
         return super().local_arrays(_local_of(value))
+
+    def from_state(self, array: AnyArray, name: str) -> AnyArray:
+        first = self._tensor
+        if _is_dtensor(array):
+            _check_own(array, name)
+            if (array.device_mesh, array.placements) == (first.device_mesh, first.placements):
+                return array_of(_local_of(array).cpu())
+        whole = super().from_state(array, name)
+        if self.shards is None:
+            return whole
+        (block,) = self.shards.blocks
+        if tuple(whole.shape) != block.whole:
+            raise ValueError(
+                f"{name} must be a DTensor, or whole and of shape {block.whole}, as a part may be another "
+                f"process', got shape {tuple(whole.shape)}"
+            )
+        return whole[block.slices()]
 
     def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
         from torch.distributed.tensor import DTensor  # noqa: PLC0415
@@ -171,6 +227,32 @@ def _local_of(tensor: AnyArray) -> AnyArray:
 
     with torch.no_grad():  # else the tensor would be one of a graph, which is many times slower
         return tensor.to_local()
+
+
+def _check_own(tensor: AnyArray, name: str) -> None:
+    """Raise if a DTensor that was loaded is another process' part, of which only its mesh still tells.
+
+    Raises:
+        ValueError: It is.
+    """
+    import torch  # noqa: PLC0415
+
+    mesh, rank = tensor.device_mesh, torch.distributed.get_rank()
+    place = (mesh.mesh == rank).nonzero().tolist()
+    if place and tuple(mesh.get_coordinate() or ()) != tuple(place[0]):
+        raise ValueError(
+            f"{name} must be the part of process {rank}, got that of another: have each process load its "
+            "own, as torch.distributed.checkpoint does"
+        )
+
+
+def _whole_of(tensor: AnyArray, name: str) -> AnyArray:
+    """Return all of a DTensor; every process of its mesh has to call this."""
+    import torch  # noqa: PLC0415
+
+    _check_own(tensor, name)
+    with torch.no_grad():
+        return tensor.full_tensor()
 
 
 def _shards_of(tensor: AnyArray) -> Shards:
@@ -237,8 +319,19 @@ class _Torch(Library):
         return is_loaded(value, "torch", "Tensor")
 
     def leaf(self, value: AnyArray, name: str) -> Leaf:
+        if hasattr(value, "ds_id"):
+            raise TypeError(
+                f"{name} must be whole, and is a parameter of DeepSpeed's ZeRO-3, which is empty between its "
+                "uses: average with ZeRO stage 2, or with fully_shard"
+            )
+        if getattr(value, "_fsdp_flattened", False):
+            raise TypeError(f"{name} {_FSDP1}")
         if not _is_dtensor(value):
-            return _Tensor(value, name)
+            if (odd := _oddity(value)) is None:
+                return _Tensor(value, name)
+            if value.requires_grad:
+                raise TypeError(f"{name} must be a plain tensor, and it is {odd}: leave it out with only=")
+            return Carried(value)
         if any(placement.is_partial() for placement in value.placements):
             raise TypeError(
                 f"{name} must be whole or sharded, and it is a sum of which each process holds a term"
@@ -258,8 +351,190 @@ class _Torch(Library):
     def _locate(self, array: AnyArray) -> Location:
         return _located(array)
 
+    def are_shown(self, values: Sequence[AnyArray]) -> bool:
+        return not _gathered(values)
+
+    def check_exchange(self, values: Sequence[AnyArray]) -> None:
+        if _gathered(values):
+            raise RuntimeError(f"values must be sharded, and FSDP holds them gathered{_RESHARD}")
+
+    def exchanged(self, values: Sequence[AnyArray]) -> None:
+        if "torch" not in modules:
+            return
+        import torch  # noqa: PLC0415
+
+        torch.clear_autocast_cache()  # its 16-bit copies of the weights live as long as its region
+        for module in _gathered(values):
+            module.reshard()
+
+
+def _oddity(tensor: AnyArray) -> str | None:
+    """Return what makes a tensor more than numbers in memory, if anything does."""
+    import torch  # noqa: PLC0415
+
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a {kind.__name__}, which has its own way of keeping numbers"
+    if tensor.layout is not torch.strided:
+        return f"of layout {tensor.layout}"
+    if tensor.is_quantized:
+        return "quantised"
+    return "negated or conjugated when it is read" if tensor.is_conj() or tensor.is_neg() else None
+
 
 library = _Torch()
+_FSDP1 = "must lie where it is, and FullyShardedDataParallel keeps pieces of it: use fully_shard"
+_RESHARD = ", as those of the outermost module after a forward pass: call its reshard() first"
+
+
+def _gathered(values: Sequence[AnyArray]) -> list[AnyArray]:
+    """Return the modules whose gathered parameters are copies of some of these DTensors."""
+    if "torch.distributed.fsdp" not in modules:
+        return []
+    sharded = {id(value) for value in values if _is_dtensor(value)}
+    if not sharded:
+        return []
+    from torch.distributed._composable_state import _module_state_mapping  # noqa: PLC0415
+
+    return [
+        module
+        for module in list(_module_state_mapping)
+        if is_loaded(module, "torch.distributed.fsdp", "FSDPModule")
+        and any(
+            not group.is_sharded and any(id(x.sharded_param) in sharded for x in group.fsdp_params)
+            for group in _groups_of(module)
+        )
+    ]
+
+
+def _groups_of(module: AnyArray) -> list[AnyArray]:
+    """Return the groups of parameters that one module of FSDP gathers together."""
+    state = module._get_fsdp_state()
+    several = hasattr(state, "_fsdp_param_groups")  # as in torch 2.13
+    groups = state._fsdp_param_groups if several else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+# --- modules ------------------------------------------------------------------------------------------
+
+
+class Members(NamedTuple):
+    """What a module holds, by the names that its state dict has without those of wrappers.
+
+    Attributes:
+        parameters: Its parameters; one that is there under two names (tied weights) under both.
+        buffers: The buffers that its checkpoints hold.
+        containers: The dictionaries that hold them and the modules within. None: it has others.
+        buffers_of: Of each part its buffers, and the names of those that no checkpoint holds.
+    """
+
+    parameters: dict[str, AnyArray]
+    buffers: dict[str, AnyArray]
+    containers: list[dict[Any, Any] | list[Any]] | None
+    buffers_of: list[tuple[dict[str, AnyArray], set[str]]]
+
+
+_WRAPPERS = {  # where their classes are, and what they call the module within
+    "OptimizedModule": ("torch._dynamo.eval_frame", "_orig_mod"),
+    "DistributedDataParallel": ("torch.nn.parallel", "module"),
+    "DataParallel": ("torch.nn.parallel", "module"),
+    "ActivationWrapper": (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "_checkpoint_wrapped_module",
+    ),
+    "DeepSpeedEngine": ("deepspeed", "module"),
+}
+
+
+def unwrapped(module: AnyArray) -> AnyArray:
+    """Return what wrappers of torch.compile, DDP and activation checkpointing hold; another module itself."""
+    inner = _inner_name(module)
+    while inner is not None:
+        module = getattr(module, inner)
+        inner = _inner_name(module)
+    return module
+
+
+def copied_state(module: AnyArray) -> dict[str, Any]:
+    """Return a copy of a module's state dict, without what wrappers around it add to its names.
+
+    What shares memory in it does so in the copy.
+    """
+    state: dict[str, Any] = deepcopy(unwrapped(module).state_dict())
+    return state
+
+
+def _inner_name(module: AnyArray) -> str | None:
+    for kind, (place, inner) in _WRAPPERS.items():
+        if is_loaded(module, place, kind):
+            return inner
+    return None
+
+
+def members_of(module: AnyArray, *, buffers: bool) -> Members:
+    """Return the parameters and buffers of a module, or of anything else with ``named_parameters()``.
+
+    Args:
+        module: What to look at.
+        buffers: Whether buffers are wanted.
+
+    Raises:
+        RuntimeError: FSDP shows gathered parameters, which are copies that it throws away.
+        TypeError: It is, or holds, a FullyShardedDataParallel.
+    """
+    check_sharded(module)
+    if not is_loaded(module, "torch.nn", "Module") or _names_its_own(module):
+        return Members(dict(module.named_parameters()), _buffers_of(module) if buffers else {}, None, [])
+    parameters: dict[str, AnyArray] = {}
+    persistent: dict[str, AnyArray] = {}
+    containers: list[dict[Any, Any] | list[Any]] | None = []
+    buffers_of: list[tuple[dict[str, AnyArray], set[str]]] = []
+    for name, part in _parts(module, "", ()):
+        if is_loaded(part, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+            raise TypeError(f"values[{name!r}] {_FSDP1}")
+        held = [part._parameters, part._modules, *([part._buffers] if buffers else [])]
+        if containers is not None and all(isinstance(one, dict) for one in held):
+            containers += held
+        else:
+            containers = None
+        prefix = f"{name}." if name else ""
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                parameters[prefix + key] = parameter
+        if buffers:
+            hidden = part._non_persistent_buffers_set
+            buffers_of.append((part._buffers, hidden))
+            for key, buffer in part._buffers.items():
+                if buffer is not None and key not in hidden:
+                    persistent[prefix + key] = buffer
+    return Members(parameters, persistent, containers, buffers_of)
+
+
+def _names_its_own(module: AnyArray) -> bool:
+    import torch  # noqa: PLC0415
+
+    return type(module).named_parameters is not torch.nn.Module.named_parameters
+
+
+def _parts(module: AnyArray, name: str, above: tuple[AnyArray, ...]) -> Iterator[tuple[str, AnyArray]]:
+    """Yield a module and those within, under each name that they have, without those of wrappers."""
+    if any(module is other for other in above):
+        return
+    yield name, module
+    inner = _inner_name(module)
+    for key, part in module._modules.items():
+        if part is not None:
+            below = name if key == inner else f"{name}.{key}" if name else key
+            yield from _parts(part, below, (*above, module))
+
+
+def _buffers_of(module: AnyArray) -> dict[str, AnyArray]:
+    found: dict[str, AnyArray] = {}
+    for name, part in module.named_modules() if hasattr(module, "named_modules") else ():
+        for key, buffer in getattr(part, "_buffers", {}).items():
+            if buffer is not None and key not in getattr(part, "_non_persistent_buffers_set", ()):
+                found[f"{name}.{key}" if name else key] = buffer
+    return found
 
 
 def check_sharded(module: AnyArray) -> None:
@@ -273,11 +548,7 @@ def check_sharded(module: AnyArray) -> None:
     for name, part in module.named_modules():
         if not is_loaded(part, "torch.distributed.fsdp", "FSDPModule"):
             continue
-        state = part._get_fsdp_state()
-        several = hasattr(state, "_fsdp_param_groups")  # as in torch 2.13
-        groups = state._fsdp_param_groups if several else [state._fsdp_param_group]
-        if not all(group is None or group.is_sharded for group in groups):
+        if not all(group.is_sharded for group in _groups_of(part)):
             raise RuntimeError(
-                f"the parameters of module {name!r} must be sharded, and FSDP holds them gathered, as "
-                "those of the outermost module after a forward pass: call its reshard() first"
+                f"the parameters of module {name!r} must be sharded, and FSDP holds them gathered{_RESHARD}"
             )

@@ -11,7 +11,10 @@ import numpy as np
 from .. import _arrays
 from .._types import FLOATS, Array, DType, average_type
 from .count import Count
+from .tree import Buffers
 from .values import Locals, Values
+
+_REGISTERED = 2  # what NumPy's `isbuiltin` says of types of ml_dtypes
 
 
 class Form(NamedTuple):
@@ -23,6 +26,7 @@ class Form(NamedTuple):
         rounding: How averages of 16 bits move, and whether carries are kept.
         on_host: Whether averages of values on a CUDA device are kept in host memory.
         memory: The path of a file to map for those in host memory.
+        buffers: Whether those of a module are averaged.
     """
 
     decays: int
@@ -30,61 +34,68 @@ class Form(NamedTuple):
     rounding: Literal["nearest", "stochastic", "compensated"]
     on_host: bool
     memory: str | PathLike[str] | None
+    buffers: Buffers
 
 
 class Averages:
     """Averages of each decay, which start at the values.
 
+    Args:
+        values: What is averaged.
+        local_arrays: Of each leaf, the local arrays as they are now.
+        form: What averages are to be.
+        before: Values whose place these take, with their averages, which go on: they are taken over where
+            they fit, and copied where not. They are left as they are.
+
     Attributes:
         averaged: The leaves that are averaged.
         copied: The leaves that are copied at each update; in order, and found as fast as in a set.
-        alone: Those of the copied that are copied one by one, and never exchanged: of single bytes, which no
-            kernel moves, nor the core where there are gaps between them.
+        carried: Those that have no local arrays, and are carried along.
+        alone: Those of the copied that are copied one by one, and never exchanged: with gaps in memory, or on
+            a device and of single bytes, which no kernel moves.
         by_decay: For each decay, the arrays of each leaf. Those of what is copied are the same in all.
         carries: For each decay, what rounding would lose of each averaged leaf; none but with
             ``rounding="compensated"``.
         on_host: Whether those of values on a CUDA device are in host memory.
     """
 
-    def __init__(self, values: Values, local_arrays: Sequence[Locals], form: Form) -> None:
+    def __init__(
+        self,
+        values: Values,
+        local_arrays: Sequence[Locals],
+        form: Form,
+        before: tuple[Values, "Averages"] | None = None,
+    ) -> None:
         self.on_host = form.on_host
         self.averaged: list[int] = []
         self.copied: dict[int, None] = {}
+        self.carried: set[int] = set()
         for i, name in enumerate(values.names):
+            if not local_arrays[i]:
+                self.carried.add(i)
+                continue
             kind = _arrays.dtype_of(local_arrays[i][0])
-            if kind not in FLOATS and kind.kind not in "iub":
+            if kind not in FLOATS and kind.kind not in "iub" and kind.isbuiltin != _REGISTERED:
                 raise TypeError(
-                    f"values[{name!r}] must be of float16, bfloat16, float32, float64, integers or booleans, "
-                    f"got {kind}"
+                    f"values[{name!r}] must be of float16, bfloat16, float32, float64, complex numbers, "
+                    f"integers or booleans, got {kind}"
                 )
-            if kind in FLOATS and name not in values.copied:
+            if kind in FLOATS and not (name in values.buffers and form.buffers == "copy"):
                 self.averaged.append(i)
             else:
                 self.copied[i] = None
         self.alone = {i for i in self.copied if any(map(_is_alone, local_arrays[i]))}
         _check_places((x for local in local_arrays for x in local), form)
-        copied = [x for i in self.copied for x in local_arrays[i]]
-        moving = [x for i in self.averaged for x in local_arrays[i]]
-        wide = [form.dtype or average_type(_arrays.dtype_of(x)) for x in moving]
-        carried = [np.dtype(np.int16) if kind == ml_dtypes.bfloat16 else kind for kind in wide]
+        making = _Making(values, local_arrays, form, before)
+        shared = {i: making.copies(i) for i in self.copied}
+        nothing: dict[int, Locals] = {i: [] for i in self.carried}
+        self.by_decay = [
+            {**shared, **{i: making.averages(i, k) for i in self.averaged}, **nothing}
+            for k in range(form.decays)
+        ]
         carries = form.decays if form.rounding == "compensated" else 0
-        arrays = [*copied, *moving * (form.decays + carries)]
-        dtypes = [*map(_arrays.dtype_of, copied), *wide * form.decays, *carried * carries]
-        on_host = [False] * len(copied) + [form.on_host] * (len(arrays) - len(copied))
-        made = iter(_arrays.allocate_like(arrays, dtypes, on_host, form.memory))
-
-        def taken(leaves: Iterable[int]) -> dict[int, Locals]:
-            return {i: [next(made) for _ in local_arrays[i]] for i in leaves}
-
-        shared = taken(self.copied)
-        self.by_decay = [{**shared, **taken(self.averaged)} for _ in range(form.decays)]
-        self.carries = [taken(self.averaged) for _ in range(carries)]
-        for k, averages in enumerate(self.by_decay):
-            for i in averages if k == 0 else self.averaged:
-                for value, average in zip(local_arrays[i], averages[i], strict=True):
-                    _arrays.write(value, average)
-        for carries_of in self.carries:
-            _clear(carries_of.values())
+        self.carries = [{i: making.carries(i, k) for i in self.averaged} for k in range(carries)]
+        making.finish()
         self._rows = {i: _side_by_side([averages[i] for averages in self.by_decay]) for i in self.averaged}
         self._carry_rows = {i: _side_by_side([kept[i] for kept in self.carries]) for i in self.averaged}
 
@@ -92,6 +103,18 @@ class Averages:
         """Return averages and carries of some leaves as the core takes them: of all decays side by side."""
         rows, carries = self._rows, self._carry_rows
         return [x for i in leaves for x in rows[i]], [x for i in leaves for x in carries[i]]
+
+    def averages_of(self, i: int | None, k: int) -> Locals | None:
+        """Return the k-th average of a leaf, if it is averaged."""
+        return self.by_decay[k][i] if i is not None and i in self._rows else None
+
+    def copied_of(self, i: int | None) -> Locals | None:
+        """Return the copy of a leaf, if it is copied."""
+        return self.by_decay[0][i] if i is not None and i in self.copied else None
+
+    def carries_of(self, i: int | None, k: int) -> Locals | None:
+        """Return what rounding lost of the k-th average of a leaf, if it is averaged."""
+        return self.carries[k][i] if i is not None and i in self._rows else None
 
     def checked_index(self, k: SupportsIndex) -> int:
         """Return the number of a decay.
@@ -109,7 +132,92 @@ class Averages:
 
     def divisor(self, k: int, i: int, count: Count) -> float:
         """Return what a leaf's average is to be divided by; 1: it is shown as it is kept."""
-        return 1.0 if i in self.copied else count.divisor(k)
+        return count.divisor(k) if i in self._rows else 1.0
+
+
+class _Making:
+    """Makes arrays of averages, all in one piece of memory, or takes them over.
+
+    Each is returned before it has memory, as a list that `finish` fills.
+    """
+
+    def __init__(
+        self,
+        values: Values,
+        local_arrays: Sequence[Locals],
+        form: Form,
+        before: tuple[Values, Averages] | None,
+    ) -> None:
+        self._values, self._local_arrays, self._form, self._before = values, local_arrays, form, before
+        self._taken: set[int] = (
+            set()
+        )  # arrays that were taken over already: weights that were one are two now
+        self._wanted: list[tuple[Array, DType, bool]] = []  # where each new array lies, its type
+        self._fill: list[
+            tuple[Locals, Array | None]
+        ] = []  # the list that it goes to, and what it begins with
+
+    def copies(self, i: int) -> Locals:
+        old = None if self._before is None else self._before[1].copied_of(self._old(i))
+        return self._made(i, [_arrays.dtype_of(x) for x in self._local_arrays[i]], old, on_host=False)
+
+    def averages(self, i: int, k: int) -> Locals:
+        old = None if self._before is None else self._before[1].averages_of(self._old(i), k)
+        dtypes = [_arrays.dtype_of(x) for x in old] if old else self._average_types(i)
+        return self._made(i, dtypes, old, on_host=self._form.on_host)
+
+    def carries(self, i: int, k: int) -> Locals:
+        old = None if self._before is None else self._before[1].carries_of(self._old(i), k)
+        kinds = [np.dtype(np.int16) if x == ml_dtypes.bfloat16 else x for x in self._average_types(i)]
+        dtypes = [_arrays.dtype_of(x) for x in old] if old else kinds
+        return self._made(i, dtypes, old, on_host=self._form.on_host, zeros=True)
+
+    def _average_types(self, i: int) -> list[DType]:
+        return [self._form.dtype or average_type(_arrays.dtype_of(x)) for x in self._local_arrays[i]]
+
+    def _old(self, i: int) -> int | None:
+        assert self._before is not None
+        return self._before[0].leaf_named(self._values.names[i])
+
+    def _made(
+        self, i: int, dtypes: list[DType], old: Locals | None, *, on_host: bool, zeros: bool = False
+    ) -> Locals:
+        made: Locals = []
+        values = self._local_arrays[i]
+        if old is not None and [*map(_arrays.shape_of, old)] != [*map(_arrays.shape_of, values)]:
+            old = None  # a buffer that grew
+        for j, (value, dtype) in enumerate(zip(values, dtypes, strict=True)):
+            if old is not None and id(old[j]) not in self._taken and _fits(old[j], value, dtype, on_host):
+                self._taken.add(id(old[j]))
+                made.append(old[j])
+                continue
+            begin = old[j] if old is not None else None if zeros else value
+            made.append(None)
+            self._wanted.append((value, dtype, on_host))
+            self._fill.append((made, begin))
+        return made
+
+    def finish(self) -> None:
+        """Give all new arrays memory, and have them begin as they must."""
+        arrays, dtypes, on_host = zip(*self._wanted, strict=True) if self._wanted else ((), (), ())
+        memory = self._form.memory if self._before is None else None  # that file is the others'
+        made = _arrays.allocate_like(arrays, dtypes, on_host, memory)
+        for array, (target, begin) in zip(made, self._fill, strict=True):
+            target[next(j for j, x in enumerate(target) if x is None)] = array
+            if begin is None:
+                _arrays.clear(array)
+            else:
+                _arrays.write(begin, array)
+
+
+def _fits(average: Array, value: Array, dtype: DType, on_host: bool) -> bool:
+    """Tell whether an average can go on beside another value."""
+    if _arrays.dtype_of(average) != dtype:
+        return False
+    if _arrays.device(average) != (None if on_host else _arrays.device(value)):
+        return False
+    there, here = _arrays.describe(average), _arrays.describe(value)
+    return there.shape == here.shape and there.dense_strides() == here.dense_strides()
 
 
 def shown(kept: Locals, divisor: float) -> Locals:
@@ -130,9 +238,9 @@ def _check_places(local_arrays: Iterable[Array], form: Form) -> None:
 
 
 def _is_alone(array: Array) -> bool:
-    if _arrays.dtype_of(array).itemsize > 1:
-        return False
-    return _arrays.device(array) is not None or not _arrays.describe(array).is_dense()
+    if _arrays.device(array) is None:
+        return not _arrays.describe(array).is_dense()
+    return _arrays.dtype_of(array).itemsize == 1
 
 
 def _side_by_side(lists: Sequence[Locals]) -> Locals:

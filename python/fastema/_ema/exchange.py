@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import _arrays
+from .._types import Array
 from ..functional import paired
 from .averages import Averages, shown
 from .count import Count
@@ -40,6 +41,7 @@ class Exchange:
     def __init__(self, values: Values, averages: Averages, threads: int) -> None:
         self.values, self.averages, self._threads = values, averages, threads
         self.swapped: Swapped | None = None
+        self._buffers: list[dict[str, Array]] = []  # that a module had before
         self._exchanged: set[int] = set()  # the devices where contents are exchanged
         # exchanged with those in host memory, and tells so where an interrupt comes up as native code returns
         self._swap_flag = np.zeros(1), np.ones(1)
@@ -59,6 +61,8 @@ class Exchange:
 
     def kept(self, k: int, i: int) -> Locals:
         """Return a leaf's average as it is kept, wherever that is."""
+        if i in self.averages.carried:
+            return []
         swapped = self.swapped
         away = (
             swapped is not None
@@ -71,7 +75,7 @@ class Exchange:
     def average_of(self, k: int, i: int, count: Count) -> Locals:
         """Return a leaf's average as the user sees it."""
         if count.is_blank and i not in self.averages.copied:
-            return self._present(k, i)
+            return self._present(k, i) if i not in self.averages.carried else []
         return shown(self.kept(k, i), self.averages.divisor(k, i, count))
 
     def _present(self, k: int, i: int) -> Locals:
@@ -115,6 +119,7 @@ class Exchange:
 
     def resume(self, k: int, weights: dict[int, Locals], count: Count) -> None:
         """Put averages in the place of weights that were saved earlier, whatever the values are now."""
+        self._buffers = self.values.held_buffers()
         self.swapped = Swapped(k, weights)
         for i, leaf in enumerate(self.values.leaves):
             leaf.assign(weights[i] if count.is_blank else self.average_of(k, i, count))
@@ -123,27 +128,30 @@ class Exchange:
         """Write averages into other values, or the values themselves, for good; see `EMA.copy_to`."""
         if others is None:
             self.check_not_swapped("copy_to()")
-            self.values.check_module()
-            targets = self.values.targets()
-        else:
-            targets = self.values.targets(others)
+            self.values.check_own("copy_to()")
+            self.values.check_exchange()
+        targets = self.values.targets(others)
         averages = [self.average_of(k, i, count) for i in range(len(self.values.leaves))]
         for target in targets:
             if others is not None:
                 _check_fits(target.name, target.local_arrays, averages[target.place])
             if not target.leaf.immutable:
                 check_writable(target.leaf, target.name, "copy_to()")
-        return self.values.build_given(target.leaf.assign(averages[target.place]) for target in targets)
+        written = self.values.build_given([target.leaf.assign(averages[target.place]) for target in targets])
+        self.values.exchanged()
+        return written
 
     def _put_averages(self, k: int, count: Count) -> None:
         leaves = self.values.leaves
         self.values.check_writable("swap()")
-        self.values.check_module()
+        self.values.check_exchange()
         k = self.averages.checked_index(k)
-        apart = [i for i in range(len(leaves)) if not self._exchangeable(k, i, count)]
+        exchanged = (*self.averages.averaged, *self.averages.copied)
+        apart = [i for i in sorted(exchanged) if not self._exchangeable(k, i, count)]
         copy = _arrays.host_copy if self.averages.on_host else _arrays.copy
         weights = {i: [copy(x) for x in leaves[i].local_arrays()] for i in apart}
         averages = {i: self.average_of(k, i, count) for i in apart}
+        self._buffers = self.values.held_buffers()
         self.swapped = Swapped(k, weights)
         try:
             for i in apart:
@@ -152,6 +160,7 @@ class Exchange:
         except BaseException:
             self._put_weights_back()
             raise
+        self.values.exchanged()
 
     def _put_weights_back(self) -> None:
         """Undo `_put_averages`, from wherever it or this was interrupted."""
@@ -161,6 +170,8 @@ class Exchange:
         for i, weights in self.swapped.saved_weights.items():
             self.values.leaves[i].assign(weights)
         self.swapped = None
+        self.values.exchanged()
+        self.values.put_back(self._buffers)
 
     # --- exchanging contents ----------------------------------------------------------------------
 
@@ -183,7 +194,7 @@ class Exchange:
     def _exchange(self, k: int, *, back: bool = False) -> None:
         """Exchange contents with all leaves whose weights are not saved, but where that is done already."""
         saved = self.swapped.saved_weights if self.swapped is not None else {}
-        leaves = [i for i in range(len(self.values.leaves)) if i not in saved]
+        leaves = [i for i in self.averages.by_decay[k] if i not in saved and i not in self.averages.carried]
         local_arrays = {i: self.values.leaves[i].local_arrays() for i in leaves}
         for together in by_device(leaves, local_arrays):
             device = _arrays.device(local_arrays[together[0]][0])

@@ -24,14 +24,12 @@ class Pass:
         offloads: Averages in host memory of values on devices.
         copies: Values that are copied, by device.
         copied_alone: Values that are copied one by one, behind where they are copied to.
-        watched: Where values lay that must not be given other memory; pairs on devices follow theirs.
     """
 
     pairs: list[Pairs] = field(default_factory=list)
     offloads: list["Offload"] = field(default_factory=list)
     copies: list[Pairs] = field(default_factory=list)
     copied_alone: list[tuple[Array, Array]] = field(default_factory=list)
-    watched: _arrays.Addresses | None = None
 
     def fence(self) -> None:
         """See `EMA.fence`."""
@@ -69,7 +67,7 @@ class Passes:
         checked = self._pass_over(local_arrays)
         self._stable: Pass | None = None
         if values.are_stable:
-            self._stable = self._watching(checked, local_arrays)
+            self._stable = checked
 
     # --- the verbs --------------------------------------------------------------------------------
 
@@ -85,14 +83,15 @@ class Passes:
         """
         stable = self._stable
         # before averages leave zero values are paired anew, so that what does not fit is noticed first
-        if stable is None or before.has_zeros or not (arrays is None or self._values.are_given(arrays)):
+        if stable is None or before.has_zeros or arrays is not None:
             return self.over_sources(self._values.sources(arrays))
-        if self._values.moving and self._values.moving.moved():
-            self.wait()
-            local_arrays = self._values.local_arrays()
-            stable = self._stable = self._watching(self._pass_over(local_arrays), local_arrays)
-            self._values.moving.accept()
         return stable
+
+    def pair_anew(self) -> None:
+        """Pair averages with values that were given other memory."""
+        self.wait()
+        if self._stable is not None:
+            self._stable = self._pass_over(self._values.local_arrays())
 
     def over_sources(self, sources: Sequence[Array | None]) -> Pass:
         """Return a pass over what `Values.sources` returned."""
@@ -115,8 +114,6 @@ class Passes:
         self._values.latest = None if arrays is None else self._values.sources(arrays)
         if self._averages.copied:
             over = self.over(arrays, before)
-            if over.watched is not None:
-                over.watched.check("EMA")
             self._copy(over)
 
     def move(self, over: Pass, before: Count, count: Count) -> None:
@@ -129,8 +126,6 @@ class Passes:
         stable = over is self._stable
         for k in () if stable else count.started_since(before):
             self._averages.clear(k)
-        if over.watched is not None:
-            over.watched.check("EMA")
         if over.offloads:
             over.wait()
         decays, threads = count.decays, self._threads
@@ -165,17 +160,6 @@ class Passes:
             self._stable.wait()
 
     # --- pairing ----------------------------------------------------------------------------------
-
-    def _watching(self, over: Pass, local_arrays: Sequence[Locals]) -> Pass:
-        """Have a pass over values that stay where they are notice if they were given other memory."""
-        copied, leaves = self._averages.copied, self._values.leaves
-        watched = _arrays.Addresses(
-            leaf.address
-            for i, (leaf, local) in enumerate(zip(leaves, local_arrays, strict=True))
-            if i in copied or _arrays.device(local[0]) is None
-        )
-        over.watched = watched if watched else None
-        return over
 
     def _pass_over(self, local_arrays: Sequence[Locals]) -> Pass:
         """Pair the averages with local arrays of each leaf; those of each device apart."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _arrays
+from .._arrays import Leaf
 from .._arrays.shards import Shards
 from .._types import Array, check_count, check_share
 from ..checkpoint import _sets
@@ -47,7 +48,7 @@ class State:
         exchange: Exchange,
         count: Count,
         config: Mapping[str, Any],
-        contents: Callable[[Array], np.ndarray],
+        contents: Callable[[Leaf, Array], Array],
     ) -> "State":
         """Take the state of an EMA.
 
@@ -55,12 +56,13 @@ class State:
             exchange: Knows where everything is.
             count: How far averaging has come.
             config: For the record.
-            contents: Returns an array's contents. The arrays themselves are live.
+            contents: Returns the contents of a leaf's array. The arrays themselves are live.
         """
-        averages = exchange.averages
+        averages, leaves = exchange.averages, exchange.values.leaves
 
-        def named(arrays: Mapping[int, Locals]) -> dict[str, np.ndarray]:
-            return {name: contents(x) for name, x in exchange.values.by_name(arrays).items()}
+        def named(arrays: Mapping[int, Locals]) -> dict[str, Array]:
+            held = {i: [contents(leaves[i], x) for x in local] for i, local in arrays.items()}
+            return exchange.values.by_name(held)
 
         return cls(
             averages=[
@@ -140,6 +142,33 @@ class State:
             count=Count(step, clock, averaged, decays, products),
             swapped=swapped,
             config=config,
+        )
+
+    def local(self, exchange: Exchange) -> "State":
+        """Return the state with NumPy's arrays in the place of tensors, those that this process has parts of.
+
+        Raises:
+            ValueError: A tensor is another process' part, or of another shape.
+        """
+        values = exchange.values
+        leaves = {
+            name: leaf
+            for names, leaf in zip(values.local_names, values.leaves, strict=True)
+            for name in names
+        }
+
+        def local(arrays: _Named) -> _Named:
+            return {
+                name: leaves[name].from_state(x, f"state[{name!r}]") if name in leaves else x
+                for name, x in arrays.items()
+            }
+
+        return replace(
+            self,
+            averages=[local(arrays) for arrays in self.averages],
+            carries=[local(arrays) for arrays in self.carries],
+            copied=local(self.copied),
+            values=local(self.values),
         )
 
     def cut(self, exchange: Exchange) -> "State":

@@ -4,12 +4,30 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .. import _arrays
-from .._arrays import Leaf
-from .._types import AnyArray, Array
-from .tree import Buffers, Nested, Tree
+from .. import _arrays, _core
+from .._arrays import Carried, Leaf
+from .._types import FLOATS, AnyArray, Array, DType
+from .tree import Nested, Selection, Tree
 
 Locals = list[AnyArray]  # the local arrays of a leaf, as they are worked on: NumPy's, or on a device
+
+
+class Signature(NamedTuple):
+    """What a local array is like; averages are made for it.
+
+    Attributes:
+        dtype: Its type.
+        shape: Its shape.
+        device: The CUDA device that it lies on; None: host memory.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    device: int | None
+
+    def __str__(self) -> str:
+        place = "" if self.device is None else f" on CUDA device {self.device}"
+        return f"{self.dtype} of shape {self.shape}{place}"
 
 
 class Values:
@@ -18,33 +36,34 @@ class Values:
     Nothing is kept of arrays that never change (JAX's), since every step of training leaves others.
 
     Attributes:
-        leaves: The distinct arrays.
+        leaves: The distinct arrays, and what is carried along.
         names: Of each leaf, the first one that it was given under.
         local_names: Of each leaf, the names of its local arrays: several only where it is sharded.
-        copied: The names of a module's buffers that are not to be averaged.
+        buffers: The names of a module's buffers.
         latest: Of each leaf the array that an update was given which averaged nothing; while none has.
-        moving: Where those leaves lie that stay where they are, unless their library moves them (FSDP).
+        elsewhere: Whether the last update was given others than these, which cannot be written.
+        moving: Where those leaves lie that can be given other memory.
     """
 
-    def __init__(self, tree: Tree, module: Nested | None) -> None:
-        self._tree = tree
-        self._module = module
-        self.copied = tree.copied
+    def __init__(self, given: Nested, tree: Tree) -> None:
+        self._given, self._tree = given, tree
+        self.buffers = tree.buffers
         self.leaves: list[Leaf] = []
         self.names: list[str] = []
         self.local_names: list[list[str]] = []
         self.latest: list[Array | None] | None = None
-        self._given: list[Array | None] = []  # of each value in the tree; None if it never changes
+        self.elsewhere = False
+        self._arrays: list[Array | None] = []  # of each value in the tree; None if it never changes
         self._places: list[int] = []  # of each value in the tree, its leaf
         self._firsts: list[int] = []  # of each leaf, its first value in the tree
 
     @classmethod
-    def of(cls, given: Nested, buffers: Buffers, *, unchanging: bool) -> tuple["Values", list[Locals]]:
+    def of(cls, given: Nested, selection: Selection, *, unchanging: bool) -> tuple["Values", list[Locals]]:
         """Take the user's values apart.
 
         Args:
             given: What `fastema.EMA` is given.
-            buffers: What to do with a module's buffers.
+            selection: Which of them are meant.
             unchanging: Whether values that can change are refused.
 
         Returns:
@@ -52,38 +71,53 @@ class Values:
 
         Raises:
             TypeError: Something is no array, or its memory cannot be viewed.
-            ValueError: A value can change, and must not.
+            ValueError: A value can change, and must not; or there are none.
         """
         if isinstance(given, Iterator):
             given = list(given)
-        tree, arrays = Tree.of(given, _arrays.is_leaf, buffers)
-        values = cls(tree, given if hasattr(given, "named_parameters") else None)
+        tree, arrays = Tree.of(given, _arrays.is_leaf, selection)
+        values = cls(given, tree)
         return values, values._take(arrays, unchanging)
 
     def _take(self, arrays: list[Array], unchanging: bool) -> list[Locals]:
         found: list[Locals] = []
         places: dict[object, int] = {}
         for array, name in zip(arrays, self._tree.names, strict=True):
-            leaf = _arrays.leaf(array, f"values[{name!r}]")
-            if unchanging and not leaf.immutable:
+            constant = name in self._tree.constants
+            leaf = Carried(array) if constant else _arrays.leaf(array, f"values[{name!r}]")
+            if unchanging and not leaf.immutable and not isinstance(leaf, Carried):
                 raise ValueError(
                     "background must be False unless values cannot change meanwhile, as JAX arrays; "
                     f"values[{name!r}] is of {type(array).__name__}"
                 )
             local = leaf.local_arrays(array if leaf.immutable else None)
             # an immutable array that is given twice may well become two
-            key = id(leaf) if leaf.immutable else _memory_of(local[0]) if leaf.stable else id(array)
+            alone = leaf.immutable or constant
+            key = id(leaf) if alone else _memory_of(local[0]) if leaf.stable and local else id(array)
             place = places.setdefault(key or id(array), len(self.leaves))
             if place == len(self.leaves):
                 self.leaves.append(leaf)
                 self.names.append(name)
                 several = len(local) > 1
-                self.local_names.append([f"{name}/{j}" for j in range(len(local))] if several else [name])
+                names = [f"{name}/{j}" for j in range(len(local))] if several else [name][: len(local)]
+                self.local_names.append(names)
                 self._firsts.append(len(self._places))
                 found.append(local)
             self._places.append(place)
-            self._given.append(None if leaf.immutable else array)
+            self._arrays.append(None if leaf.immutable else array)
+        if not any(found):
+            raise ValueError(
+                f"values must hold an array that can be averaged or copied, and there is none in "
+                f"{sorted(self._tree.names)}"
+            )
+        self.signatures = [_signatures_of(local) for local in found]
         self._reader = _arrays.Reader(self.leaves)
+        self._carried = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Carried)]
+        self._is_passed = any(leaf.immutable for leaf in self.leaves)
+        if self._is_passed:
+            self._given, self._tree.containers = None, []  # a step leaves others, and nothing keeps these
+        watched = self._tree.containers
+        self._contents = None if watched is None else _core.Contents(watched)
         self.moving = _arrays.Addresses(leaf.address for leaf in self.leaves if leaf.may_move)
         return found
 
@@ -109,7 +143,8 @@ class Values:
             return [Target(name, place, self.leaves[place], []) for name, place in given]
         targets = []
         for array, (name, place) in zip(self.matched(others), given, strict=True):
-            leaf = _arrays.leaf(array, f"values[{name!r}]")
+            carried = isinstance(self.leaves[place], Carried)
+            leaf = Carried(array) if carried else _arrays.leaf(array, f"values[{name!r}]")
             if leaf.shards != self.leaves[place].shards:
                 raise ValueError(f"values[{name!r}] must be sharded, or whole, as it was at first")
             targets.append(Target(name, place, leaf, leaf.local_arrays(array)))
@@ -138,9 +173,14 @@ class Values:
         """Whether the values' memory is paired once, and not read anew at each update."""
         return all(leaf.stable for leaf in self.leaves)
 
+    @property
+    def are_passed(self) -> bool:
+        """Whether a value never changes, so that each update is given others."""
+        return self._is_passed
+
     def are_given(self, arrays: list[Array]) -> bool:
-        """Tell whether arrays in order are those that were given at first."""
-        return all(map(operator.is_, arrays, self._given))
+        """Tell whether arrays in order are those that are averaged already."""
+        return all(map(operator.is_, arrays, self._arrays))
 
     def sources(self, arrays: list[Array] | None) -> list[Array | None]:
         """Return for each leaf the array to read; None: its own, as it is by then.
@@ -163,22 +203,145 @@ class Values:
             return [leaf.local_arrays() for leaf in self.leaves]
         return self._reader.local_arrays(sources)
 
+    def passed(self, arrays: list[Array]) -> None:
+        """Take notice that an update was given other arrays, which are not kept."""
+        self.elsewhere = not self._is_passed
+        for i in self._carried:
+            leaf = self.leaves[i]
+            assert isinstance(leaf, Carried)
+            leaf.value = arrays[self._firsts[i]]
+
+    # --- other arrays in their place ----------------------------------------------------------------
+
+    def is_container(self, other: Nested) -> bool:
+        """Tell whether this is what holds the values, which is looked at anyway."""
+        return other is self._given and not self._is_passed
+
+    @property
+    def given(self) -> Nested:
+        """What holds the values."""
+        return self._given
+
+    def replaced(self) -> bool:
+        """Tell whether what holds the values holds other arrays by now."""
+        if self._contents is not None and not self._contents.changed():
+            return False
+        if not _arrays.are_shown(self._arrays):
+            return False
+        try:
+            if self._is_passed or self.are_given(self.matched(self._given)):
+                if self._contents is not None:
+                    self._contents.accept()  # other things changed, as buffers that no checkpoint holds
+                return False
+        except ValueError:
+            pass
+        return True
+
+    def are_alike(self, arrays: list[Array]) -> bool:
+        """Tell whether arrays in order are of the libraries of those that are averaged already."""
+        pairs = zip(arrays, self._arrays, strict=True)
+        return all(_arrays.library_of(x) is _arrays.library_of(y) for x, y in pairs)
+
+    def held_buffers(self) -> list[dict[str, Array]]:
+        """Return which buffers a module's parts hold."""
+        return [
+            {key: x for key, x in held.items() if key not in hidden} for held, hidden in self._tree.buffers_of
+        ]
+
+    def put_back(self, before: list[dict[str, Array]]) -> None:
+        """Have a module hold the very buffers that `held_buffers` returned.
+
+        Raises:
+            RuntimeError: Other values were replaced since.
+        """
+        for (held, hidden), buffers in zip(self._tree.buffers_of, before, strict=True):
+            for key in [key for key in held if key not in hidden and key not in buffers]:
+                del held[key]
+            for key, buffer in buffers.items():
+                if held.get(key) is not buffer:
+                    held[key] = buffer
+        if self.replaced():
+            raise RuntimeError(
+                "values must stay the arrays that they are while averages are in their place, and some were "
+                "replaced: the weights are back in those given before; call ema.rebind(values)"
+            )
+
+    def leaf_named(self, name: str) -> int | None:
+        """Return the leaf that a value of some name is."""
+        found = dict(zip(self._tree.names, self._places, strict=True))
+        return found.get(name)
+
+    def check_follows(self, before: "Values", *, call: str | None) -> None:
+        """Raise if these cannot take the place of others.
+
+        Args:
+            before: Those until now.
+            call: What was asked to have these follow. None: nothing, and they were found: then they must be
+                alike in all.
+
+        Raises:
+            RuntimeError: They were found, and differ.
+            ValueError: They were asked for, and differ.
+        """
+        ours, theirs = self._tied(), before._tied()
+        if (missing := theirs.keys() - ours.keys()) | (more := ours.keys() - theirs.keys()):
+            raise _refusal(
+                call,
+                f"values must have the names given at first; missing: {sorted(missing)}, unknown: "
+                f"{sorted(more)}; make the EMA anew",
+            )
+        for name, first in ours.items():
+            if call is None and first != theirs[name]:
+                raise RuntimeError(
+                    f"values[{name!r}] is the same array as values[{first!r}] now, and was as "
+                    f"values[{theirs[name]!r}] at first: call ema.rebind(values) to go on so"
+                )
+        for i, name in enumerate(self.names):
+            place = before.leaf_named(name)
+            if place is not None and self.leaves[i].shards != before.leaves[place].shards:
+                raise _refusal(call, f"values[{name!r}] must be sharded, or whole, as it was at first")
+            if place is not None and name not in self.buffers:
+                _check_signature(name, self.signatures[i], before.signatures[place], call)
+
+    def _tied(self) -> dict[str, str]:
+        """Return of each name but those of buffers the first one that its leaf has."""
+        return {
+            name: self.names[place]
+            for name, place in zip(self._tree.names, self._places, strict=True)
+            if name not in self.buffers
+        }
+
+    def are_as_before(self) -> bool:
+        """Tell whether all arrays are of the types, shapes and devices that they were of."""
+        return [_signatures_of(local) for local in self.local_arrays()] == self.signatures
+
     # --- checks -----------------------------------------------------------------------------------
 
-    def check_module(self) -> None:
-        """Raise if a module has other tensors by now: they would be neither averaged nor swapped."""
-        if self._module is None:
-            return
-        for now, first, name in zip(self.matched(self._module), self._given, self._tree.names, strict=True):
-            if now is not first:
-                raise RuntimeError(
-                    f"values[{name!r}] is no longer the tensor that was given at first; make the EMA anew"
-                )
+    def check_own(self, call: str) -> None:
+        """Raise if the last update was given what cannot be changed in the place of these.
+
+        Raises:
+            RuntimeError: It was.
+        """
+        if self.elsewhere:
+            raise RuntimeError(
+                f"{call} must change what the last update was given, and that was of another library than "
+                "the values given at first: call ema.rebind(values) with what is to be changed"
+            )
 
     def check_writable(self, call: str) -> None:
         """Raise if something keeps a value from being changed."""
+        self.check_own(call)
         for leaf, name in zip(self.leaves, self.names, strict=True):
             check_writable(leaf, name, call)
+
+    def check_exchange(self) -> None:
+        """Raise if copies of the values would go on holding the weights when averages are in their place."""
+        _arrays.check_exchange(self._arrays)
+
+    def exchanged(self) -> None:
+        """Have libraries forget copies of values, whose contents were exchanged."""
+        _arrays.exchanged(self._arrays)
 
 
 class Target(NamedTuple):
@@ -221,3 +384,28 @@ def _memory_of(array: Array) -> object:
     """Return what tells an array's memory from others'; nothing for arrays without elements."""
     found = _arrays.describe(array)
     return (found.address, found.shape, found.strides, found.dtype) if found.size else None
+
+
+def _signatures_of(local: Locals) -> list[Signature]:
+    return [Signature(_arrays.dtype_of(x), _arrays.shape_of(x), _arrays.device(x)) for x in local]
+
+
+def _check_signature(name: str, now: list[Signature], before: list[Signature], call: str | None) -> None:
+    """Raise if a value became another one; with a call, only if it is of another shape or kind."""
+    if now == before:
+        return
+    if call is None:
+        cure = "make the EMA anew"
+        if [x.shape for x in now] == [x.shape for x in before]:
+            cure = "call ema.rebind(values) to go on with it"
+        needed, got = (" and ".join(map(str, x)) for x in (before, now))
+        raise RuntimeError(f"values[{name!r}] must be {needed}, as it was at first, and is {got}: {cure}")
+    for this, other in zip(now, before, strict=True):
+        if this.shape != other.shape:
+            raise ValueError(f"values[{name!r}] must have shape {other.shape}, got {this.shape}")
+        if this.dtype != other.dtype and not (this.dtype in FLOATS and other.dtype in FLOATS):
+            raise TypeError(f"values[{name!r}] must be of {other.dtype}, got {this.dtype}")
+
+
+def _refusal(call: str | None, text: str) -> Exception:
+    return RuntimeError(text) if call is None else ValueError(text)

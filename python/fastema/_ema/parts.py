@@ -1,0 +1,116 @@
+"""The parts of an EMA: made for certain arrays, and made anew together when others take their place."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .._types import Array
+from .averages import Averages, Form
+from .exchange import Exchange
+from .passes import Passes
+from .tree import Nested, Selection
+from .values import Values
+
+
+class Options(NamedTuple):
+    """What all parts are made with.
+
+    Attributes:
+        selection: Which of the arrays that are given are meant.
+        form: What averages are to be.
+        unchanging: Whether values that can change are refused.
+        seed: Of stochastic rounding. None: averages are rounded to nearest.
+        threads: See `EMA`.
+    """
+
+    selection: Selection
+    form: Form
+    unchanging: bool
+    seed: int | None
+    threads: int
+
+
+class Parts(NamedTuple):
+    """Values, their averages, and what exchanges and averages them.
+
+    Attributes:
+        values: The user's values.
+        averages: What is kept of them.
+        exchange: Knows where either is.
+        passes: Moves averages towards values.
+        options: What these were made with.
+    """
+
+    values: Values
+    averages: Averages
+    exchange: Exchange
+    passes: Passes
+    options: Options
+
+    @classmethod
+    def of(
+        cls, given: Nested, options: Options, before: "Parts | None" = None, *, call: str | None = None
+    ) -> "Parts":
+        """Make all parts.
+
+        Args:
+            given: What holds the values.
+            options: What parts are made with.
+            before: Those whose place these take: their averages go on. They are left as they are.
+            call: See `Values.check_follows`.
+        """
+        values, local = Values.of(given, options.selection, unchanging=options.unchanging)
+        if before is not None:
+            before.passes.wait()
+            values.check_follows(before.values, call=call)
+        old = None if before is None else (before.values, before.averages)
+        averages = Averages(values, local, options.form, old)
+        exchange = Exchange(values, averages, options.threads)
+        passes = Passes(values, averages, local, seed=options.seed, threads=options.threads)
+        return cls(values, averages, exchange, passes, options)
+
+    def followed(self) -> "Parts":
+        """Return parts for what holds the values by now; these, if it holds the same.
+
+        Raises:
+            RuntimeError: It holds arrays that cannot take the place of those that it held.
+        """
+        values = self.values
+        if self.exchange.swapped is not None:
+            return self
+        if not values.replaced():
+            if not values.moving or not values.moving.moved():
+                return self
+            if values.are_as_before():
+                self.passes.pair_anew()
+                values.moving.accept()
+                return self
+        return Parts.of(values.given, self.options, self)
+
+    def given(self, others: Nested) -> tuple["Parts", list[Array] | None]:
+        """Return parts for what an update is given, and the arrays to read, if they are not the values.
+
+        Raises:
+            RuntimeError: They cannot take the place of the values.
+            ValueError: They are shaped otherwise.
+        """
+        values = self.values
+        if isinstance(others, Iterator):
+            others = list(others)
+        if values.is_container(others):
+            return self.followed(), None
+        try:
+            arrays = values.matched(others)
+        except ValueError:
+            if not hasattr(others, "named_parameters"):
+                raise
+            return self._for(others), None  # whose buffers may come and go
+        if values.are_passed:
+            return self, arrays
+        if values.are_given(arrays):
+            return self.followed(), None
+        if not values.are_alike(arrays):
+            return self, arrays
+        return self._for(others), None
+
+    def _for(self, others: Nested) -> "Parts":
+        return Parts.of(others, self.options, self, call="update()")

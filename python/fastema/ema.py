@@ -12,12 +12,13 @@ from ._arrays.torch import copied_state
 from ._ema.averages import Form
 from ._ema.background import Background
 from ._ema.count import Count, Pace, check_span
+from ._ema.mapping import check_not_loaded_from
 from ._ema.parts import Options, Parts
 from ._ema.state import State
 from ._ema.tree import Buffers, Nested, Only, Selection
 from ._types import Array, Decay, check_choice, check_count, float_type
 from .checkpoint._replace import StrPath
-from .checkpoint._state import read_state
+from .checkpoint._state import files_of, read_state
 
 
 class EMA:
@@ -72,7 +73,8 @@ class EMA:
             meanwhile: JAX's, which must not be donated to that step.
         threads: How many threads to use at most; 0: as many as OpenMP would.
         memory: The path of a file to keep the averages in, mapped, for more averages than memory. It is made
-            anew, and holds no checkpoint. Averages on a CUDA device need ``device="cpu"`` for it.
+            anew, whatever was there, and holds no checkpoint; none that is loaded from, and none that values
+            are mapped from. Averages on a CUDA device need ``device="cpu"`` for it.
         only: Which arrays are meant: patterns of names, as ``["*.lora_?.*"]``, or a function of name, value
             as ``lambda name, value: value.requires_grad``. What is left out costs nothing: it is not kept,
             copied, swapped or saved, and `averages` has no such name (None in a sequence or a tree of JAX).
@@ -80,7 +82,8 @@ class EMA:
     Raises:
         ImportError: A value lies on a CUDA device, and CuPy is not installed.
         TypeError: A value is no array, or of a type that is not offered.
-        ValueError: An argument is outside of its range, or an array has holes.
+        ValueError: An argument is outside of its range, or an array has holes; or `memory` is the file that
+            values are mapped from.
 
     Example:
         >>> import fastema, numpy as np
@@ -474,7 +477,9 @@ class EMA:
         some of this step and some of an earlier one, which `load` refuses. Give each step a path of its own.
 
         Args:
-            path: Of the file, see `fastema.checkpoint.write`; without the numbers that a set has.
+            path: Of the file, see `fastema.checkpoint.write`; without the numbers that a set has. Saved over
+                the file of `memory`, it takes that name; averages stay in the old one, which is gone when
+                the process ends.
 
         Raises:
             ValueError: A value has a name that begins with ``fastema.``.
@@ -520,10 +525,12 @@ class EMA:
             TypeError: A type differs, or a value never changes and the file was saved while swapped.
             ValueError: The file is not whole, was not written by `save`, does not fit the values, or
                 `decay` must be given; or the files of a set are of different steps, or there are several
-                sets. Whatever is raised, nothing has changed.
+                sets; or `memory` is a file that is loaded from. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """
         state, config = read_state(path, decay)
+        if options.get("memory") is not None:
+            check_not_loaded_from(options["memory"], files_of(path))
         ema = cls(values, **{**config, **options})
         try:
             ema._restore(State.from_dict(state).cut(ema._parts.exchange))

@@ -173,10 +173,26 @@ def test_tensors_need_not_lie_in_one_order(paths, output):
     assert {name: float(x[0]) for name, x in checkpoint.File(output).items()} == {"a": 1.0, "b": 2.0}
 
 
-def test_the_output_may_be_one_of_the_files(paths):
+@pytest.mark.parametrize("link", ["itself", "symbolic", "hard"])
+def test_the_output_may_be_one_of_the_files(paths, link):
     write_all(paths, [np.full(3 * PIECE, float(i)) for i in range(3)])
-    checkpoint.average(paths, paths[0])
-    assert (checkpoint.File(paths[0])["w"] == 1.0).all()
+    output = paths[0] if link == "itself" else paths[0].with_name(link)
+    if link == "symbolic":
+        output.symlink_to(paths[0])
+    elif link == "hard":
+        output.hardlink_to(paths[0])
+    checkpoint.average(paths, output)
+    assert (checkpoint.File(output)["w"] == 1.0).all()
+    assert (checkpoint.File(paths[0])["w"] == (0.0 if link == "hard" else 1.0)).all()
+    assert (checkpoint.File(paths[1])["w"] == 1.0).all()
+
+
+def test_an_output_among_the_files_stays_where_one_does_not_fit(paths):
+    write_all(paths, [np.zeros(3), np.ones(3), np.ones(4)])
+    before = [path.read_bytes() for path in paths]
+    with pytest.raises(ValueError, match="must have one shape"):
+        checkpoint.average(paths, paths[0])
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_progress_is_told_in_bytes_of_the_output(paths, output):

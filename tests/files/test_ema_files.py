@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tracemalloc
 
 import ml_dtypes
@@ -358,6 +359,114 @@ def test_names_that_are_taken_for_the_state_are_refused_and_the_old_file_stays(p
                 EMA({name: value}, 0.9).save(path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+# --- averages in a mapped file ------------------------------------------------------------------------------
+
+
+LOADED_FROM = r"memory must .* got '.*': the averages are loaded from it, as '.*'; give another path"
+
+
+def ways_to(path):
+    """Return paths that lead to a file: itself, and through every kind of link."""
+    symbolic, hard = path.with_name("symbolic"), path.with_name("hard")
+    symbolic.symlink_to(path.name)
+    hard.hardlink_to(path)
+    return [path, str(path), os.path.relpath(path), path.parent / "." / path.name, symbolic, hard]
+
+
+def contents_of(folder):
+    return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+
+def test_averages_are_not_mapped_over_the_file_that_they_are_loaded_from(path):
+    EMA(weights_at(0), 0.9).save(path)
+    for way in ways_to(path):
+        before = contents_of(path.parent)
+        with pytest.raises(
+            ValueError, match=r"memory must .* got '.*': the averages are loaded from it, as '.*'"
+        ):
+            EMA.load(path, weights_at(0), memory=way)
+        assert contents_of(path.parent) == before
+
+
+@pytest.mark.parametrize("given", ["shards", "shards-00002-of-00004"])
+@pytest.mark.parametrize("memory", ["shards", "shards-00001-of-00004", "shards-00004-of-00004"])
+def test_averages_are_not_mapped_over_a_set_that_they_are_loaded_from(tmp_path, given, memory):
+    for file in (golden.FOLDER / "0.1.0").glob("shards-*"):
+        shutil.copy(file, tmp_path)
+    weights = {name: golden.weights_at(0)[name] for name in golden.averageable(golden.SHARDED)}
+    assert EMA.load(tmp_path / f"{given}.safetensors", weights).step > 0
+    before = contents_of(tmp_path)
+    with pytest.raises(ValueError, match=LOADED_FROM):
+        EMA.load(tmp_path / f"{given}.safetensors", weights, memory=tmp_path / f"{memory}.safetensors")
+    assert contents_of(tmp_path) == before
+
+
+def test_averages_loaded_are_mapped_from_any_other_file(path):
+    EMA(weights_at(0), 0.9).save(path)
+    memory, other = path.with_name("memory"), path.with_name("linked")
+    memory.write_bytes(b"what was there")
+    other.hardlink_to(memory)
+    before, expected = path.read_bytes(), EMA.load(path, weights_at(0))
+    ema = EMA.load(path, weights_at(0), memory=memory)
+    assert all_of(ema) == all_of(expected)
+    assert path.read_bytes() == before
+    assert other.read_bytes() == b"what was there"
+
+
+def mapped_by_numpy(path):
+    return np.memmap(path, np.float32, "r+")
+
+
+def mapped_as_a_part(path):
+    return np.asarray(np.memmap(path, np.float32, "r+"))[64:].reshape(2, -1)
+
+
+def mapped_as_a_checkpoint(path):
+    checkpoint.write(path, {"w": np.ones(1000, np.float32)})
+    return checkpoint.File(path)["w"]
+
+
+def mapped_by_torch(path):
+    torch = pytest.importorskip("torch")
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("this system does not tell what a process maps")
+    return torch.from_file(str(path), shared=True, size=1000)
+
+
+@pytest.mark.parametrize(
+    "mapped", [mapped_by_numpy, mapped_as_a_part, mapped_as_a_checkpoint, mapped_by_torch]
+)
+@pytest.mark.parametrize("told", [True, False], ids=["", "the system does not tell"])
+def test_averages_are_not_mapped_over_the_file_of_the_values(tmp_path, mapped, told, monkeypatch):
+    if not told and mapped is mapped_by_torch:
+        pytest.skip("only the system knows what torch maps")
+    if not told:
+        monkeypatch.setattr("fastema._ema.mapping._places_of", lambda _: ())
+    path = tmp_path / "weights"
+    path.write_bytes(np.ones(1000, np.float32).tobytes())
+    values = {"other": np.ones(3), "w": mapped(path)}
+    for way in ways_to(path):
+        before = contents_of(tmp_path)
+        with pytest.raises(ValueError, match=r"memory must .* got '.*': values\['w'\] is mapped from it"):
+            EMA(values, 0.9, memory=way)
+        assert contents_of(tmp_path) == before
+    EMA(values, 0.9, memory=tmp_path / "averages")
+
+
+def test_a_file_that_averages_are_mapped_from_may_be_saved_over(path):
+    weights, others = weights_at(0), weights_at(0)
+    ema, expected = EMA(weights, 0.9, memory=path), EMA(others, 0.9)
+    train(ema, weights, [1])
+    train(expected, others, [1])
+    ema.save(path)
+    assert all_of(EMA.load(path, weights_at(1))) == all_of(expected)
+    before = path.read_bytes()
+    train(ema, weights, [2, 3])
+    train(expected, others, [2, 3])
+    assert all_of(ema) == all_of(expected)
+    assert path.read_bytes() == before
 
 
 def test_loading_leaves_the_file_alone(path):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from .._types import Array
 from .averages import Averages, Form
 from .exchange import Exchange
+from .mapping import check_not_of_values
 from .passes import Passes
 from .tree import Nested, Selection
 from .values import Values
@@ -62,6 +63,8 @@ class Parts(NamedTuple):
         if before is not None:
             before.passes.wait()
             values.check_follows(before.values, call=call)
+        elif options.form.memory is not None:
+            check_not_of_values(options.form.memory, values.names, local)
         old = None if before is None else (before.values, before.averages)
         averages = Averages(values, local, options.form, old)
         exchange = Exchange(values, averages, options.threads)

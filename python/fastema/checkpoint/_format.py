@@ -5,7 +5,6 @@ what is in memory already, so the header is written here; of what is read, its c
 """
 
 import json
-import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -135,7 +134,7 @@ class File(Mapping[str, np.ndarray]):
     def __init__(self, path: StrPath) -> None:
         with Path(path).open("rb") as file:
             self._layout, self.metadata = read_header(file, path)
-            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            self._bytes = np.asarray(np.memmap(file, np.uint8, "r"))
         self.shapes = {name: tensor.shape for name, tensor in self._layout.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._layout.items()}
 

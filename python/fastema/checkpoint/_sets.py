@@ -149,6 +149,12 @@ def path_of(path: Path, number: int, count: int) -> Path:
     return path.with_name(f"{path.stem}-{number:05}-of-{count:05}{path.suffix}")
 
 
+def name_of(member: Path) -> Path:
+    """Return what `path_of` made the name of a file of a set from."""
+    match = _NUMBERED.fullmatch(member.stem)
+    return member.with_name(match["stem"] + member.suffix) if match else member
+
+
 def set_of(path: Path) -> list[Path]:
     """Return the files of a set, of its name or of that of one of them; none where there is no set.
 
@@ -158,7 +164,7 @@ def set_of(path: Path) -> list[Path]:
     """
     given = _NUMBERED.fullmatch(path.stem)
     if given:
-        path, counts = path.with_name(given["stem"] + path.suffix), {int(given["count"])}
+        path, counts = name_of(path), {int(given["count"])}
     else:
         found = [
             _NUMBERED.fullmatch(other.stem)

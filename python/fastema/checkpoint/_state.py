@@ -17,7 +17,7 @@ import numpy as np
 from .. import schedules
 from ._format import File, write
 from ._replace import StrPath
-from ._sets import Blocks, Layout, is_numbered, path_of, set_of
+from ._sets import Blocks, Layout, is_numbered, name_of, path_of, set_of
 
 STATE = "fastema"  # in the metadata, and where names of tensors begin that are for an EMA alone
 _OFFSETS = "DCP_SHARDING_INFO"  # in the metadata; torch.distributed.checkpoint reads it, too
@@ -135,9 +135,7 @@ def read_state(path: StrPath, decay: Any = None) -> tuple[PlainState, dict[str, 
     """
     path = Path(path)
     try:
-        # a name alone makes no set: a single file may have numbers in it, too
-        is_alone = path.exists() and "set" not in _plain_in(File(path), path)
-        members = [] if is_alone and is_numbered(path) else set_of(path)
+        members = _members_of(path)
         state = _state_in(members or [path], is_set=bool(members))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as reason:
         raise ValueError(f"{path} holds a state that EMA.save() did not write: {reason!r}") from None
@@ -149,6 +147,19 @@ def read_state(path: StrPath, decay: Any = None) -> tuple[PlainState, dict[str, 
     else:
         config["decay"] = _restored(config["decay"], path)
     return state, config
+
+
+def files_of(path: StrPath) -> list[Path]:
+    """Return the path of a state's file; of a set, those of all its files and that which it is named by."""
+    members = _members_of(Path(path))
+    return [*members, name_of(members[0])] if members else [Path(path)]
+
+
+def _members_of(path: Path) -> list[Path]:
+    """Return the files of a set; none where there is a single file."""
+    # a name alone makes no set: a single file may have numbers in it, too
+    is_alone = path.exists() and "set" not in _plain_in(File(path), path)
+    return [] if is_alone and is_numbered(path) else set_of(path)
 
 
 def _state_in(paths: Sequence[Path], *, is_set: bool) -> PlainState:

@@ -214,6 +214,27 @@ def test_a_set_is_loaded_into_any_other_sharding_and_goes_on_to_the_bit(tmp_path
     run(code, tmp_path)
 
 
+def test_a_set_has_names_as_long_as_the_system_takes(tmp_path):
+    code = """
+        import os
+
+        name = "é" * 114 + ".safetensors"
+        ema = trained(2, "rows", decay=0.9)
+        ema.save(sys.argv[1] + "/" + name)
+        names = os.listdir(sys.argv[1])
+        assert [len(os.fsencode(x)) for x in names] == [255] * 4, names
+        assert same(fastema.EMA.load(sys.argv[1] + "/" + name, placed(whole_at(9), "rows")), ema, 1)
+        try:
+            ema.save(sys.argv[1] + "/n" + name)
+        except OSError as error:
+            assert "File name too long" in str(error)
+        else:
+            raise AssertionError("a name of 256 bytes was written")
+        assert sorted(os.listdir(sys.argv[1])) == sorted(names)
+    """
+    run(code, tmp_path)
+
+
 def test_a_file_of_a_set_holds_a_device_s_shards_under_the_names_of_their_values(tmp_path):
     code = """
         import os

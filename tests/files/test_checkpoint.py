@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -244,6 +245,76 @@ def test_a_folder_or_a_device_is_not_replaced(tmp_path):
         with pytest.raises(ValueError, match="must be a file or not be there"):
             checkpoint.write(there, {})
     assert (tmp_path / "pipe").is_fifo()
+
+
+# --- names ------------------------------------------------------------------------------------------------
+
+SUFFIX = ".safetensors"
+LONG = {
+    "ascii": "n" * (255 - len(SUFFIX)) + SUFFIX,
+    "two bytes": "é" * 121 + "x" + SUFFIX,
+    "three bytes": "平" * 81 + SUFFIX,
+    "four bytes": "🧮" * 60 + "abc" + SUFFIX,
+    "undecodable": os.fsdecode(b"\xff" * 243) + SUFFIX,
+    "no suffix": "é" * 127 + "n",
+    "dots": "." * 255,
+    "of a set": "n" * 228 + "-00001-of-00004" + SUFFIX,
+}
+
+
+@pytest.mark.parametrize("name", LONG.values(), ids=LONG)
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path, name):
+    assert len(os.fsencode(name)) == 255
+    path = tmp_path / name
+    for value in (0.0, 1.0):  # anew, and over the old one
+        checkpoint.write(path, {"w": np.full(3, value)})
+        assert (checkpoint.File(path)["w"] == value).all()
+        assert os.listdir(tmp_path) == [name]
+    checkpoint.average([path, path], path)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("size", [1, 99, 100, 101, 102, 142, 143, 245, 246, 247, 255])
+def test_what_is_written_beside_has_a_name_that_file_systems_take(path, size, monkeypatch):
+    path, seen = path.with_name("n" * size), []
+    replace = Path.replace
+
+    def noted(self, target):
+        seen.append((self.name, Path(target).name))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    checkpoint.write(path, {})
+    ((beside, name),) = seen
+    assert name == path.name
+    assert beside.startswith(".")
+    assert beside.endswith(".partial")
+    assert len(os.fsencode(beside)) <= 143
+
+
+def test_what_a_crash_left_of_a_long_name_is_overwritten_and_no_other(path):
+    one, other = path.with_name("n" * 254 + "a"), path.with_name("n" * 254 + "b")
+    program = """
+        import os, sys
+        from pathlib import Path
+        from fastema import checkpoint
+
+        Path.replace = lambda *_: (print("crashed", flush=True), os._exit(0))
+        checkpoint.write(sys.argv[1], {})
+    """
+    assert output_of(program, one) == "crashed"
+    (left,) = os.listdir(path.parent)
+    checkpoint.write(other, {"w": np.ones(3)})
+    assert sorted(os.listdir(path.parent)) == sorted([left, other.name])
+    checkpoint.write(one, {"w": np.ones(3)})
+    assert sorted(os.listdir(path.parent)) == [one.name, other.name]
+
+
+def test_a_name_that_is_too_long_is_the_systems_own_error_and_nothing_is_written(tmp_path):
+    for name in ("n" * 256, "é" * 128):
+        with pytest.raises(OSError, match="File name too long"):
+            checkpoint.write(tmp_path / name, {"w": np.ones(3)})
+        assert os.listdir(tmp_path) == []
 
 
 # --- all or nothing ---------------------------------------------------------------------------------------

@@ -62,8 +62,9 @@ def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, s
     """Write a safetensors file, all or nothing.
 
     A crash at any moment leaves the file that was there or the new one, each whole. The new one is written
-    beside the old, as ``.<name>.partial``, flushed to the disk and renamed; what a crash left under that
-    name is overwritten by the next call. Of several writers of one file each waits for the one before.
+    beside the old, as ``.<name>.partial`` (of a long name, a hash), flushed to the disk and renamed; what a
+    crash left under that name is overwritten by the next call. Of several writers of one file each waits for
+    the one before.
 
     Args:
         path: The file; a symbolic link stays one, and what it leads to is replaced.

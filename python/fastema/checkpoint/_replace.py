@@ -9,10 +9,13 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from io import BufferedWriter
 from pathlib import Path
 
 StrPath = str | os.PathLike[str]
+
+_LONG = 100  # bytes: of a name that is not told in another; file systems take 255, some of them 143
 
 
 @contextmanager
@@ -24,11 +27,13 @@ def replacing(path: StrPath) -> Iterator[BufferedWriter]:
         OSError: The file cannot be written. Whatever is raised, the old one is as it was.
     """
     target = Path(path).resolve()
+    with suppress(FileNotFoundError, NotADirectoryError):
+        target.stat()  # raises what `exists` may keep to itself, as of a name that is too long
     if target.exists() and not target.is_file():
         raise ValueError(f"{path} must be a file or not be there")
     if not target.parent.is_dir():  # said of the folder, and not of a file that nobody knows
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
-    beside = target.with_name(f".{target.name}.partial")
+    beside = _beside(target)
     with _locked(beside) as file:
         try:
             file.truncate(0)  # what a crash left
@@ -44,6 +49,13 @@ def replacing(path: StrPath) -> Iterator[BufferedWriter]:
         os.fsync(folder)  # the new name; without it the old file could be back after a power failure
     finally:
         os.close(folder)
+
+
+def _beside(target: Path) -> Path:
+    """Return the path of the new file until it is whole: the same for all writers, so that they wait."""
+    name = os.fsencode(target.name)
+    text = target.name if len(name) <= _LONG else blake2b(name, digest_size=16).hexdigest()
+    return target.with_name(f".{text}.partial")
 
 
 def _locked(path: Path) -> BufferedWriter:

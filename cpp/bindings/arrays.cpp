@@ -80,9 +80,20 @@ Array described_array(const py::tuple& descriptor) {
   return array;
 }
 
+// Classes derived from NumPy's are taken for the memory that they have, but not where a mask would
+// be dropped: NumPy's, which is not loaded until it is used, and astropy's.
+void check_unmasked(const py::handle& array, const Label& label) {
+  const py::handle kind = py::type::handle_of(array);
+  if (kind.ptr() == reinterpret_cast<PyObject*>(npy::get().PyArray_Type_)) return;
+  if (!py::hasattr(kind, "mask") || !py::hasattr(kind, "filled")) return;
+  throw py::type_error(label + " must be an array without a mask, which would be dropped, got " +
+                       type_name(array) + "; give what its .filled() returns, or its .data");
+}
+
 // `described`: whether a description will do, as where nothing is going to be read.
 Array array_of(const py::handle& object, const Label& label, bool described) {
   if (py::isinstance<py::array>(object)) {
+    check_unmasked(object, label);
     return numpy_array(py::reinterpret_borrow<py::array>(object));
   }
   if (described && py::isinstance<py::tuple>(object) && py::len(object) == 5) {
@@ -152,7 +163,10 @@ DType dtype_of(const Array& array, const Label& label, bool floats) {
     if (dtype) return *dtype;
     throw py::type_error(
         label + " must be float16, bfloat16, float32 or float64 in native byte order, got " +
-        text(py::repr(array.dtype)));
+        text(py::repr(array.dtype)) +
+        (array.dtype.attr("isnative").cast<bool>()
+             ? ""
+             : "; give a copy by .astype(array.dtype.newbyteorder('='))"));
   }
   if (array.dtype.attr("hasobject").cast<bool>()) {
     throw py::type_error(label + " must hold numbers, got " + text(py::repr(array.dtype)));

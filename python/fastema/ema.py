@@ -49,7 +49,8 @@ class EMA:
 
     Args:
         values: An array, a sequence or a mapping of arrays, also nested, or anything with
-            ``named_parameters()``. Arrays that can change are kept and read again at each update.
+            ``named_parameters()``. Arrays that can change are kept and read again at each update. In native
+            byte order, and without a mask.
         decay: From 0 to 1, towards 1 is slower; or a schedule, called with the number of updates, the
             present one included. A sequence of either: as many averages, in one pass over the values.
         every: Average at every so many updates only, with the product of the decays of all of them: where

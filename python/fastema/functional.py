@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
-from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, rebinds, views, watch
-from ._types import Array, Arrays, Rounding, Terms, average_type
+from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, plain, rebinds, views, watch
+from ._types import FLOATS, Array, Arrays, Rounding, Terms, average_type
 
 if TYPE_CHECKING:
     from .cuda._pairs import DevicePairs
@@ -34,8 +34,8 @@ def update(
     Args:
         averages: One array, or a sequence of arrays: NumPy's, torch's (also those that require grad),
             CuPy's or anything with ``__dlpack__`` or ``__cuda_array_interface__``; all in CPU memory, or
-            all on one CUDA device. float16, bfloat16 (of ml_dtypes), float32 or float64, any shape,
-            dense (in any order), writable. Changed in place.
+            all on one CUDA device. float16, bfloat16 (of ml_dtypes), float32 or float64 in native byte
+            order, without a mask, any shape, dense (in any order), writable. Changed in place.
         values: As `averages`, in shapes and order in memory; may be read-only, as JAX's arrays are.
             Of the averages' types, or float16 or bfloat16 beside float32 averages, or float32
             beside float64 ones.
@@ -131,7 +131,12 @@ def copies(values: Arrays, dtype: Any = None) -> Any:
         >>> fastema.update(averages, weights, 0.99)
     """
     arrays, single = as_list(values, "values")
-    found = views(arrays, "values", single)
+    found = []
+    for i, view in enumerate(views(arrays, "values", single)):
+        name = "values" if single else f"values[{i}]"
+        found.append(plain(view, name))
+        if view.dtype not in FLOATS and view.dtype.kind not in "iub":
+            raise TypeError(f"{name} must be of float16, bfloat16, float32 or float64, got {view.dtype}")
     dtypes = [average_type(view.dtype) if dtype is None else dtype for view in found]
     made = packed_copies(found, dtypes)
     return made[0] if single else made

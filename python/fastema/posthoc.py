@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checkpoint, schedules
-from ._arrays import as_view, is_array
+from ._arrays import as_view, is_array, unmasked
 from ._ema.tree import Selection, Tree
 from .checkpoint._replace import StrPath
 
@@ -260,7 +260,7 @@ class Snapshots:
         named = {power.sigma_rel: _named(x, power.sigma_rel) for power, x in powers.items()}
         expected = self._layout()
         for sigma, (arrays, _) in named.items():
-            layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+            layout = {name: (array.shape, array.dtype.newbyteorder("=")) for name, array in arrays.items()}
             expected = expected or layout
             if layout != expected:
                 name = next(n for n in layout.keys() | expected if layout.get(n) != expected.get(n))
@@ -341,10 +341,10 @@ def _named(averages: object, sigma: float) -> tuple[dict[str, np.ndarray], str]:
         tree, found = Tree.of(averages, is_array, Selection("copy", None))
     except (TypeError, ValueError) as error:
         raise type(error)(f"averages[{sigma!r}] cannot be kept: {error}") from None
-    views = {
-        name: array if isinstance(array, np.ndarray) else as_view(array, f"averages[{sigma!r}][{name!r}]")
-        for name, array in zip(tree.names, found, strict=True)
-    }
+    views = {}
+    for name, array in zip(tree.names, found, strict=True):
+        called = f"averages[{sigma!r}][{name!r}]"
+        views[name] = unmasked(array, called) if isinstance(array, np.ndarray) else as_view(array, called)
     if is_array(averages):
         return views, "array"
     listed = isinstance(averages, Sequence) and all(is_array(array) for array in averages)

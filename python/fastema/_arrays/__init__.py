@@ -36,6 +36,7 @@ from .dispatch import (
     watch,
     write,
 )
+from .numpy import plain, unmasked
 from .packing import packed, packed_copies
 from .tensorflow import Reader
 
@@ -70,9 +71,11 @@ __all__ = [
     "locate",
     "packed",
     "packed_copies",
+    "plain",
     "quotient",
     "rebinds",
     "shape_of",
+    "unmasked",
     "views",
     "watch",
     "write",

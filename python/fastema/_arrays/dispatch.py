@@ -99,7 +99,7 @@ def local_array(array: AnyArray, name: str) -> AnyArray:
     Raises:
         TypeError: It is no array, or its memory cannot be viewed.
     """
-    return array if isinstance(array, np.ndarray) else _library(array, name).local_array(array, name)
+    return array if type(array) is np.ndarray else _library(array, name).local_array(array, name)
 
 
 def locate(array: AnyArray, name: str) -> Location:

@@ -9,6 +9,38 @@ from .base import Descriptor, Leaf, Library, Storage
 from .dispatch import write
 
 
+def unmasked(array: np.ndarray, name: str) -> np.ndarray:
+    """Return an array, or one of a class derived from NumPy's, as NumPy's own: so that no class interferes.
+
+    Raises:
+        TypeError: It has a mask, which would be dropped.
+    """
+    kind = type(array)
+    if kind is np.ndarray:
+        return array
+    if hasattr(kind, "mask") and hasattr(kind, "filled"):  # NumPy's, and astropy's
+        raise TypeError(
+            f"{name} must be an array without a mask, which would be dropped, got {kind.__name__}; give what "
+            "its .filled() returns, or its .data"
+        )
+    return np.asarray(array)
+
+
+def plain(array: np.ndarray, name: str) -> np.ndarray:
+    """Return an array as NumPy's own, whose elements are as this machine has them.
+
+    Raises:
+        TypeError: It has a mask, or another byte order.
+    """
+    array = unmasked(array, name)
+    if not array.dtype.isnative:
+        raise TypeError(
+            f"{name} must be in native byte order, got {array.dtype}; give a copy by "
+            ".astype(array.dtype.newbyteorder('='))"
+        )
+    return array
+
+
 class HostLeaf(Leaf):
     """A NumPy array, or something else with NumPy's view of its memory."""
 
@@ -44,7 +76,7 @@ class _Storage(Storage):
 
     def write(self, array: np.ndarray, target: np.ndarray) -> None:
         with np.errstate(all="ignore"):  # one may well be too large for 16 bits, or a signalling NaN
-            np.copyto(target, array, casting="same_kind")
+            np.copyto(target, np.asarray(array), casting="same_kind")  # no derived class interferes
 
     def clear(self, array: np.ndarray) -> None:
         array.fill(0)
@@ -62,12 +94,11 @@ class _NumPy(Library):
     def owns(self, value: object) -> bool:
         return isinstance(value, np.ndarray)
 
-    def leaf(self, value: AnyArray, name: str) -> Leaf:  # noqa: ARG002 - each has memory
-        return HostLeaf(value, value)
+    def leaf(self, value: AnyArray, name: str) -> Leaf:
+        return HostLeaf(value, plain(value, name))
 
-    def _view(self, array: AnyArray) -> np.ndarray:
-        view: np.ndarray = array
-        return view
+    def view(self, array: AnyArray, name: str) -> np.ndarray:
+        return plain(array, name)
 
 
 library = _NumPy()

@@ -218,5 +218,7 @@ def _check_fits(name: str, targets: Locals, averages: Locals) -> None:
     for target, average in zip(targets, averages, strict=True):
         if (shape := _arrays.shape_of(target)) != (needed := _arrays.shape_of(average)):
             raise ValueError(f"values[{name!r}] must have shape {needed}, got {shape}")
-        if not np.can_cast(held := _arrays.dtype_of(average), dtype := _arrays.dtype_of(target), "same_kind"):
+        held, dtype = _arrays.dtype_of(average), _arrays.dtype_of(target)
+        # NumPy casts to texts, objects and durations, too
+        if dtype.kind in "OSUm" or not np.can_cast(held, dtype, "same_kind"):
             raise TypeError(f"values[{name!r}] must be able to hold {held}, got {dtype}")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .. import _arrays, _core
 from .._types import Array
 from ..functional import Pairs, paired
@@ -198,6 +200,8 @@ def _offload(kept: Averages, leaves: Sequence[int], values: Locals) -> "Offload"
 
 def _check_alike(name: str, values: Locals, copies: Locals) -> None:
     for value, copy in zip(values, copies, strict=True):
+        if isinstance(value, np.ndarray):
+            _arrays.plain(value, f"values[{name!r}]")
         if (dtype := _arrays.dtype_of(value)) != (needed := _arrays.dtype_of(copy)):
             raise TypeError(f"values[{name!r}] must be of {needed}, got {dtype}")
         if (shape := _arrays.shape_of(value)) != (its := _arrays.shape_of(copy)):

@@ -282,8 +282,8 @@ def _fitting(
     for name, array in ours.items():
         dtype, shape, source = _arrays.dtype_of(array), _arrays.shape_of(array), theirs[name]
         if not isinstance(source, _sets.Region):
-            source = np.asarray(source)
-        if dtype != source.dtype:
+            source = _arrays.unmasked(np.asanyarray(source), f"{place}[{name!r}]")
+        if dtype != source.dtype.newbyteorder("="):
             raise TypeError(f"{place}[{name!r}] must be {dtype}, got {source.dtype}")
         if shape != source.shape:
             raise ValueError(f"{place}[{name!r}] must have shape {shape}, got {source.shape}")

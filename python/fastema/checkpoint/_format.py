@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .._arrays import as_view
+from .._arrays import as_view, unmasked
 from ._replace import StrPath, replacing
 
 # the format's names of NumPy's types, the reals first
@@ -68,11 +68,13 @@ def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, s
 
     Args:
         path: The file; a symbolic link stays one, and what it leads to is replaced.
-        tensors: Name -> array: NumPy's, torch's (in CPU memory), or anything with ``__dlpack__``; any shape.
+        tensors: Name -> array: NumPy's (in any byte order, without a mask), torch's (in CPU memory), or
+            anything with ``__dlpack__``; any shape.
         metadata: Texts for the header.
 
     Raises:
-        TypeError: A tensor is no array or has a type that the format lacks, or `metadata` is not of texts.
+        TypeError: A tensor is no array, has a mask or a type that the format lacks, or `metadata` is not of
+            texts.
         ValueError: `path` is there and no file, or a tensor has the header's own name, ``__metadata__``.
         OSError: The file cannot be written. The old one is as it was, in all these cases.
 
@@ -89,8 +91,10 @@ def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, s
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise TypeError(f"tensors must have names that are texts, got {name!r}")
-        is_numpys = isinstance(tensor, np.ndarray | np.generic)
-        array = np.asarray(tensor) if is_numpys else as_view(tensor, f"tensors[{name!r}]")
+        if isinstance(tensor, np.ndarray | np.generic):  # also in another byte order
+            array = unmasked(np.asanyarray(tensor), f"tensors[{name!r}]")
+        else:
+            array = as_view(tensor, f"tensors[{name!r}]")
         if array.dtype.newbyteorder("=") not in _NAMES:
             raise TypeError(f"tensors[{name!r}] must be of {', '.join(TYPES)}, got {array.dtype}")
         arrays[name] = array

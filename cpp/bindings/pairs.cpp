@@ -72,6 +72,18 @@ class Pairs {
     without_lock([&] { fastema::copy(checked_.pairs, threads); });
   }
 
+  // The number of the first value that is not finite, or None.
+  py::object first_non_finite(const py::handle& threads_object) const {
+    const int threads = threads_of(threads_object);
+    check_verb(Verb::update, "update");
+    check_unmoved();
+    std::size_t found = 0;
+    without_lock([&] {
+      found = fastema::first_non_finite(checked_.pairs, terms_.averages_per_value, threads);
+    });
+    return found == size() ? py::object(py::none()) : py::object(py::int_(found));
+  }
+
  private:
   // An array, and where it was when it was checked.
   struct Held {
@@ -164,7 +176,8 @@ void bind_pairs(py::module_& m) {
       .def("update", &Pairs::update, py::arg("decay"), py::arg("threads"), py::arg("stochastic"),
            py::arg("seed"), py::arg("step"))
       .def("swap", &Pairs::swap, py::arg("threads") = 0)
-      .def("copy", &Pairs::copy, py::arg("threads") = 0);
+      .def("copy", &Pairs::copy, py::arg("threads") = 0)
+      .def("first_non_finite", &Pairs::first_non_finite, py::arg("threads") = 0);
   m.def("check", check_alone, averages, values, carries);
   m.def("check_numbers", check_numbers, py::arg("decay"), py::arg("threads") = 0,
         py::arg("seed") = 0, py::arg("step") = 0, py::kw_only(), py::arg("averages_per_value") = 1);

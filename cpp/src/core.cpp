@@ -1,8 +1,9 @@
-// update(), swap() and copy(): the kernels applied to the pieces of a list.
+// update(), swap(), copy() and first_non_finite(): the kernels applied to the pieces of a list.
 #include "fastema/core.hpp"
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 
 #include "dispatch.hpp"
@@ -189,6 +190,23 @@ void swap(std::span<const Pair> pairs, int threads) noexcept {
     const Pair& pair = pairs[i];
     exchange(at(pair.average, first), at(pair.value, first), size * size_of(pair.average.dtype));
   });
+}
+
+std::size_t first_non_finite(std::span<const Pair> pairs, std::size_t pairs_per_value,
+                             int threads) noexcept {
+  const Groups groups{pairs, pairs_per_value};
+  const Kernels& kernels = active();
+  std::atomic<std::size_t> found{groups.size()};
+  run(groups, threads, [&](std::size_t i, std::size_t first, std::size_t size) noexcept {
+    std::size_t before = found.load(std::memory_order_relaxed);
+    if (i >= before) return;  // those behind do not matter, and those before are all looked at
+    const Span& value = groups[i].value;
+    const Finite all_finite = kernels.all_finite[index_of(value.dtype)];
+    if (all_finite(at(value, first), size)) return;
+    while (i < before && !found.compare_exchange_weak(before, i, std::memory_order_relaxed)) {
+    }
+  });
+  return found.load(std::memory_order_relaxed);
 }
 
 void copy(std::span<const Pair> pairs, int threads) noexcept {

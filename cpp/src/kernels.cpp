@@ -319,6 +319,37 @@ void swap(void* a, void* b, size_t bytes) noexcept {
   swap_run(x + head, y + head, bytes - head);
 }
 
+// --- finite numbers ------------------------------------------------------------------------------
+
+// Adding one to an exponent of ones alone, as infinities and NaN have, carries into the sign.
+template <class Bits, int kMantissa>
+bool all_finite(const void* data, size_t size) noexcept {
+  constexpr Bits kSign = static_cast<Bits>(Bits{1} << (8 * sizeof(Bits) - 1));
+  constexpr Bits kOne = static_cast<Bits>(Bits{1} << kMantissa);
+  constexpr Bits kExponent = static_cast<Bits>(kSign - kOne);
+  typedef Bits Vector __attribute__((vector_size(kVector)));
+  constexpr size_t kEach = 4;  // vectors, so that none waits for the one before
+  constexpr size_t kBlock = kEach * kVector / sizeof(Bits);
+  const Bits* x = static_cast<const Bits*>(data);
+  Vector seen[kEach] = {};
+  const auto look = [&](const Bits* from) {
+#pragma GCC unroll 4
+    for (size_t j = 0; j < kEach; ++j) {
+      const Vector bits = read<Vector>(from + j * (kBlock / kEach));
+      seen[j] |= (bits & kExponent) + kOne;
+    }
+  };
+  size_t i = 0;
+  for (; size - i >= kBlock; i += kBlock) look(x + i);  // hardware asks ahead well where one reads
+  Bits rest[kBlock] = {};
+  __builtin_memcpy(rest, x + i, (size - i) * sizeof(Bits));
+  look(rest);
+  const Vector all = (seen[0] | seen[1]) | (seen[2] | seen[3]);
+  Bits any = 0;
+  for (size_t j = 0; j < kBlock / kEach; ++j) any = static_cast<Bits>(any | all[j]);
+  return (any & kSign) == 0;
+}
+
 }  // namespace
 
 #define FASTEMA_JOIN_(a, b) a##b
@@ -347,6 +378,8 @@ const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
              {update<double, double>, copy<double>, nullptr, nullptr}},
         },
     .swap = swap,
+    .all_finite = {all_finite<uint16_t, 10>, all_finite<uint16_t, 7>, all_finite<uint32_t, 23>,
+                   all_finite<uint64_t, 52>},
 };
 
 }  // namespace fastema

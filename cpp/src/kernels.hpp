@@ -30,6 +30,8 @@ struct Run {
 using Kernel = void (*)(const Run& run) noexcept;
 using Swap = void (*)(void* a, void* b, size_t bytes) noexcept;
 
+using Finite = bool (*)(const void* data, size_t size) noexcept;
+
 // What can be done with averages of one type and values of another; null: not offered.
 struct Loops {
   Kernel update;
@@ -42,6 +44,7 @@ struct Kernels {
   const char* name;
   Loops loops[4][4];  // of averages, of values: f16, bf16, f32, f64, as in DType
   Swap swap;
+  Finite all_finite[4];  // of f16, bf16, f32, f64
 };
 
 }  // namespace fastema

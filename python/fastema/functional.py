@@ -279,6 +279,35 @@ class Pairs:
             self._check_unmoved()
         self._native.swap(threads)
 
+    def first_non_finite(self, threads: int = 0) -> int | None:
+        """Look for infinities and NaN in the values, at the speed of the memory; nothing is changed.
+
+        Args:
+            threads: As for `update`.
+
+        Returns:
+            The place in the list of the first value that holds one; None: all are finite.
+
+        Raises:
+            ValueError: The arrays lie on a CUDA device, or one was given other memory.
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> weights = [np.ones(2), np.array([1.0, np.nan])]
+            >>> pairs = fastema.Pairs(fastema.copies(weights), weights)
+            >>> pairs.first_non_finite()
+            1
+        """
+        self._check_unmoved()
+        if not isinstance(self._native, _core.Pairs):
+            raise ValueError("pairs must lie in host memory to be looked at, and lie on a CUDA device")
+        return self._native.first_non_finite(threads)
+
+    @property
+    def _is_on_host(self) -> bool:
+        """Whether the arrays lie in host memory, and not on a CUDA device."""
+        return isinstance(self._native, _core.Pairs)
+
     def _copy(self, threads: int = 0) -> None:
         """Make averages what their values are, bit for bit; of pairs that were made for it."""
         if self._watched is not None:

@@ -3,8 +3,10 @@
 // number. (tests/*.py compare with NumPy.)
 #include "fastema/core.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -183,6 +185,31 @@ void check_swap(const Case& c) {
          "swap twice", c);
 }
 
+// Of three values, one of which has any bits, then finite ones alone, then one NaN in all of it.
+template <class T>
+void check_finite(const Case& c) {
+  auto a = noise<T>(c.size + c.offset, 1), v = noise<T>(c.size + c.offset, 2), one = a;
+  for (T& x : one) x = {};
+  const Pair pairs[] = {
+      {span(a, c.offset), span(one, c.offset)},
+      {span(a, c.offset), span(v, c.offset)},
+      {span(a, c.offset), span(one, c.offset)},
+  };
+  const auto is_finite = [](T x) { return std::isfinite(Type<T>::widen(x)); };
+  const auto expect_first = [&](std::size_t expected) {
+    expect(first_non_finite(pairs, 1, c.threads) == expected, Type<T>::name, "first non-finite", c);
+  };
+  expect_first(
+      std::all_of(v.begin() + static_cast<std::ptrdiff_t>(c.offset), v.end(), is_finite) ? 3 : 1);
+  for (T& x : v) x = is_finite(x) ? x : T{};
+  expect_first(3);
+  if (c.size == 0) return;
+  std::memset(&v.back(), 0xff, sizeof(T));
+  expect_first(1);
+  one.back() = v.back();
+  expect_first(0);
+}
+
 // Bytes in any number at any address, of types that the core need not know.
 void check_bytes(const Case& c) {
   std::vector<unsigned char> a(3 * c.size + c.offset), b(a.size());
@@ -260,6 +287,10 @@ void check_all(const Case& c) {
   check_swap<bf16>(c);
   check_swap<float>(c);
   check_swap<double>(c);
+  check_finite<f16>(c);
+  check_finite<bf16>(c);
+  check_finite<float>(c);
+  check_finite<double>(c);
   check_bytes(c);
 }
 

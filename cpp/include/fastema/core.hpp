@@ -69,6 +69,11 @@ void update(std::span<const Pair> pairs, std::span<const double> decays,
 void swap(std::span<const Pair> pairs, int threads) noexcept;
 void copy(std::span<const Pair> pairs, int threads) noexcept;
 
+// The number of the first value, of those that every so many pairs in a row share, that holds an
+// infinity or a NaN; as many as there are values, where all are finite.
+std::size_t first_non_finite(std::span<const Pair> pairs, std::size_t pairs_per_value,
+                             int threads) noexcept;
+
 // The instruction sets that this build holds and this machine runs, best first; the last is
 // "baseline". The best is used unless another is chosen, for all threads; false, and nothing
 // changes, where there is none of that name.

@@ -14,6 +14,7 @@ from ._ema.background import Background
 from ._ema.count import Count, Pace, check_span
 from ._ema.mapping import check_not_loaded_from
 from ._ema.parts import Options, Parts
+from ._ema.passes import Held, NonFinite
 from ._ema.state import State
 from ._ema.tree import Buffers, Nested, Only, Selection
 from ._types import Array, Decay, check_choice, check_count, float_type
@@ -152,7 +153,14 @@ class EMA:
 
     # --- updates ----------------------------------------------------------------------------------
 
-    def update(self, values: Nested | None = None, *, span: float = 1, fence: bool = True) -> None:
+    def update(
+        self,
+        values: Nested | None = None,
+        *,
+        span: float = 1,
+        fence: bool = True,
+        non_finite: NonFinite = "average",
+    ) -> None:
         """Count a step of training, and move the averages towards the values.
 
         Args:
@@ -165,14 +173,35 @@ class EMA:
                 value before it was copied, whatever it is asked for next. Values of more than 256 MB are
                 copied in turns, and the host waits until the last turn has begun. False: call `fence`
                 before the values change, as late as can be.
+            non_finite: What to do where a value that is averaged holds an infinity or a NaN, which would stay
+                in its average for ever. ``"average"``: not to look. ``"raise"``: an error that names the
+                value. ``"skip"``: count the step and its time, and neither average nor copy anything; the
+                next update that averages has the decay of all the time since the last one, as with `every`.
+                All values are looked at before any average moves, by one more read of them; at updates that
+                average, and in host memory alone. What is copied is not looked at.
 
         Raises:
+            FloatingPointError: A value is not finite, and `non_finite` is ``"raise"``. Nothing has changed.
             RuntimeError: Weights and averages are swapped; what was given holds values that do not fit any
                 more; or this update or the one before failed in host memory beside the device, and some
                 averages may have moved.
-            ValueError: The values do not fit those given at first. Nothing has changed then.
+            ValueError: The values do not fit those given at first; or `non_finite` is to look at values on a
+                CUDA device, or sharded over processes. Nothing has changed then.
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> weights = {"w": np.zeros(2)}
+            >>> ema = fastema.EMA(weights, decay=0.5)
+            >>> for number in (np.nan, 4.0):
+            ...     weights["w"][:] = number
+            ...     ema.update(non_finite="skip")
+            >>> ema.averages["w"], ema.step  # of two steps: 4 - 0.5**2 * 4
+            (array([3., 3.]), 2)
         """
         parts = self._parts
+        if non_finite != "average":
+            check_choice(non_finite, "non_finite", ("average", "raise", "skip"))
+            parts.passes.check_can_look(non_finite)
         if parts.exchange.swapped is not None:  # each call takes its time here
             parts.exchange.check_not_swapped("update()")
         if self._background is not None:
@@ -187,10 +216,16 @@ class EMA:
         count = before.next(self._pace, span)
         if self._background is not None:
             sources = parts.values.sources(arrays)
-            self._background.start(partial(parts.passes.average, sources, before, count), before)
+            work = partial(parts.passes.average, sources, before, count)
+            if non_finite != "average":
+                work = partial(work, non_finite, before.hold(span))
+            self._background.start(work, before)
             self._count = count
             return
         over = parts.passes.over(arrays, before)
+        if non_finite != "average" and parts.passes.holds(over, non_finite):
+            self._parts, self._count = parts, before.hold(span)
+            return
         self._count = count
         try:
             parts.passes.move(over, before, count)
@@ -236,7 +271,9 @@ class EMA:
         failed = self._background.join() if self._background is not None else None
         if failed is not None:
             error, self._count = failed
-            raise error
+            if not isinstance(error, Held):
+                raise error
+            self._count = error.count or self._count
 
     # --- averages ---------------------------------------------------------------------------------
 

@@ -404,6 +404,22 @@ def test_nothing_moves_where_one_device_refuses():
     )
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("non_finite", ["raise", "skip"])
+def test_values_on_a_device_are_not_looked_at_which_is_an_error(library, device, non_finite):
+    weight = np.ones(3)
+    ema = fastema.EMA(library.device(weight), 0.5, device=device, every=2)
+    weight += np.nan
+    with pytest.raises(
+        ValueError, match="non_finite must be 'average' where values lie on a CUDA device, got"
+    ):
+        ema.update(non_finite=non_finite)
+    assert ema.step == 0
+    pairs = fastema.Pairs([library.device(np.zeros(3))], [library.device(weight)])
+    with pytest.raises(ValueError, match="pairs must lie in host memory"):
+        pairs.first_non_finite()
+
+
 # --- averages in host memory --------------------------------------------------------------------------
 
 

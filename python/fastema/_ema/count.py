@@ -92,6 +92,14 @@ class Count(NamedTuple):
         """Return the count after a step that is only counted."""
         return self._replace(step=self.step + 1, clock=self.clock + span)
 
+    def hold(self, span: float) -> "Count":
+        """Return the count after a step whose values were not averaged, though it was time to.
+
+        Averages stay what they are, also where nothing was averaged so far: values of now cannot be shown.
+        """
+        held = self.skip(span)
+        return held if held.decays else held._replace(decays=(1.0,) * len(self.products))
+
     def next(self, pace: Pace, span: float) -> "Count":
         """Return the count after a step at which averages move, over all the time since they last did.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -16,6 +16,16 @@ from .values import Locals, Values, by_device
 if TYPE_CHECKING:
     from ..cuda import Offload
 
+NonFinite = Literal["average", "raise", "skip"]
+
+
+class Held(Exception):  # noqa: N818 - it is none to the user
+    """An update in the background has found values that are not finite, and has kept the averages."""
+
+    def __init__(self, count: Count | None) -> None:
+        super().__init__()
+        self.count = count
+
 
 @dataclass
 class Pass:
@@ -23,12 +33,14 @@ class Pass:
 
     Attributes:
         pairs: Averages that lie where their values do, by device, those in host memory first.
+        named: For each of the pairs, the names of its values and these.
         offloads: Averages in host memory of values on devices.
         copies: Values that are copied, by device.
         copied_alone: Values that are copied one by one, behind where they are copied to.
     """
 
     pairs: list[Pairs] = field(default_factory=list)
+    named: list[tuple[list[str], Locals]] = field(default_factory=list)
     offloads: list["Offload"] = field(default_factory=list)
     copies: list[Pairs] = field(default_factory=list)
     copied_alone: list[tuple[Array, Array]] = field(default_factory=list)
@@ -67,6 +79,7 @@ class Passes:
         self._values, self._averages = values, averages
         self._seed, self._threads = seed, threads
         checked = self._pass_over(local_arrays)
+        self._on_host = not checked.offloads and all(pairs._is_on_host for pairs in checked.pairs)
         self._stable: Pass | None = None
         if values.are_stable:
             self._stable = checked
@@ -100,9 +113,60 @@ class Passes:
         self.wait()
         return self._pass_over(self._values.local_arrays(sources))
 
-    def average(self, sources: Sequence[Array | None], before: Count, count: Count) -> None:
-        """Move the averages towards what `Values.sources` returned, in any thread."""
-        self.move(self.over_sources(sources), before, count)
+    def average(
+        self,
+        sources: Sequence[Array | None],
+        before: Count,
+        count: Count,
+        non_finite: NonFinite = "average",
+        held: Count | None = None,
+    ) -> None:
+        """Move the averages towards what `Values.sources` returned, in any thread.
+
+        Raises:
+            Held: `non_finite` keeps them from moving; it has the count of that.
+        """
+        over = self.over_sources(sources)
+        if non_finite != "average" and self.holds(over, non_finite):
+            raise Held(held)
+        self.move(over, before, count)
+
+    def check_can_look(self, non_finite: NonFinite) -> None:
+        """Raise if values cannot be looked at here and now.
+
+        Raises:
+            ValueError: They lie on a CUDA device, or each process has some of their shards.
+        """
+        place = None if self._on_host else "values lie on a CUDA device"
+        for leaf, name in zip(self._values.leaves, self._values.names, strict=True):
+            if leaf.shards is not None and leaf.shards.owners != leaf.shards.mine:
+                place = f"each process sees its own shards alone, as of values[{name!r}]"
+        if place is not None:
+            raise ValueError(
+                f"non_finite must be 'average' where {place}, got {non_finite!r}; leave out the update of a "
+                "step whose gradients have no finite norm"
+            )
+
+    def holds(self, over: Pass, non_finite: NonFinite) -> bool:
+        """Tell whether averages are to stay where they are: a value holds an infinity or a NaN.
+
+        Raises:
+            FloatingPointError: One does, and `non_finite` is ``"raise"``.
+            ValueError: An array was given other memory.
+        """
+        if over.watched is not None:
+            over.watched.check("EMA")
+        for pairs, (names, values) in zip(over.pairs, over.named, strict=True):
+            found = pairs.first_non_finite(self._threads)
+            if found is None:
+                continue
+            if non_finite == "skip":
+                return True
+            raise FloatingPointError(
+                f"values[{names[found]!r}] must be finite, got {_first_non_finite(values[found])}; leave "
+                "this update out, or give non_finite='skip'"
+            )
+        return False
 
     def skip(self, arrays: list[Array] | None, before: Count) -> None:
         """Copy what is not averaged, and note the values, at a step before the first that averages.
@@ -177,6 +241,7 @@ class Passes:
                 over.offloads.append(_offload(kept, leaves, values))
             else:
                 over.pairs.append(paired(averages, values, carries, names=named, averages_per_value=decays))
+                over.named.append((named, values))
         copies = kept.by_decay[0]
         for i in kept.copied:
             _check_alike(names[i], local_arrays[i], copies[i])
@@ -188,6 +253,12 @@ class Passes:
         for i in kept.alone:
             over.copied_alone += zip(copies[i], local_arrays[i], strict=True)
         return over
+
+
+def _first_non_finite(array: Array) -> str:
+    host = _arrays.host(array)
+    index = tuple(map(int, np.argwhere(~np.isfinite(host))[0]))
+    return f"{host[index]} at {index}"
 
 
 def _offload(kept: Averages, leaves: Sequence[int], values: Locals) -> "Offload":

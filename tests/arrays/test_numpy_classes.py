@@ -259,7 +259,12 @@ def test_lists_of_derived_classes(derived, tmp_path):
 def test_other_types_are_refused_by_name(array, name, take):
     if take is copied_to and array.dtype.kind in "cf":
         pytest.skip("it can hold an average")
+    if take is TAKERS["EMA"][1] and array.dtype.name in ("complex128", "float8_e5m2"):
+        pytest.skip("it is averaged by its parts, or copied")
     message = refused(array, "^" + re.escape(name), take)
+    if take is TAKERS["EMA.update"][1]:  # which says what it was at first
+        assert "must be of" in message
+        return
     assert re.search("must be (of )?float16, bfloat16, float32|must be able to hold", message)
     assert str(array.dtype) in message or repr(array.dtype) in message
 
@@ -268,11 +273,11 @@ def test_a_read_only_map_is_averaged_and_not_swapped(tmp_path):
     (tmp_path / "w").write_bytes(numbers().tobytes())
     weight = np.memmap(tmp_path / "w", np.float32, "r", shape=(3, 2))
     ema = fastema.EMA({"w": weight}, 0.5)
-    ema.update({"w": numbers() + 2})
-    assert np.array_equal(ema.averages["w"], numbers() + 1)
     for change in (ema.swap, ema.copy_to):
         with pytest.raises(ValueError, match=r"must change values\['w'\], which is read-only"):
             change()
+    ema.update({"w": numbers() + 2})
+    assert np.array_equal(ema.averages["w"], numbers() + 1)
     assert np.array_equal(weight, numbers())
     fastema.update(average := np.zeros((3, 2), np.float32), weight, 0.5)
     assert np.array_equal(average, numbers() / 2)
@@ -299,7 +304,9 @@ def test_an_array_of_no_axes_is_an_array(dtype, tmp_path):
 def test_a_scalar_is_no_array_and_refused_by_name(name):
     called, take = TAKERS[name]
     argument = re.escape(called.partition("[")[0])
-    with pytest.raises(TypeError, match=rf"^{argument}\S* must be .*array.* got float32"):
+    with pytest.raises(
+        TypeError, match=rf"^{argument}\S* must be .*array.* got (float32|one that is carried)"
+    ):
         take(np.float32(3))
 
 

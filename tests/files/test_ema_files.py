@@ -55,6 +55,7 @@ def bits_of(state):
         return {key: bits_of(x) for key, x in state.items()}
     if isinstance(state, list):
         return [bits_of(x) for x in state]
+    state = state.numpy() if hasattr(state, "numpy") else state  # torch's
     is_array = isinstance(state, np.ndarray | np.generic)
     return (state.dtype, state.shape, state.tobytes()) if is_array else state
 

@@ -6,6 +6,7 @@ file, and put its `library` in the list below. No library is imported before the
 
 from . import dispatch, flax, interfaces, jax, keras, numpy, tensorflow, torch
 from .base import Addresses, Carried, Descriptor, Leaf, Location
+from .complex import ComplexLeaf
 from .dispatch import (
     allocate_like,
     are_shown,
@@ -43,6 +44,7 @@ from .tensorflow import Reader
 __all__ = [
     "Addresses",
     "Carried",
+    "ComplexLeaf",
     "Descriptor",
     "Leaf",
     "Location",

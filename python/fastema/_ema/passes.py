@@ -152,10 +152,7 @@ class Passes:
 
         Raises:
             FloatingPointError: One does, and `non_finite` is ``"raise"``.
-            ValueError: An array was given other memory.
         """
-        if over.watched is not None:
-            over.watched.check("EMA")
         for pairs, (names, values) in zip(over.pairs, over.named, strict=True):
             found = pairs.first_non_finite(self._threads)
             if found is None:

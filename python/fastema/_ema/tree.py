@@ -150,6 +150,11 @@ class Tree:
             raise ValueError(f"values must have one name each, and two of them are {twice!r}")
         chosen = [name for name in tree.names if name not in tree.constants]
         selection.check(chosen, left_out)
+        if not chosen and tree.constants:
+            constant = type(arrays[0]).__name__
+            raise TypeError(
+                f"values[{tree.names[0]!r}] must be an array, got {constant}, and there is no other"
+            )
         if not chosen:
             raise ValueError(
                 f"values must hold an array or more, got none in {type(values).__name__} "

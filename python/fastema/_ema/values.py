@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .. import _arrays, _core
-from .._arrays import Carried, Leaf
+from .._arrays import Carried, ComplexLeaf, Leaf
 from .._types import FLOATS, AnyArray, Array, DType
 from .tree import Nested, Selection, Tree
 
@@ -301,6 +301,7 @@ class Values:
             if place is not None and self.leaves[i].shards != before.leaves[place].shards:
                 raise _refusal(call, f"values[{name!r}] must be sharded, or whole, as it was at first")
             if place is not None and name not in self.buffers:
+                _check_kind(name, self.leaves[i], before.leaves[place])
                 _check_signature(name, self.signatures[i], before.signatures[place], call)
 
     def _tied(self) -> dict[str, str]:
@@ -388,6 +389,16 @@ def _memory_of(array: Array) -> object:
 
 def _signatures_of(local: Locals) -> list[Signature]:
     return [Signature(_arrays.dtype_of(x), _arrays.shape_of(x), _arrays.device(x)) for x in local]
+
+
+def _check_kind(name: str, leaf: Leaf, before: Leaf) -> None:
+    for kind, yes, no in (
+        (Carried, "carried along", "an array"),
+        (ComplexLeaf, "complex", "of real numbers"),
+    ):
+        if isinstance(leaf, kind) != isinstance(before, kind):
+            needed, got = (no, yes) if isinstance(leaf, kind) else (yes, no)
+            raise TypeError(f"values[{name!r}] must be {needed}, as it was at first, got one that is {got}")
 
 
 def _check_signature(name: str, now: list[Signature], before: list[Signature], call: str | None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._types import AnyArray, DType, compute_type
 from .base import Carried, Descriptor, Leaf, Library, Location, Storage, dtype_named, is_loaded
-from .dispatch import write
+from .dispatch import local_array, write
 from .shards import Block, Shards
 
 
@@ -114,7 +114,7 @@ class _Tensor(Leaf):
 
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         if value is not None:
-            return [library.local_array(value, self._name)]
+            return [local_array(value, self._name)]
         if self._layout() != self._viewed_at:
             self._look()
         return [self._array]
@@ -483,7 +483,7 @@ def members_of(module: AnyArray, *, buffers: bool) -> Members:
         TypeError: It is, or holds, a FullyShardedDataParallel.
     """
     check_sharded(module)
-    if not is_loaded(module, "torch.nn", "Module") or _names_its_own(module):
+    if not is_loaded(module, "torch.nn", "Module") or _names_its_own(unwrapped(module)):
         return Members(dict(module.named_parameters()), _buffers_of(module) if buffers else {}, None, [])
     parameters: dict[str, AnyArray] = {}
     persistent: dict[str, AnyArray] = {}

@@ -54,13 +54,21 @@ inline void exchange_widest(unsigned char* a, unsigned char* b, uint32_t bytes) 
   }
 }
 
+// How many blocks a multiprocessor is to have room for, 0: as the compiler sees fit. Among many
+// mixes it may see a fit that spills.
+constexpr int blocks_for(uint32_t present) {
+  int mixes = 0;
+  for (; present != 0; present &= present - 1) ++mixes;
+  return mixes > 4 ? 3 : 0;
+}
+
 }  // namespace
 
 // Updates the rows of a list: a block for each chunk. Bit i of kPresent: mix i is in the list.
 // kRounding: 0 to nearest; 1 at random where averages have 16 bits; 2 with carries, one for each
 // row (float32 averages of all but float64: float32; bfloat16 ones: int16), where the mix has one.
 template <uint32_t kPresent, int kRounding>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_for(kPresent))
     update(const Tensor* tensors, void* const* carries, const Chunk* chunks, uint32_t chunk,
            uint32_t lists, const __grid_constant__ Decays decays, uint64_t seed, uint64_t step) {
   const Chunk part = chunks[blockIdx.x];

@@ -25,6 +25,8 @@ AGAINST_CEILING: list[Case] = [
         ("f32", "bf16", "nearest"),
         ("f32", "f16", "nearest"),
         ("f64", "f32", "nearest"),
+        ("f64", "bf16", "nearest"),
+        ("f64", "f16", "nearest"),
         ("bf16", "bf16", "nearest"),
         ("bf16", "bf16", "stochastic"),
         ("f16", "f16", "nearest"),

@@ -66,6 +66,7 @@ extern "C" void ceiling_update(void* a, void* v, std::size_t size, int average, 
   if (average == 2) go(std::uint16_t{}, std::uint16_t{});
   if (average == 4 && value == 2) go(std::uint32_t{}, std::uint16_t{});
   if (average == 4 && value == 4) go(std::uint32_t{}, std::uint32_t{});
+  if (average == 8 && value == 2) go(std::uint64_t{}, std::uint16_t{});
   if (average == 8 && value == 4) go(std::uint64_t{}, std::uint32_t{});
   if (average == 8 && value == 8) go(std::uint64_t{}, std::uint64_t{});
 }

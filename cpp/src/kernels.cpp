@@ -175,6 +175,27 @@ void copy_wide(const Run& run) noexcept {
   all_blocks<kLanes, A, V>(run, kAnyPlace, [](A* a, const V* v, size_t) { store(a, load(v)); });
 }
 
+template <class V>
+void update_f64(const Run& run) noexcept {
+  const Doubles w = Doubles{} + weight_of<double>(run.decay);
+  all_blocks<kLanes, double, V>(run, kAnyPlace, [w](double* a, const V* v, size_t) {
+    Doubles lower, upper;
+    widen(load(v), lower, upper);
+    write(a, blend(read<Doubles>(a), lower, w));
+    write(a + kLanes / 2, blend(read<Doubles>(a + kLanes / 2), upper, w));
+  });
+}
+
+template <class V>
+void copy_f64(const Run& run) noexcept {
+  all_blocks<kLanes, double, V>(run, kAnyPlace, [](double* a, const V* v, size_t) {
+    Doubles lower, upper;
+    widen(load(v), lower, upper);
+    write(a, lower);
+    write(a + kLanes / 2, upper);
+  });
+}
+
 // Two bfloat16 in each word: the even one below, the odd one above.
 inline Floats even_bf16(Words pair) { return as<Floats>(pair << 16); }
 inline Floats odd_bf16(Words pair) { return as<Floats>(pair & 0xffff0000); }
@@ -372,8 +393,8 @@ const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
               update_f32_compensated<bf16>},
              {update<float, float>, copy<float>, nullptr, update_f32_compensated<float>},
              {}},
-            {{},
-             {},
+            {{update_f64<f16>, copy_f64<f16>, nullptr, nullptr},
+             {update_f64<bf16>, copy_f64<bf16>, nullptr, nullptr},
              {update<double, float>, copy_f64_from_f32, nullptr, nullptr},
              {update<double, double>, copy<double>, nullptr, nullptr}},
         },

@@ -21,6 +21,7 @@ constexpr size_t kVector = 16;  // SSE2, NEON
 constexpr size_t kLanes = kVector / sizeof(float);
 
 using Floats = float __attribute__((vector_size(kVector)));
+using Doubles = double __attribute__((vector_size(kVector)));  // half as many
 using Words = uint32_t __attribute__((vector_size(kVector)));
 using Ints = int32_t __attribute__((vector_size(kVector)));
 using Halves = uint16_t __attribute__((vector_size(kVector / 2)));
@@ -124,6 +125,26 @@ inline Floats load(const f16* from) {
   return _mm256_cvtph_ps(read<__m128i>(from));
 #else
   return widen_f16<Floats>(widen(read<Halves>(from)));
+#endif
+}
+
+// Floats to doubles, in their order.
+inline void widen(Floats x, Doubles& lower, Doubles& upper) {
+#if defined(__AVX512F__)
+  lower = _mm512_maskz_cvtps_pd(0xff, as<__m256>(lower_of(as<Words>(x))));
+  upper = _mm512_maskz_cvtps_pd(0xff, as<__m256>(upper_of(as<Words>(x))));
+#elif defined(__AVX2__)
+  lower = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+  upper = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#elif defined(__SSE2__)
+  lower = _mm_cvtps_pd(x);
+  upper = _mm_cvtps_pd(_mm_movehl_ps(x, x));
+#else
+  using Half = float __attribute__((vector_size(kVector / 2)));
+  Half halves[2];
+  write(halves, x);
+  lower = __builtin_convertvector(halves[0], Doubles);
+  upper = __builtin_convertvector(halves[1], Doubles);
 #endif
 }
 

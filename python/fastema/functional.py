@@ -37,7 +37,7 @@ def update(
             all on one CUDA device. float16, bfloat16 (of ml_dtypes), float32 or float64 in native byte
             order, without a mask, any shape, dense (in any order), writable. Changed in place.
         values: As `averages`, in shapes and order in memory; may be read-only, as JAX's arrays are.
-            Of the averages' types, or float16 or bfloat16 beside float32 averages, or float32
+            Of the averages' types, or float16 or bfloat16 beside float32 averages, or any of these
             beside float64 ones.
         decay: From 0 to 1; towards 1 is slower.
         threads: How many threads to use at most. 0: as many as OpenMP would (``OMP_NUM_THREADS``,

@@ -273,11 +273,15 @@ void check_all(const Case& c) {
   check_beside<float, bf16>(c);
   check_beside<float, f16>(c);
   check_beside<double, float>(c);
+  check_beside<double, bf16>(c);
+  check_beside<double, f16>(c);
   check_update<float, float>(c, false);
   check_update<double, double>(c, false);
   check_update<float, bf16>(c, false);
   check_update<float, f16>(c, false);
   check_update<double, float>(c, false);
+  check_update<double, bf16>(c, false);
+  check_update<double, f16>(c, false);
   for (const bool stochastic : {false, true}) {
     check_update<bf16, bf16>(c, stochastic);
     check_update<f16, f16>(c, stochastic);

@@ -25,8 +25,8 @@ def fake():
 
 def lists(rng):
     sizes = [5, 3000, 1, 0, 700, 64, 2048, 1023, 4]
-    averages = [of_many_magnitudes(rng, n, MIXES[i % 7][0]) for i, n in enumerate(sizes)]
-    values = [of_many_magnitudes(rng, n, MIXES[i % 7][1]) for i, n in enumerate(sizes)]
+    averages = [of_many_magnitudes(rng, n, MIXES[i % len(MIXES)][0]) for i, n in enumerate(sizes)]
+    values = [of_many_magnitudes(rng, n, MIXES[i % len(MIXES)][1]) for i, n in enumerate(sizes)]
     return averages, values
 
 

@@ -109,8 +109,8 @@ def test_a_chunk_leaves_every_multiprocessor_eight_blocks_unless_it_would_be_tin
 
 def test_an_update_of_any_list_is_one_launch_and_nothing_else(fake, rng):
     sizes = [0, 5, 70_000, 1, 64, 65_536, 3, 0, 17]
-    averages = [of_many_magnitudes(rng, n, MIXES[i % 7][0]) for i, n in enumerate(sizes)]
-    values = [of_many_magnitudes(rng, n, MIXES[i % 7][1]) for i, n in enumerate(sizes)]
+    averages = [of_many_magnitudes(rng, n, MIXES[i % len(MIXES)][0]) for i, n in enumerate(sizes)]
+    values = [of_many_magnitudes(rng, n, MIXES[i % len(MIXES)][1]) for i, n in enumerate(sizes)]
     pairs = fastema.Pairs(on_device(averages), on_device(values))
     expected = averages
     for decay in (0.99, 0.0, 0.5):

@@ -6,7 +6,14 @@ import numpy as np
 bfloat16 = ml_dtypes.bfloat16
 TYPES = [np.float16, bfloat16, np.float32, np.float64]
 # average, value
-MIXES = [*((t, t) for t in TYPES), (np.float32, bfloat16), (np.float32, np.float16), (np.float64, np.float32)]
+MIXES = [
+    *((t, t) for t in TYPES),
+    (np.float32, bfloat16),
+    (np.float32, np.float16),
+    (np.float64, np.float32),
+    (np.float64, bfloat16),
+    (np.float64, np.float16),
+]
 
 
 def of_many_magnitudes(rng, size, dtype):

@@ -31,6 +31,10 @@ AGAINST_CEILING: list[Case] = [
         ("bf16", "bf16", "stochastic"),
         ("f16", "f16", "nearest"),
         ("f16", "f16", "stochastic"),
+        ("bf16", "f32", "nearest"),
+        ("bf16", "f32", "stochastic"),
+        ("f16", "f32", "nearest"),
+        ("f16", "f32", "stochastic"),
     )
 ]
 

@@ -21,16 +21,18 @@ void exchange(A* __restrict a, A* __restrict b, std::size_t size) {
   }
 }
 
-// The same, a line of each side at a time, asking for what comes `ahead` bytes later.
+// The same, some lines of each side at a time, asking for what comes `ahead` bytes later.
 template <class A, class V, class Loop>
 void ahead(A* a, V* v, std::size_t size, std::size_t ahead, const Loop& loop) {
-  constexpr std::size_t step = 64 / sizeof(V);
+  constexpr std::size_t step = 64 / (sizeof(A) < sizeof(V) ? sizeof(A) : sizeof(V));
   std::size_t i = 0;
   for (; i + step <= size; i += step) {
-    for (std::size_t line = 0; line < sizeof(A) / sizeof(V); ++line) {
-      __builtin_prefetch(reinterpret_cast<char*>(a + i) + ahead + 64 * line);
+    for (std::size_t byte = 0; byte < step * sizeof(A); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<char*>(a + i) + ahead + byte);
     }
-    __builtin_prefetch(reinterpret_cast<char*>(v + i) + ahead);
+    for (std::size_t byte = 0; byte < step * sizeof(V); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<char*>(v + i) + ahead + byte);
+    }
     loop(a + i, v + i, step);
   }
   loop(a + i, v + i, size - i);
@@ -63,7 +65,8 @@ extern "C" void ceiling_update(void* a, void* v, std::size_t size, int average, 
     share_out<A, V>(a, v, size, chunk, distance,
                     [](A* x, V* y, std::size_t n) { stream(x, y, n); });
   };
-  if (average == 2) go(std::uint16_t{}, std::uint16_t{});
+  if (average == 2 && value == 2) go(std::uint16_t{}, std::uint16_t{});
+  if (average == 2 && value == 4) go(std::uint16_t{}, std::uint32_t{});
   if (average == 4 && value == 2) go(std::uint32_t{}, std::uint16_t{});
   if (average == 4 && value == 4) go(std::uint32_t{}, std::uint32_t{});
   if (average == 8 && value == 2) go(std::uint64_t{}, std::uint16_t{});

@@ -296,8 +296,8 @@ class Checker {
       return;
     }
     throw py::type_error(both(a_label, b_label) +
-                         (update ? " must have one type, or be float32 and a 16-bit type, or "
-                                   "float64 and a narrower one; got "
+                         (update ? " must have one type, or be float32 and a 16-bit type or the "
+                                   "other way round, or float64 and a narrower one; got "
                           : terms_.verb == Verb::swap ? " must have one type to be swapped, got "
                                                       : " must have one type to be copied, got ") +
                          text(a.dtype) + " and " + text(b.dtype));

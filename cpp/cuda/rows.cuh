@@ -42,6 +42,9 @@ struct Some {
 
 template <class A, class V, Rounding kRounding>
 struct Row {
+  // Elements of an access: 16 bytes of the wider type.
+  static constexpr uint32_t kWide = 16 / (sizeof(A) > sizeof(V) ? sizeof(A) : sizeof(V));
+
   A* average;
   A* carry;  // of the average's element size: float, or a bfloat16's lower half
   const V* value;
@@ -80,17 +83,28 @@ struct Row {
   void compute(uint32_t at, Some<A, V, N>& some) const {
     constexpr int kNumbers = Words<A, N>::kNumbers;
     using F = NumberOf<A>;
-    NumberOf<V> narrow_values[Words<V, N>::kNumbers];
+    constexpr int kValues = Words<V, N>::kNumbers;
+    NumberOf<V> narrow_values[kValues];
     F values[kNumbers], averages[kNumbers];
     unpack(some.value, narrow_values);
     for (int i = 0; i < kNumbers; ++i) {
-      if constexpr (sizeof(Compute<A>) == sizeof(Compute<V>)) {
+      if constexpr (kValues < kNumbers) {  // one value beside half a word
+        values[i] = i < kValues ? narrow_values[i % kValues] : F(0);
+      } else if constexpr (sizeof(Compute<A>) == sizeof(Compute<V>)) {
         values[i] = narrow_values[i];
       } else {
         values[i] = widen(narrow_values[i]);
       }
     }
-    if (copy) {
+    // a copy that loses bits is rounded as an update is
+    constexpr bool kLossy = sizeof(A) < sizeof(V);
+    const auto moved = [this](F average, F value) {
+      if constexpr (kLossy && kRounding != kNearest) {
+        if (copy) return value;
+      }
+      return blend(average, value, F(weight));
+    };
+    if (copy && (!kLossy || kRounding == kNearest)) {
       if constexpr (sizeof(A) == sizeof(V)) {  // also a NaN's payload
         for (int i = 0; i < some.value.kCount; ++i) some.average.word[i] = some.value.word[i];
       } else {
@@ -103,8 +117,8 @@ struct Row {
         const F even = join_bf16<F>(high & 0xffff, low & 0xffff);
         const F odd = join_bf16<F>(high >> 16, low >> 16);
         uint32_t even_high, even_low, odd_high, odd_low;
-        split_bf16(blend(even, values[2 * i], F(weight)), even_high, even_low);
-        split_bf16(blend(odd, values[2 * i + 1], F(weight)), odd_high, odd_low);
+        split_bf16(moved(even, values[2 * i]), even_high, even_low);
+        split_bf16(moved(odd, values[2 * i + 1]), odd_high, odd_low);
         some.average.word[i] = Two<A>::upper(even_high, odd_high);
         some.carry.word[i] = odd_low << 16 | (even_low & 0xffff);
       }
@@ -119,7 +133,7 @@ struct Row {
       pack(carries, some.carry);
     } else {
       unpack(some.average, averages);
-      for (int i = 0; i < kNumbers; ++i) averages[i] = blend(averages[i], values[i], F(weight));
+      for (int i = 0; i < kNumbers; ++i) averages[i] = moved(averages[i], values[i]);
       if constexpr (kRounding == kStochastic) {
         uint32_t random[Words<A, N>::kCount];
         draw<Words<A, N>::kCount>(at, random);
@@ -141,7 +155,6 @@ struct Row {
   // before the first is used.
   template <bool kBoth>
   void update_wide(uint32_t first, uint32_t count) const {
-    constexpr uint32_t kWide = 16 / sizeof(A);
     uint32_t i = threadIdx.x;
 #pragma unroll 1
     for (; i + kThreads < count; i += 2 * kThreads) {
@@ -164,13 +177,14 @@ struct Row {
   }
 
   void update(uint32_t size) const {
-    constexpr uint32_t kWide = 16 / sizeof(A);
-    const uint32_t misaligned = reinterpret_cast<uintptr_t>(average) % 16 / sizeof(A);
+    const uint32_t misaligned = reinterpret_cast<uintptr_t>(average) / sizeof(A) % kWide;
     uint32_t head = (kWide - misaligned) % kWide;
     if (head > size) head = size;
     const uint32_t count = (size - head) / kWide;
     bool both = aligned(value + head, kWide * sizeof(V));
-    if constexpr (kRounding == kCompensated) both = both && aligned(carry + head, 16);
+    if constexpr (kRounding == kCompensated) {
+      both = both && aligned(carry + head, kWide * sizeof(A));
+    }
     if (both) {
       update_wide<true>(head, count);
     } else {

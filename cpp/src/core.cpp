@@ -129,14 +129,17 @@ struct Updater {
     if (pair.into != nullptr) {
       run.output = static_cast<std::byte*>(pair.into) + first * size_of(pair.average.dtype);
     }
+    // what copies without a loss needs neither random bits nor a carry
+    const bool exact = copies(decay) && size_of(pair.average.dtype) >= size_of(pair.value.dtype);
     if (pair.carry != nullptr) {
       const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
       run.carry = static_cast<std::byte*>(pair.carry) + first * element;
-      if (!copies(decay)) return loops.compensated(run);
+      if (!exact) return loops.compensated(run);
       std::memset(run.carry, 0, size * element);
     }
-    if (copies(decay)) return loops.copy(run);
-    if (!options.stochastic || loops.stochastic == nullptr) return loops.update(run);
+    if (exact || !options.stochastic || loops.stochastic == nullptr) {
+      return copies(decay) ? loops.copy(run) : loops.update(run);
+    }
     // a piece never crosses a multiple of 2^32 elements, so one key serves all of a part
     run.noise = {key_of(options.seed, options.step, index, first),
                  static_cast<std::uint32_t>(first)};

@@ -47,7 +47,7 @@ struct Lanes<float> {
 template <class F>
 using Word = typename Lanes<F>::Word;
 
-// A decay of 0 copies: the average becomes the value, exactly, whatever it was.
+// A decay of 0 copies: the average becomes the value, rounded to its type, whatever it was.
 inline bool copies(double decay) { return decay == 0.0; }
 
 // What any other decay leaves to the value: formed in float64, D, and rounded once to F.

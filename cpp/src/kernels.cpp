@@ -196,6 +196,49 @@ void copy_f64(const Run& run) noexcept {
   });
 }
 
+// What an average becomes where its values are wider, so that also a copy of them is rounded.
+struct Blend {
+  Floats weight;
+  Floats operator()(Floats average, Floats value) const { return blend(average, value, weight); }
+};
+struct Copy {
+  Floats operator()(Floats, Floats value) const { return value; }
+};
+
+// Calls update(next), next(average, value) being one of these.
+template <class Update>
+inline void blend_or_copy(const Run& run, const Update& update) {
+  if (copies(run.decay)) {
+    update(Copy{});
+  } else {
+    update(Blend{weights_of(run)});
+  }
+}
+
+// Two vectors in a row, rounded to nearest.
+inline void store_nearest(bf16* to, Floats x, Floats y) {
+  if (any_nan(x, y)) {
+    store_upper(to, round_bf16(x), round_bf16(y));
+  } else {
+    store_upper(to, round_bf16_number(x), round_bf16_number(y));
+  }
+}
+
+inline void store_nearest(f16* to, Floats x, Floats y) {
+  store(to, x);
+  store(to + kLanes, y);
+}
+
+// Updates and copies: averages of 16 bits, values of 32.
+template <class A>
+void update_narrow(const Run& run) noexcept {
+  blend_or_copy(run, [&run](auto next) {
+    all_blocks<2 * kLanes, A, float>(run, kAnyPlace, [next](A* a, const float* v, size_t) {
+      store_nearest(a, next(load(a), load(v)), next(load(a + kLanes), load(v + kLanes)));
+    });
+  });
+}
+
 // Two bfloat16 in each word: the even one below, the odd one above.
 inline Floats even_bf16(Words pair) { return as<Floats>(pair << 16); }
 inline Floats odd_bf16(Words pair) { return as<Floats>(pair & 0xffff0000); }
@@ -229,11 +272,11 @@ inline Words counters() {
 }
 
 // Calls step(a, v, random words) for blocks of 2 kLanes elements.
-template <class A, class Step>
+template <class A, class V, class Step>
 inline void all_blocks_stochastic(const Run& run, const Step& step) {
   const Noise noise = run.noise;
   const Words lanes = counters();
-  all_blocks<2 * kLanes, A, A>(run, noise.first % 2, [&](A* a, const A* v, size_t i) {
+  all_blocks<2 * kLanes, A, V>(run, noise.first % 2, [&](A* a, const V* v, size_t i) {
     const uint32_t pair = (noise.first + static_cast<uint32_t>(i)) / 2;
     step(a, v, hash(lanes + pair, noise.key));
   });
@@ -241,7 +284,7 @@ inline void all_blocks_stochastic(const Run& run, const Step& step) {
 
 void update_bf16_stochastic(const Run& run) noexcept {
   const Floats w = weights_of(run);
-  all_blocks_stochastic<bf16>(run, [w](bf16* to, const bf16* from, Words random) {
+  all_blocks_stochastic<bf16, bf16>(run, [w](bf16* to, const bf16* from, Words random) {
     const Words a = read<Words>(to), v = read<Words>(from);
     const Words below = random & 0xffff, above = random >> 16;
     const Floats even = blend(even_bf16(a), even_bf16(v), w);
@@ -255,20 +298,41 @@ void update_bf16_stochastic(const Run& run) noexcept {
   });
 }
 
-void update_f16_stochastic(const Run& run) noexcept {
-  const Floats w = weights_of(run);
-  all_blocks_stochastic<f16>(run, [w](f16* to, const f16* from, Words random) {
-    const Floats x = blend(load(to), load(from), w);
-    const Floats y = blend(load(to + kLanes), load(from + kLanes), w);
-    const Words x_random = widen(lower_of(random)), y_random = widen(upper_of(random));
-    if (all_normal_f16(x, y)) {
-      store_normal_stochastic(to, x, x_random);
-      store_normal_stochastic(to + kLanes, y, y_random);
-    } else {
-      store_bits(to, narrow_f16_at_random(x, x_random));
-      store_bits(to + kLanes, narrow_f16_at_random(y, y_random));
-    }
+// Two vectors in a row, with 16 random bits in each word.
+inline void store_at_random(bf16* to, Floats x, Floats y, Words x_random, Words y_random) {
+  if (any_nan(x, y)) {
+    store_upper(to, round_bf16_at_random(x, x_random), round_bf16_at_random(y, y_random));
+  } else {
+    store_upper(to, round_bf16_number_at_random(x, x_random),
+                round_bf16_number_at_random(y, y_random));
+  }
+}
+
+inline void store_at_random(f16* to, Floats x, Floats y, Words x_random, Words y_random) {
+  if (all_normal_f16(x, y)) {
+    store_normal_stochastic(to, x, x_random);
+    store_normal_stochastic(to + kLanes, y, y_random);
+  } else {
+    store_bits(to, narrow_f16_at_random(x, x_random));
+    store_bits(to + kLanes, narrow_f16_at_random(y, y_random));
+  }
+}
+
+template <class A, class V, class Next>
+void update_at_random(const Run& run, const Next& next) {
+  all_blocks_stochastic<A, V>(run, [next](A* a, const V* v, Words random) {
+    store_at_random(a, next(load(a), load(v)), next(load(a + kLanes), load(v + kLanes)),
+                    widen(lower_of(random)), widen(upper_of(random)));
   });
+}
+
+void update_f16_stochastic(const Run& run) noexcept {
+  update_at_random<f16, f16>(run, Blend{weights_of(run)});
+}
+
+template <class A>
+void update_narrow_stochastic(const Run& run) noexcept {
+  blend_or_copy(run, [&run](auto next) { update_at_random<A, float>(run, next); });
 }
 
 // --- compensated averages ------------------------------------------------------------------------
@@ -383,10 +447,13 @@ const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
     .name = FASTEMA_TEXT(FASTEMA_KERNELS),
     .loops =
         {
-            {{update_wide<f16, f16>, copy<f16>, update_f16_stochastic, nullptr}, {}, {}, {}},
+            {{update_wide<f16, f16>, copy<f16>, update_f16_stochastic, nullptr},
+             {},
+             {update_narrow<f16>, update_narrow<f16>, update_narrow_stochastic<f16>, nullptr},
+             {}},
             {{},
              {update_bf16, copy<bf16>, update_bf16_stochastic, update_bf16_compensated},
-             {},
+             {update_narrow<bf16>, update_narrow<bf16>, update_narrow_stochastic<bf16>, nullptr},
              {}},
             {{update_wide<float, f16>, copy_wide<float, f16>, nullptr, update_f32_compensated<f16>},
              {update_wide<float, bf16>, copy_wide<float, bf16>, nullptr,

@@ -35,7 +35,8 @@ using Finite = bool (*)(const void* data, size_t size) noexcept;
 // What can be done with averages of one type and values of another; null: not offered.
 struct Loops {
   Kernel update;
-  Kernel copy;  // what a decay of 0 means: the average becomes the value, exactly
+  Kernel copy;  // what a decay of 0 means: the average becomes the value, rounded to nearest
+  // A decay of 0 is theirs only where the value is wider: its copy is then rounded their way.
   Kernel stochastic;
   Kernel compensated;
 };

@@ -115,6 +115,23 @@ inline Halves upper_of(Words x) {
 #endif
 }
 
+// The lower halves of two vectors of words one after the other; of numbers that fit into them.
+inline Words pack(Ints x, Ints y) {
+#if defined(__AVX512F__)
+  const __m512i order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+  return as<Words>(_mm512_maskz_permutexvar_epi64(
+      0xff, order, _mm512_packs_epi32(as<__m512i>(x), as<__m512i>(y))));
+#elif defined(__AVX2__)
+  return as<Words>(
+      _mm256_permute4x64_epi64(_mm256_packs_epi32(as<__m256i>(x), as<__m256i>(y)), 0xd8));
+#elif defined(__SSE2__)
+  return as<Words>(_mm_packs_epi32(as<__m128i>(x), as<__m128i>(y)));
+#else
+  const Halves halves[2] = {narrow(as<Words>(x)), narrow(as<Words>(y))};
+  return read<Words>(halves);
+#endif
+}
+
 // Elements in their order, widened to floats.
 inline Floats load(const float* from) { return read<Floats>(from); }
 inline Floats load(const bf16* from) { return widen_bf16<Floats>(widen(read<Halves>(from))); }
@@ -150,7 +167,6 @@ inline void widen(Floats x, Doubles& lower, Doubles& upper) {
 
 // Narrowed to nearest.
 inline void store(float* to, Floats x) { write(to, x); }
-inline void store(bf16* to, Floats x) { write(to, narrow(round_bf16(x) >> 16)); }
 inline void store(f16* to, Floats x) {
 #if defined(__AVX512F__)
   write(to, _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -190,6 +206,11 @@ inline bool all_normal_f16([[maybe_unused]] Floats x, [[maybe_unused]] Floats y)
 #else
   return false;
 #endif
+}
+
+// Words whose upper halves are bfloat16 numbers, of neighbours one after the other.
+inline void store_upper(bf16* to, Words x, Words y) {
+  write(to, pack(as<Ints>(x) >> 16, as<Ints>(y) >> 16));
 }
 
 inline void store_bits(f16* to, Words bits) { write(to, narrow(bits)); }

@@ -61,7 +61,8 @@ class EMA:
             one minus the product of all decays used, so that the first values have no extra weight. What is
             kept stays undivided.
         dtype: Of the averages of floating arrays. None: float32 for float16 and bfloat16 values, for
-            others their own.
+            others their own. float64 for any values, float32 for 16-bit ones; of fewer bits than values
+            only float16 and bfloat16 for float32 ones.
         rounding: ``"nearest"``; ``"stochastic"``, for 16-bit averages, which stand still otherwise; or
             ``"compensated"``: a second array beside each average keeps what rounding loses.
         seed: Of stochastic rounding.

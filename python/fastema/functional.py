@@ -27,7 +27,8 @@ def update(
     The weight ``1 - decay`` is formed in float64 and rounded once to the type of the computation,
     float64 for float64 averages and float32 for all others. Each operation is rounded as NumPy
     rounds it, and the result once to the average's type, so it has NumPy's bits on every machine
-    and with any number of threads. A decay of 0 copies exactly.
+    and with any number of threads. A decay of 0 copies: exactly, but for values of more bits than
+    their averages have, which are rounded as they are in any other update.
 
     For arrays that are averaged again and again, `Pairs` checks them once.
 
@@ -38,7 +39,7 @@ def update(
             order, without a mask, any shape, dense (in any order), writable. Changed in place.
         values: As `averages`, in shapes and order in memory; may be read-only, as JAX's arrays are.
             Of the averages' types, or float16 or bfloat16 beside float32 averages, or any of these
-            beside float64 ones.
+            beside float64 ones, or float32 beside float16 or bfloat16 ones.
         decay: From 0 to 1; towards 1 is slower.
         threads: How many threads to use at most. 0: as many as OpenMP would (``OMP_NUM_THREADS``,
             threadpoolctl). Each takes 512 KiB of averages at a time, so small lists have one. Has no

@@ -109,12 +109,15 @@ void check_update(const Case& c, bool stochastic) {
   const C w = weight_of<C>(decay);
   const Options options{c.threads, stochastic, 11, 12};
   const std::uint64_t key = key_of(11, 12, 2, 0);
+  const auto rounded = [&](C x, std::size_t i) {
+    const std::uint32_t two = hash(static_cast<std::uint32_t>(i / 2), key);
+    const std::uint32_t random = i % 2 == 0 ? two & 0xffff : two >> 16;
+    return stochastic ? Type<A>::narrow_at_random(x, random) : Type<A>::narrow(x);
+  };
   for (std::size_t i = 0; i < c.size; ++i) {
     const std::size_t at = i + c.offset;
     const C x = blend<C>(Type<A>::widen(expected[at]), Type<V>::widen(v[at]), w);
-    const std::uint32_t two = hash(static_cast<std::uint32_t>(i / 2), key);
-    const std::uint32_t random = i % 2 == 0 ? two & 0xffff : two >> 16;
-    expected[at] = stochastic ? Type<A>::narrow_at_random(x, random) : Type<A>::narrow(x);
+    expected[at] = rounded(x, i);
   }
   const std::vector<Pair> pairs{
       {span(small, 0), span(other, 0)},
@@ -128,7 +131,7 @@ void check_update(const Case& c, bool stochastic) {
   const double zero = 0.0;
   fastema::update(pairs, {&zero, 1}, options);
   for (std::size_t i = c.offset; i < a.size(); ++i) {
-    expected[i] = Type<A>::narrow(static_cast<C>(Type<V>::widen(v[i])));
+    expected[i] = rounded(static_cast<C>(Type<V>::widen(v[i])), i - c.offset);
   }
   expect(same(a.data(), expected.data(), a.size()), Type<A>::name, "copy", c);
 }
@@ -275,6 +278,8 @@ void check_all(const Case& c) {
   check_beside<double, float>(c);
   check_beside<double, bf16>(c);
   check_beside<double, f16>(c);
+  check_beside<bf16, float>(c);
+  check_beside<f16, float>(c);
   check_update<float, float>(c, false);
   check_update<double, double>(c, false);
   check_update<float, bf16>(c, false);
@@ -285,6 +290,8 @@ void check_all(const Case& c) {
   for (const bool stochastic : {false, true}) {
     check_update<bf16, bf16>(c, stochastic);
     check_update<f16, f16>(c, stochastic);
+    check_update<bf16, float>(c, stochastic);
+    check_update<f16, float>(c, stochastic);
   }
   check_compensated(c);
   check_several(c);

@@ -11,6 +11,9 @@ bfloat16 = ml_dtypes.bfloat16
 ROUND = {bfloat16: oracle.round_bf16_at_random, np.float16: oracle.round_f16_at_random}
 every = pytest.mark.usefixtures("every_instruction_set")
 both = pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+# averages, values
+NARROW = [(dtype, value) for dtype in (np.float16, bfloat16) for value in (dtype, np.float32)]
+narrow = pytest.mark.parametrize(("dtype", "value_dtype"), NARROW)
 
 
 def test_plain_bfloat16_stands_still_and_stochastic_rounding_moves_it():
@@ -25,27 +28,31 @@ def test_plain_bfloat16_stands_still_and_stochastic_rounding_moves_it():
 
 
 @every
-@both
+@narrow
 @pytest.mark.parametrize("threads", [1, 3])
-def test_stochastic_rounding_has_the_bits_of_its_definition(rng, dtype, threads):
+@pytest.mark.parametrize("decay", [0.99, 0.0])
+def test_stochastic_rounding_has_the_bits_of_its_definition(rng, dtype, value_dtype, threads, decay):
+    """A decay of 0 has no average to keep anything of: a value that fits is copied, others are rounded."""
     sizes = [1, 2, 31, 33, 64, 1000, 300_001]
-    arrays = [[rng.standard_normal(n).astype(dtype) * dtype(0.01) for n in sizes] for _ in range(2)]
+    arrays = [
+        [rng.standard_normal(n).astype(kind) * kind(0.01) for n in sizes] for kind in (dtype, value_dtype)
+    ]
     expected = []
     for pair, (a, v) in enumerate(zip(*arrays, strict=True)):
-        x = a.astype(np.float32)
-        x = x + np.float32(1 - 0.99) * (v.astype(np.float32) - x)
+        x, new = a.astype(np.float32), v.astype(np.float32)
+        x = x + np.float32(1 - decay) * (new - x) if decay > 0 else new
         random = oracle.random_bits(a.size, seed=5, step=2**40, pair=pair)
         expected.append(ROUND[dtype](x, random).view(dtype))
-    fastema.update(*arrays, 0.99, threads=threads, rounding="stochastic", seed=5, step=2**40)
+    fastema.update(*arrays, decay, threads=threads, rounding="stochastic", seed=5, step=2**40)
     assert all(oracle.same_bits(a, e) for a, e in zip(arrays[0], expected, strict=True))
 
 
 @every
-@both
-def test_stochastic_rounding_of_slices_at_any_address(rng, dtype):
+@narrow
+def test_stochastic_rounding_of_slices_at_any_address(rng, dtype, value_dtype):
     """The random bits belong to an element's place in its array, not to its place in memory."""
     for offset in range(8):
-        memory = [rng.standard_normal(1008).astype(dtype) for _ in range(2)]
+        memory = [rng.standard_normal(1008).astype(kind) for kind in (dtype, value_dtype)]
         a, v = memory[0][offset : offset + 999], memory[1][:999]
         packed = a.copy()
         fastema.update(packed, v, 0.9, rounding="stochastic")
@@ -54,26 +61,35 @@ def test_stochastic_rounding_of_slices_at_any_address(rng, dtype):
 
 
 @every
-@both
-def test_stochastic_rounding_keeps_nan_infinities_and_what_fits(dtype):
+@narrow
+def test_stochastic_rounding_keeps_nan_infinities_and_what_fits(dtype, value_dtype):
     a = np.array([np.nan, np.inf, -np.inf, 1.0, -0.0, 6e-8 if dtype is np.float16 else 1e-40] * 20, dtype)
     before = a.copy()
-    fastema.update(a, a.copy(), 0.5, rounding="stochastic")
+    copied = np.zeros_like(a)
+    fastema.update(copied, a.astype(value_dtype), 0.0, rounding="stochastic")
+    assert oracle.same_bits(copied, before)
+    fastema.update(a, a.astype(value_dtype), 0.5, rounding="stochastic")
     with np.errstate(invalid="ignore"):
         expected = np.where(np.isinf(before.astype(float)), np.nan, before.astype(float))  # inf - inf
     np.testing.assert_array_equal(a.astype(float), expected)
 
 
 @every
-@both
+@pytest.mark.parametrize(
+    ("dtype", "value_dtype", "copied"),
+    [*((*mix, False) for mix in NARROW), *((*NARROW[i], True) for i in (1, 3))],
+)
 @pytest.mark.parametrize("exact", [1.0 + 1 / 3000, -0.0123456, 3.1e-6, 60_001.7])
-def test_stochastic_rounding_is_unbiased(dtype, exact):
+def test_stochastic_rounding_is_unbiased(dtype, value_dtype, copied, exact):
     """The mean over n draws is the exact number, within 5 standard errors of a Bernoulli variable."""
     n = 400_000
     average = np.zeros(n, dtype)
-    value = dtype(np.copysign(min(abs(2 * exact), 65_000), exact))
-    decay = 1 - exact / float(value)  # a weight that lands between two 16-bit numbers
-    target = float(np.float32(1 - decay) * np.float32(value))
+    if copied:
+        value, decay, target = np.float32(exact), 0.0, float(np.float32(exact))
+    else:
+        value = value_dtype(np.copysign(min(abs(2 * exact), 65_000), exact))
+        decay = 1 - exact / float(value)  # a weight that lands between two 16-bit numbers
+        target = float(np.float32(1 - decay) * np.float32(value))
     fastema.update(average, np.full(n, value), decay, rounding="stochastic", seed=1)
     drawn = average.astype(np.float64)
     low, high = drawn.min(), drawn.max()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import fastema
 import oracle
-from mixes import TYPES
+from mixes import MIXES, TYPES
 
 pytestmark = pytest.mark.usefixtures("every_instruction_set")
 
@@ -48,6 +48,17 @@ def test_what_arithmetic_swaps_lose_comes_back():
     assert (averages.tobytes(), values.tobytes()) == before
     pairs.swap()
     assert (values.tobytes(), averages.tobytes()) == before
+
+
+@pytest.mark.parametrize(("average", "value"), [mix for mix in MIXES if mix[0] != mix[1]])
+def test_a_swap_of_two_types_is_refused_and_nothing_changes(rng, average, value):
+    a, b = rng.standard_normal(5).astype(average), rng.standard_normal(5).astype(value)
+    before = a.tobytes(), b.tobytes()
+    with pytest.raises(TypeError, match="a and b must have one type to be swapped, got"):
+        fastema.swap(a, b)
+    with pytest.raises(TypeError, match="averages and values must have one type to be swapped, got"):
+        fastema.Pairs(a, b).swap()
+    assert (a.tobytes(), b.tobytes()) == before
 
 
 def test_a_list_of_many_sizes(rng):

@@ -90,6 +90,24 @@ def test_all_65536_patterns_of_16_bits_in_both_roles(rng, dtype, role):
                 assert oracle.same_bits(average, expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+def test_float32_values_at_and_around_every_tie_round_as_in_numpy(dtype):
+    every = np.arange(2**16, dtype=np.uint16).view(dtype)
+    with np.errstate(all="ignore"):
+        wide = every.astype(np.float32)
+        up = np.roll(every, -1).astype(np.float32)
+        ties = ((wide.astype(np.float64) + up) / 2).astype(np.float32).view(np.uint32)
+    v = np.concatenate([wide.view(np.uint32), *(ties + np.uint32(d) for d in (-1 % 2**32, 0, 1))])
+    v = v.view(np.float32)
+    with np.errstate(all="ignore"):
+        twice = 2 * v
+    for value, decay in ((v, 0.0), (twice, 0.5)):
+        a = np.zeros(v.size, dtype)
+        expected = oracle.update(a, value, decay)
+        fastema.update(a, value, decay)
+        assert oracle.same_bits(a, expected)
+
+
 def test_lists_larger_than_caches_have_the_same_bits(rng):
     """They take other loops, which ask for memory ahead of its use."""
     for average, value in MIXES:

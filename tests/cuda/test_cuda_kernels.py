@@ -176,7 +176,7 @@ OFFERED = [
     for rounding, offers in {
         "nearest": lambda average, value: True,  # noqa: ARG005
         "stochastic": lambda average, value: NUMBERS[average].itemsize == 2,  # noqa: ARG005
-        "compensated": lambda average, value: average in CARRIES,  # noqa: ARG005
+        "compensated": lambda average, value: average in CARRIES and (value != "float32" or average == value),
     }.items()
     for mix in _source.MIXES
     if offers(*mix)
@@ -285,7 +285,7 @@ def test_a_decay_of_zero_copies_every_bit_and_empties_carries(rng, device, mix, 
     v = any_bits(rng, 1003, value)
     ours, cores = any_bits(rng, 1003, average), np.empty(1003, average)
     carry = np.ones(1003, CARRIES.get(mix[0], np.int16))
-    fastema.update(cores, v, 0.0)
+    fastema.update(cores, v, 0.0, rounding="stochastic" if rounding == "stochastic" else "nearest")
     carries = [carry] if rounding == "compensated" else ()
     update(device, [ours], [v], [0.0], rounding=rounding, carries=carries)
     assert_same([ours], [cores])

@@ -14,6 +14,7 @@ import fastema
 import oracle
 import tolerances
 from fastema import schedules
+from mixes import MIXES
 from processes import output_of
 
 bfloat16 = ml_dtypes.bfloat16
@@ -138,8 +139,22 @@ def test_sixteen_bit_values_have_float32_averages_unless_asked_otherwise(rng):
         fastema.EMA(weights, dtype=np.int32)
 
 
-def test_stochastic_rounding_has_the_bits_of_seed_and_step(rng):
-    weights = weights_of(rng, bfloat16, bfloat16)
+@pytest.mark.parametrize(("average", "value"), MIXES)
+def test_averages_have_any_type_that_the_core_offers_beside_their_values(rng, average, value):
+    weights = weights_of(rng, value, value)
+    ema = fastema.EMA(weights, 0.9, dtype=average)
+    expected = [weight.astype(average) for weight in weights]
+    assert all(map(oracle.same_bits, fastema.copies(weights, average), expected))
+    for _ in range(5):
+        train(rng, weights)
+        ema.update()
+        expected = [oracle.update(a, v, 0.9) for a, v in zip(expected, weights, strict=True)]
+    assert all(map(oracle.same_bits, ema.averages, expected))
+
+
+@pytest.mark.parametrize("value", [bfloat16, np.float32])
+def test_stochastic_rounding_has_the_bits_of_seed_and_step(rng, value):
+    weights = weights_of(rng, value, value)
     ema = fastema.EMA(weights, 0.999, dtype=bfloat16, rounding="stochastic", seed=7)
     expected = fastema.copies(weights, bfloat16)
     for step in range(1, 6):

@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -50,6 +51,23 @@ def test_jax_arrays_are_given_to_each_update(jnp):
         ema.update()
     with pytest.raises(TypeError, match=r"swap\(\) must change values\['w'\], which is a JAX array"):
         ema.swap()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "w"), ("float16", "w"), ("float64", "half")])
+def test_averages_of_jax_arrays_may_have_fewer_bits_or_twice_more(jnp, dtype, name):
+    def values(seed):
+        made = jax_values(jnp, seed)[name]
+        return made if isinstance(made, list) else [made]
+
+    first = values(0)
+    ema = fastema.EMA(first, 0.9, dtype=dtype)
+    expected = np.asarray(first[0]).astype(getattr(ml_dtypes, dtype, dtype))
+    for seed in (1, 2, 3):
+        ema.update(values(seed))
+        expected = oracle.update(expected, np.asarray(values(seed)[0]), 0.9)
+    kept = ema.state_dict()["averages"][0]["0"]
+    assert oracle.same_bits(np.asarray(kept), expected)
+    assert ema.copy_to()[0].dtype == first[0].dtype
 
 
 def test_shown_jax_averages_never_change(jnp):

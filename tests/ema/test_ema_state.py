@@ -17,6 +17,7 @@ ARGUMENTS = [
     {"decay": [0.9, schedules.dynamic(0.99)], "initial": "zeros"},
     {"rounding": "compensated", "every": 3},
     {"rounding": "stochastic", "dtype": bfloat16, "seed": 3},
+    {"dtype": np.float64},
 ]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fastema
 import oracle
+from mixes import MIXES
 
 bfloat16 = ml_dtypes.bfloat16
 DTYPES = [np.float16, bfloat16, np.float32, np.float64, np.int64, np.uint8, np.bool_]
@@ -77,6 +78,22 @@ def test_swapped_weights_are_the_averages_and_come_back_bit_for_bit(weights, arg
         assert not ema.is_swapped
         assert bits(weights) == raw
         assert bits(ema.averages_of(k)) == bits(averages)
+
+
+@pytest.mark.parametrize(("average", "value"), [mix for mix in MIXES if mix[0] != mix[1]])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_weights_of_another_type_are_kept_aside_and_their_averages_are_shown(rng, average, value, rounding):
+    weight = rng.standard_normal(6).astype(value)
+    weight[:3] = [np.nan, -0.0, np.inf]
+    weight.view(f"u{weight.itemsize}")[0] |= 5
+    ema = fastema.EMA([weight], 0.9, dtype=average, rounding=rounding)
+    trained(ema, [weight])
+    raw, kept = bits([weight]), bits(ema.averages)
+    with ema.swapped():
+        assert weight.tobytes() == ema.averages[0].astype(value).tobytes()
+        assert bits(ema.averages) == kept
+    assert bits([weight]) == raw
+    assert bits(ema.averages) == kept
 
 
 @given(data=st.data())

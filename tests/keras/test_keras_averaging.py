@@ -17,6 +17,7 @@ from keras_replay import (
     small_model,
     wrap,
 )
+from mixes import MIXES
 from original import CASES, GOLDEN
 from tolerances import assert_close
 
@@ -85,6 +86,28 @@ def test_16_bit_weights_have_float32_averages(dtype, average):
         assert averages_of(optimizer)[0].dtype == average
         assert_close(averages_of(optimizer)[0], exact, tolerances.GOLDEN)
         optimizer.apply_gradients([(tf.constant(-1.0, dtype), weight)])
+
+
+@pytest.mark.parametrize(("average", "value"), MIXES)
+@pytest.mark.parametrize("engine", ["native", "graph"])
+def test_averages_have_any_type_that_is_offered_beside_their_weights(average, value, engine):
+    """16-bit averages of float32 weights, float64 ones of any; by operations of TensorFlow, too."""
+    average, value = np.dtype(average), np.dtype(value)
+    settings = {"dynamic_decay": False, "initial_average": "weights", "average_dtype": average.name}
+    optimizer = wrap(keras.optimizers.SGD(1.0), average_decay=0.9, engine=engine, **settings)
+    weight = keras.Variable([1.1, -2.3, 0.01], dtype=value.name)
+    optimizer.shadow_copy([weight])
+    expected = weight.numpy().astype(average)
+    for _ in range(4):
+        optimizer.apply_gradients([(tf.cast([-1.1, 0.3, 1e-3], value.name), weight)])
+        expected = oracle.update(expected, weight.numpy(), 0.9)
+    assert optimizer.engine == engine
+    assert_same_bits(averages_of(optimizer), [expected])
+    raw = weight.numpy()
+    optimizer.swap_weights()
+    assert_same_bits([weight.numpy()], [expected.astype(value)])
+    optimizer.swap_weights()
+    assert_same_bits([weight.numpy(), *averages_of(optimizer)], [raw, expected])
 
 
 @pytest.mark.parametrize("how", [{}, {"run_eagerly": True}], ids=["graph", "eager"])

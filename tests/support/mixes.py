@@ -13,6 +13,8 @@ MIXES = [
     (np.float64, np.float32),
     (np.float64, bfloat16),
     (np.float64, np.float16),
+    (bfloat16, np.float32),
+    (np.float16, np.float32),
 ]
 
 

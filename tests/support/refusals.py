@@ -30,7 +30,7 @@ BAD_PAIRS = {
         f"{LIES} must have one order in memory, got (12, 4) and (4, 8)",
     ),
     "types": (f32(3), np.zeros(3), TypeError, f"{LIES} must have one type"),
-    "a narrower average": (np.zeros(3, "f2"), f32(3), TypeError, f"{LIES} must have one type"),
+    "a far narrower average": (np.zeros(3, "f2"), np.zeros(3), TypeError, f"{LIES} must have one type"),
     "integers": (np.zeros(3, int), np.zeros(3, int), TypeError, "averages must be float16, bfloat16, float"),
     "byte order": (np.zeros(3, ">f4"), f32(3), TypeError, "averages must be float16, bfloat16, float32"),
     "strided average": (f32(6)[::2], f32(3), ValueError, "averages must be dense"),

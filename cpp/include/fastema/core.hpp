@@ -58,7 +58,8 @@ struct Options {
 };
 
 // average += w * (value - average), w = 1 - decay rounded once to the compute type; a decay of 0
-// copies. Every element gets the same bits on any instruction set and any number of threads.
+// copies, and what the average cannot hold is rounded as in any other update. Every element gets
+// the same bits on any instruction set and any number of threads.
 //
 // With K decays, every K pairs in a row share one value, which is read from memory once.
 void update(std::span<const Pair> pairs, std::span<const double> decays,

@@ -310,8 +310,7 @@ class Checker {
     fastema::Pair& pair = checked_.pairs.back();
     const std::size_t element = fastema::carry_size(pair.average.dtype, pair.value.dtype);
     if (element == 0) {
-      throw py::type_error(a_label +
-                           " must be float32, or bfloat16 as its value, to be compensated, got " +
+      throw py::type_error(a_label + " must be float32 or bfloat16 to be compensated, got " +
                            text(average.dtype));
     }
     const Array carry = array_of(object, label, described_);

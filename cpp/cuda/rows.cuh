@@ -245,9 +245,9 @@ struct ElementOf<kF64> {
 };
 
 // What the rounding that a list is updated with means for a mix.
-constexpr Rounding rounding_of(Type average, Type value, int rounding) {
+constexpr Rounding rounding_of(Type average, int rounding) {
   const bool half = average == kF16 || average == kBf16;
-  const bool carried = average == kF32 || (average == kBf16 && value == kBf16);
+  const bool carried = average == kF32 || average == kBf16;
   return rounding == kStochastic && half       ? kStochastic
          : rounding == kCompensated && carried ? kCompensated
                                                : kNearest;
@@ -263,7 +263,7 @@ inline void update_any(const Tensor& tensor, void* carry, uint64_t first, uint64
         constexpr Type kAverage = static_cast<Type>(kMix / kTypes);
         constexpr Type kValue = static_cast<Type>(kMix % kTypes);
         update_row<typename ElementOf<kAverage>::type, typename ElementOf<kValue>::type,
-                   rounding_of(kAverage, kValue, kRounding)>(tensor, carry, first, last, asked);
+                   rounding_of(kAverage, kRounding)>(tensor, carry, first, last, asked);
         return;
       }
     }

@@ -385,6 +385,23 @@ void update_bf16_compensated(const Run& run) noexcept {
       });
 }
 
+void update_bf16_from_f32_compensated(const Run& run) noexcept {
+  blend_or_copy(run, [&run](auto next) {
+    all_blocks_with_carry<2 * kLanes, bf16, uint16_t, float>(
+        run, [next](bf16* a, uint16_t* carry, const float* v) {
+          const auto one_half = [&](size_t i, Words& high, Words& low) {
+            const Words h = widen(read<Halves>(a + i)), l = widen(read<Halves>(carry + i));
+            split_bf16(next(join_bf16<Floats>(h, l), load(v + i)), high, low);
+          };
+          Words x_high, x_low, y_high, y_low;
+          one_half(0, x_high, x_low);
+          one_half(kLanes, y_high, y_low);
+          store_upper(a, x_high, y_high);
+          write(carry, pack(as<Ints>(x_low << 16) >> 16, as<Ints>(y_low << 16) >> 16));
+        });
+  });
+}
+
 // --- swap ----------------------------------------------------------------------------------------
 
 void swap_run(unsigned char* __restrict a, unsigned char* __restrict b, size_t bytes) {
@@ -453,7 +470,8 @@ const Kernels FASTEMA_JOIN(kernels_, FASTEMA_KERNELS) = {
              {}},
             {{},
              {update_bf16, copy<bf16>, update_bf16_stochastic, update_bf16_compensated},
-             {update_narrow<bf16>, update_narrow<bf16>, update_narrow_stochastic<bf16>, nullptr},
+             {update_narrow<bf16>, update_narrow<bf16>, update_narrow_stochastic<bf16>,
+              update_bf16_from_f32_compensated},
              {}},
             {{update_wide<float, f16>, copy_wide<float, f16>, nullptr, update_f32_compensated<f16>},
              {update_wide<float, bf16>, copy_wide<float, bf16>, nullptr,

@@ -52,7 +52,7 @@ def update(
         step: The number of the update; give each another one.
         carries: One array beside each average, zeros at first, that keeps what rounding would lose:
             float32 beside float32 averages (about 48 bits together), int16 beside bfloat16 averages
-            of bfloat16 values (exactly a float32 together). Changed in place.
+            (exactly a float32 together). Changed in place.
 
     Raises:
         ImportError: Arrays lie on a CUDA device, and CuPy is not installed.

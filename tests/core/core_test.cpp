@@ -151,9 +151,14 @@ void check_compensated(const Case& c) {
   expect(same(a.data(), a_expected.data(), a.size()) &&
              same(carry.data(), carry_expected.data(), a.size()),
          "f32", "compensated update", c);
+}
 
-  // A bfloat16 and its carry are a float32 together.
-  auto v16 = noise<bf16>(c.size + c.offset, 2);
+// A bfloat16 and its carry are a float32 together.
+template <class V>
+void check_split(const Case& c) {
+  const double decay = 0.9999;
+  const float w = static_cast<float>(1.0 - decay);
+  auto v = noise<V>(c.size + c.offset, 2);
   const auto whole = noise<float>(c.size + c.offset, 1);
   std::vector<bf16> high(whole.size());
   std::vector<std::uint16_t> low(whole.size());
@@ -163,15 +168,22 @@ void check_compensated(const Case& c) {
     high[i].bits = static_cast<std::uint16_t>(upper >> 16);
     low[i] = static_cast<std::uint16_t>(lower);
   }
-  const Pair split{span(high, c.offset), span(v16, c.offset), low.data() + c.offset};
+  const Pair split{span(high, c.offset), span(v, c.offset), low.data() + c.offset};
+  const auto holds = [&](auto&& expected) {
+    bool equal = true;
+    for (std::size_t i = c.offset; i < high.size(); ++i) {
+      const float x = expected(i);
+      const float y = join_bf16<float>(high[i].bits, low[i]);
+      equal = equal && same(&x, &y, 1);
+    }
+    return equal;
+  };
   fastema::update({&split, 1}, {&decay, 1}, {.threads = c.threads});
-  bool equal = true;
-  for (std::size_t i = c.offset; i < high.size(); ++i) {
-    const float x = blend(whole[i], Type<bf16>::widen(v16[i]), w);
-    const float y = join_bf16<float>(high[i].bits, low[i]);
-    equal = equal && same(&x, &y, 1);
-  }
-  expect(equal, "bf16", "compensated update", c);
+  expect(holds([&](std::size_t i) { return blend(whole[i], Type<V>::widen(v[i]), w); }), "bf16",
+         "compensated update", c);
+  const double zero = 0.0;
+  fastema::update({&split, 1}, {&zero, 1}, {.threads = c.threads});
+  expect(holds([&](std::size_t i) { return Type<V>::widen(v[i]); }), "bf16", "compensated copy", c);
 }
 
 template <class T>
@@ -294,6 +306,8 @@ void check_all(const Case& c) {
     check_update<f16, float>(c, stochastic);
   }
   check_compensated(c);
+  check_split<bf16>(c);
+  check_split<float>(c);
   check_several(c);
   check_swap<bf16>(c);
   check_swap<float>(c);

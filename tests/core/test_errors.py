@@ -92,7 +92,7 @@ def test_carries_must_fit_their_averages():
         fastema.Pairs(a, v, carries=f32(4))
     with pytest.raises(ValueError, match="averages and carries must not overlap"):
         fastema.Pairs(a, v, carries=a)
-    with pytest.raises(TypeError, match="averages must be float32, or bfloat16 as its value, to be compens"):
+    with pytest.raises(TypeError, match="averages must be float32 or bfloat16 to be compensated, got f"):
         fastema.Pairs(np.zeros(3), np.zeros(3), carries=np.zeros(3))
     with pytest.raises(TypeError, match="averages is compensated, and cannot be swapped without its carry"):
         fastema.Pairs(a, v, carries=np.zeros(3, np.float32)).swap()

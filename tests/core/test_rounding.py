@@ -124,15 +124,18 @@ def test_stochastic_rounding_leaves_wider_averages_to_nearest(rng):
 
 
 @every
-def test_a_bfloat16_average_with_its_carry_is_a_float32_average(rng):
-    values = rng.standard_normal((500, 1003)).astype(bfloat16)
+@pytest.mark.parametrize("value_dtype", [bfloat16, np.float32])
+@pytest.mark.parametrize("copied_at", [0, 7, -1])
+def test_a_bfloat16_average_with_its_carry_is_a_float32_average(rng, value_dtype, copied_at):
+    values = rng.standard_normal((500, 1003)).astype(value_dtype)
     average, carry = np.zeros(1003, bfloat16), np.zeros(1003, np.int16)
     expected = np.zeros(1003, np.float32)
     pairs = fastema.Pairs(average, values[0], carries=carry)
-    for value in values:
+    for i, value in enumerate(values):
         pairs = fastema.Pairs(average, value, carries=carry)
-        pairs.update(0.999, threads=2)
-        expected = oracle.update(expected, value, 0.999)
+        decay = 0.0 if i == copied_at % len(values) else 0.999
+        pairs.update(decay, threads=2)
+        expected = oracle.update(expected, value, decay)
     bits = (average.view(np.uint16).astype(np.uint32) << 16) + carry.astype(np.uint32)
     assert oracle.same_bits(bits.view(np.float32), expected)
     nearest = np.abs(average.astype(np.float64) - expected)
@@ -156,6 +159,15 @@ def test_a_compensated_float32_average_is_as_good_as_float64(rng, value_dtype):
     assert np.abs(average / exact - 1).max() < 2.0**-23
     moved = value.astype(np.float64) != 1
     assert (plain == 1)[moved].all(), "float32 alone moved: the test proves nothing"
+
+
+@every
+def test_a_bfloat16_average_and_its_carry_hold_nan_infinities_and_any_float32():
+    value = np.array([np.nan, np.inf, -np.inf, 1 + 2**-9, -0.0, 1e-45, 3.4e38, -1 / 3] * 20, np.float32)
+    average, carry = np.zeros(value.size, bfloat16), np.ones(value.size, np.int16)
+    fastema.update(average, value, 0.0, carries=carry)
+    bits = (average.view(np.uint16).astype(np.uint32) << 16) + carry.astype(np.uint32)
+    assert oracle.same_bits(bits.view(np.float32), value)
 
 
 def test_a_decay_of_zero_empties_the_carry():

@@ -174,7 +174,13 @@ def test_stochastic_rounding_has_the_bits_of_the_cpu(library, rng, average, valu
 
 @pytest.mark.parametrize(
     ("average", "value", "carry"),
-    [("f4", "f4", "f4"), ("f4", bfloat16, "f4"), ("f4", "f2", "f4"), (bfloat16, bfloat16, "i2")],
+    [
+        ("f4", "f4", "f4"),
+        ("f4", bfloat16, "f4"),
+        ("f4", "f2", "f4"),
+        (bfloat16, bfloat16, "i2"),
+        (bfloat16, "f4", "i2"),
+    ],
 )
 def test_carries_have_the_bits_of_the_cpu(library, rng, average, value, carry):
     a, v = rng.standard_normal(30_001).astype(average), rng.standard_normal(30_001).astype(value)
@@ -182,7 +188,7 @@ def test_carries_have_the_bits_of_the_cpu(library, rng, average, value, carry):
     on_device = [library.device(x) for x in (a, v, c)]
     gpu = fastema.Pairs(on_device[0], on_device[1], carries=on_device[2])
     cpu = fastema.Pairs(a, v, carries=c)
-    for decay in (0.999, 0.9, 0.99999):
+    for decay in (0.999, 0.0, 0.9, 0.99999):
         gpu.update(decay)
         cpu.update(decay)
     assert oracle.same_bits(library.host(on_device[0]), a)

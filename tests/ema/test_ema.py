@@ -178,6 +178,22 @@ def test_compensated_averages_keep_what_rounding_loses(rng, dtype, carry):
     assert carries[0].any()
 
 
+def test_a_compensated_bfloat16_average_of_float32_weights_is_a_float32_average(rng):
+    weights = weights_of(rng, np.float32, np.float32)
+    arguments = {"decay": 0.999, "initial": "zeros"}
+    ema = fastema.EMA(weights, dtype=bfloat16, rounding="compensated", **arguments)
+    plain = fastema.EMA(weights, **arguments)
+    for _ in range(5):
+        train(rng, weights)
+        ema.update()
+        plain.update()
+    state = ema.state_dict()
+    for name, exact in plain.state_dict()["averages"][0].items():
+        high, low = state["averages"][0][name], state["carries"][0][name]
+        bits = (high.view(np.uint16).astype(np.uint32) << 16) + low.astype(np.uint32)
+        assert oracle.same_bits(bits.view(np.float32), exact)
+
+
 @given(decays=st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_averages_from_zeros_are_divided_by_what_of_them_is_no_longer_zero(rng, decays):
     weight = rng.standard_normal(4)
@@ -336,7 +352,7 @@ def test_averages_in_a_file_that_is_made_anew_stay(tmp_path):
         (
             {"rounding": "compensated"},
             TypeError,
-            r"averages\['0'\] must be float32, or bfloat16 as its value",
+            r"averages\['0'\] must be float32 or bfloat16 to be compensated",
         ),
     ],
 )

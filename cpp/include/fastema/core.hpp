@@ -47,7 +47,7 @@ std::span<const Mix> mixes() noexcept;
 bool offered(DType average, DType value) noexcept;
 
 // The bytes of one element of a compensated average's carry, 0 where there is none for this mix: 4,
-// a float, for float32 averages; 2, the lower half of a float, for bfloat16 averages of bfloat16.
+// a float, for float32 averages; 2, the lower half of a float, for bfloat16 averages.
 std::size_t carry_size(DType average, DType value) noexcept;
 
 struct Options {

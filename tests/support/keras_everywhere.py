@@ -4,9 +4,11 @@ import copy
 import pickle
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 
+import oracle
 import tolerances
 from keras_replay import (
     arguments_of,
@@ -197,6 +199,23 @@ def test_16_bit_policies_have_float32_averages(policy):
     assert len(steps) > 8
     zeros = [np.zeros(a.shape, np.float32) for a in averages]
     assert_averaged(averages, replay(steps, initial="given", start=zeros))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_averages_may_have_fewer_bits_than_their_weights(dtype):
+    optimizer = wrap(keras.optimizers.SGD(1.0), initial_average="weights", average_dtype=dtype)
+    weight = keras.Variable(np.array([1.1, -2.3, 0.01], np.float32))
+    optimizer.shadow_copy([weight])
+    expected = numpy(weight).astype(getattr(ml_dtypes, dtype, dtype))
+    optimizer.apply_gradients([(keras.ops.array([-1.1, 0.3, 1e-3]), weight)])
+    expected = oracle.update(expected, numpy(weight), 2 / 11)
+    assert optimizer.engine == ENGINE
+    assert_same_bits(averages_of(optimizer), [expected])
+    raw = numpy(weight)
+    optimizer.swap_weights()
+    assert_same_bits([numpy(weight)], [expected.astype(np.float32)])
+    optimizer.swap_weights()
+    assert_same_bits([numpy(weight), *averages_of(optimizer)], [raw, expected])
 
 
 def test_averages_that_start_at_the_weights():

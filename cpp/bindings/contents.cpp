@@ -19,51 +19,62 @@ class Contents {
         throw py::type_error("containers must be dictionaries and lists, got " +
                              type_name(container));
       }
-      containers_.push_back(py::reinterpret_borrow<py::object>(container));
+      containers_.push_back({py::reinterpret_borrow<py::object>(container), 0});
     }
     accept();
   }
 
   void accept() {
-    std::vector<std::vector<py::object>> held;
-    for (const py::object& container : containers_) {
-      std::vector<py::object>& objects = held.emplace_back();
-      visit(container, [&](PyObject* object) {
-        objects.push_back(py::reinterpret_borrow<py::object>(object));
+    std::vector<py::object> held;
+    for (Container& container : containers_) {
+      visit(container.object.ptr(), [&](PyObject* object) {
+        held.push_back(py::reinterpret_borrow<py::object>(object));
         return true;
       });
+      container.end = held.size();
     }
     held_.swap(held);
   }
 
   bool changed() const {
-    for (std::size_t i = 0; i < containers_.size(); ++i) {
-      const std::vector<py::object>& held = held_[i];
-      std::size_t seen = 0;
-      const bool same = visit(containers_[i], [&](PyObject* object) {
-        return seen < held.size() && held[seen++].ptr() == object;
-      });
-      if (!same || seen != held.size()) return true;
+    std::size_t seen = 0;
+    for (const Container& container : containers_) {
+      const bool same = size(container.object.ptr()) == container.end - seen &&
+                        visit(container.object.ptr(), [&](PyObject* object) {
+                          return seen < container.end && held_[seen++].ptr() == object;
+                        });
+      if (!same || seen != container.end) return true;
     }
     return false;
   }
 
  private:
+  struct Container {
+    py::object object;
+    std::size_t end;  // of what it held, among all that is held
+  };
+
+  static std::size_t size(PyObject* container) {
+    return static_cast<std::size_t>(PyDict_Check(container) ? PyDict_Size(container)
+                                                            : PyList_GET_SIZE(container));
+  }
+
   // Returns whether the function returned true of all.
   template <typename Function>
-  static bool visit(const py::object& container, Function&& function) {
+  static bool visit(PyObject* container, Function&& function) {
+    if (size(container) == 0) return true;
     bool all = true;
 #if PY_VERSION_HEX >= 0x030D0000
-    Py_BEGIN_CRITICAL_SECTION(container.ptr());
+    Py_BEGIN_CRITICAL_SECTION(container);
 #endif
-    if (PyDict_Check(container.ptr())) {
+    if (PyDict_Check(container)) {
       PyObject *key, *value;
-      for (Py_ssize_t at = 0; all && PyDict_Next(container.ptr(), &at, &key, &value);) {
+      for (Py_ssize_t at = 0; all && PyDict_Next(container, &at, &key, &value);) {
         all = function(value);
       }
     } else {
-      for (Py_ssize_t i = 0; all && i < PyList_GET_SIZE(container.ptr()); ++i) {
-        all = function(PyList_GET_ITEM(container.ptr(), i));
+      for (Py_ssize_t i = 0; all && i < PyList_GET_SIZE(container); ++i) {
+        all = function(PyList_GET_ITEM(container, i));
       }
     }
 #if PY_VERSION_HEX >= 0x030D0000
@@ -72,8 +83,8 @@ class Contents {
     return all;
   }
 
-  std::vector<py::object> containers_;
-  std::vector<std::vector<py::object>> held_;
+  std::vector<Container> containers_;
+  std::vector<py::object> held_;
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 """The averages of a model's variables: which there are, what moves them, what swaps them."""
 
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,7 +91,8 @@ class Averages:
         self.pairs: list[Pair] = []  # those that move
         self._create = create
         self._key = key
-        self._averages: dict[Key, Variable] = {}  # of every variable that was ever paired
+        self._averages: dict[Key, Pair] = {}  # of every variable that was ever paired, as they were created
+        self._ordered: list[Variable] | None = None  # these averages in their one order; None: not known yet
         self._trained: list[Variable] = []  # the variables that the optimizer trains
         self._places: dict[Key, int] = {}  # and the place of each among them
         self._shadowed: Callable[[], Iterable[Variable] | None] = lambda: None  # those that `shadow` named
@@ -99,14 +101,27 @@ class Averages:
         self._loaded: dict[str, np.ndarray] = {}  # values that came before their averages
 
     def __iter__(self) -> Iterator[Variable]:
-        return iter(self._averages.values())
+        """Yield the averages in an order that does not depend on what was called first.
+
+        Those of the variables that the optimizer trains, as it trains them; then the others by their paths.
+        """
+        if self._ordered is None:
+            ordered = sorted(self._averages.items(), key=lambda item: self._rank(item[0], item[1][0]))
+            self._ordered = [average for _, (_, average) in ordered]
+        return iter(self._ordered)
+
+    def _rank(self, key: Key, variable: Variable) -> tuple[int, list[tuple[str, int]]]:
+        if not self._places:  # the optimizer is not built: as they were named
+            return 0, []
+        place = self._places.get(key)
+        return (len(self._places), _path_in_parts(variable)) if place is None else (place, [])
 
     def __len__(self) -> int:
         return len(self._averages)
 
     def of(self, variable: Variable) -> Variable | None:
         """Return the average of a variable; None where it has none."""
-        return self._averages.get(self._key(variable))
+        return self._averages.get(self._key(variable), (None, None))[1]
 
     # --- which ------------------------------------------------------------------------------------
 
@@ -141,23 +156,25 @@ class Averages:
         """Average the variables that the optimizer trains, unless `shadow` named others."""
         self._trained = list(variables)
         self._places = {self._key(variable): i for i, variable in enumerate(variables)}
+        self._ordered = None
         self._pair()
 
     def _pair(self) -> None:
         named = self._shadowed()
-        self.pairs = [
-            (variable, self.find_or_create(variable))
-            for variable in (self._trained if named is None else named)
-            if is_floating(variable)
-        ]
+        averaged = list(filter(is_floating, self._trained if named is None else named))
+        # those that will be trained first: checkpoints of TensorFlow have them as they were created
+        for variable in sorted(averaged, key=lambda x: not getattr(x, "trainable", True)):
+            self.find_or_create(variable)
+        self.pairs = [(variable, self.find_or_create(variable)) for variable in averaged]
         self._assign_loaded()
 
     def find_or_create(self, variable: Variable) -> Variable:
         """Return the average of a variable, made now if there is none."""
         key = self._key(variable)
         if key not in self._averages:
-            self._averages[key] = self._create(variable, self.settings.dtype(variable))
-        return self._averages[key]
+            self._averages[key] = variable, self._create(variable, self.settings.dtype(variable))
+            self._ordered = None
+        return self._averages[key][1]
 
     # --- moving -----------------------------------------------------------------------------------
 
@@ -269,8 +286,11 @@ class Averages:
                 yield f"trained_{place}", variable, average
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the averages, and the weights kept aside, by their names in a file."""
-        state = {}
+        """Return the averages, and the weights kept aside, by their names in a file.
+
+        Those that wait for their variables are not lost.
+        """
+        state = dict(self._loaded)
         for slot, variable, average in self._file_names():
             state[f"average_{slot}"] = self.backend.numpy(average)
             if (raw := self._saved_weights.get(self._key(variable))) is not None:
@@ -312,3 +332,9 @@ class Averages:
                 self._saved_weights[self._key(variable)] = raw.astype(
                     float_type(dtype_of(variable)), copy=False
                 )
+
+
+def _path_in_parts(variable: Variable) -> list[tuple[str, int]]:
+    """Return a path to sort by: the numbers that Keras ends names with count as numbers."""
+    parts = (re.fullmatch(r"(.*?)(?:_(\d{1,18}))?", part, re.DOTALL) for part in name_of(variable).split("/"))
+    return [(part[1], int(part[2] or 0)) for part in parts if part is not None]

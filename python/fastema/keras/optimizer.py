@@ -349,7 +349,11 @@ class ExponentialMovingAverage(
 
     @property
     def variables(self) -> Variables:
-        """The wrapped optimizer's variables, the averages, then those added, each as they were created."""
+        """The wrapped optimizer's variables, the averages, then those added.
+
+        Averages of the variables that the optimizer trains come first, as it trains them, then the others
+        by their paths: one order, whatever was called first.
+        """
         if "_optimizer" not in self.__dict__:
             return Variables()
         return Variables([*self._optimizer.variables, *self._averages, *self._added])

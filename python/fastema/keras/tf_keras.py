@@ -157,7 +157,7 @@ class TfKerasWrapper(GraphGradientMembers):
 
     @property
     def variables(self) -> Variables:
-        """`iterations`, the wrapped optimizer's state, then the averages, as they were created."""
+        """`iterations`, the wrapped optimizer's state, the averages, then slots and weights added."""
         if "_optimizer" not in self.__dict__:
             return Variables()
         inner = self._optimizer.variables
@@ -171,6 +171,13 @@ class TfKerasWrapper(GraphGradientMembers):
     weights = variables
 
     def _own_variables(self) -> list[tf.Variable]:
+        """Return the averages, in their order, then slots and weights that were added."""
+        averages = list(self._averages)
+        known = set(map(id, averages))
+        return [*averages, *(variable for variable in self._created() if id(variable) not in known)]
+
+    def _created(self) -> list[tf.Variable]:
+        """Return this optimizer's own variables, as they were created."""
         raise NotImplementedError
 
     def get_weights(self) -> list[np.ndarray]:
@@ -260,7 +267,7 @@ class LegacyExponentialMovingAverage(TfKerasWrapper, optimizers.legacy.Optimizer
         self._restore_slot_variable(slot_name, variable, slot)
         self._weights.append(slot)
 
-    def _own_variables(self) -> list[tf.Variable]:
+    def _created(self) -> list[tf.Variable]:
         return list(self._weights)
 
     def _arguments(self, name: str | None, summed: bool) -> dict[str, Any]:
@@ -387,7 +394,7 @@ class ExponentialMovingAverage(TfKerasWrapper, optimizers.Optimizer):  # type: i
         self._slots[_var_key(variable), slot_name] = slot
         self._variables.append(slot)
 
-    def _own_variables(self) -> list[tf.Variable]:
+    def _created(self) -> list[tf.Variable]:
         return list(self._variables)
 
     def _arguments(self, name: str | None, summed: bool) -> dict[str, Any]:

@@ -61,8 +61,9 @@ class WeightMembers(Wrapper):
         """Return the optimizer's state as a list of arrays.
 
         `iterations`, the wrapped optimizer's state, the averages, then what `add_slot` and
-        `add_weight` added; the learning rate is not among them. (Where gradients accumulate, the
-        first counts them, not the updates.)
+        `add_weight` added; the learning rate is not among them. Averages of the variables that the
+        optimizer trains come first, as it trains them, then the others by their paths. (Where gradients
+        accumulate, the first number counts them, not the updates.)
 
         Raises:
             RuntimeError: The weights are swapped: they stand where the averages should.

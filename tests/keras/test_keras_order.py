@@ -1,6 +1,7 @@
 """An optimizer's lists of averages have one order, whatever was called first."""
 
 import itertools
+import warnings
 
 import keras
 import numpy as np
@@ -175,3 +176,47 @@ def test_optimizers_of_tf_keras_have_one_order_too(kind, calls, others):
         other.set_weights(optimizer.get_weights())
         assert_same_bits(averages(again, other), averages(model, optimizer))
     assert other.get_weights()[-1].shape == slot.shape
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_averages_of_some_variables_are_loaded_as_they_were_saved(built, tmp_path):
+    """Those that nobody named have no average, or one that stands still."""
+    model, optimizer = wide_model(), wrap()
+    if built:
+        train(model, optimizer)
+    named = model.trainable_variables[2:5]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what was traced before
+        optimizer.shadow_copy(named)
+    train(model, optimizer)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    again = loaded.optimizer
+    assert_same_bits(again.get_weights(), optimizer.get_weights())
+    assert [id(v) for v, _ in again._averages.pairs] == [id(v) for v in loaded.trainable_variables[2:5]]
+    raw = [numpy(v) for v in loaded.variables]
+    with again.averaged_weights(), optimizer.averaged_weights():
+        assert_same_bits(*([numpy(v) for v in m.variables] for m in (loaded, model)))
+    assert_same_bits([numpy(v) for v in loaded.variables], raw)
+
+
+def test_averages_of_more_variables_than_are_trained_are_refused():
+    """By their places they would be given to the wrong ones, where shapes agree."""
+    model, optimizer = wide_model(), wrap()
+    optimizer.build(model.trainable_variables)
+    store, fewer = {}, wrap()
+    optimizer.save_own_variables(store)
+    fewer.build(model.trainable_variables[4:])
+    before = fewer.get_weights()
+    with pytest.raises(ValueError, match="averages of the 4 variables that the optimizer trains, got 8"):
+        fewer.load_own_variables(store)
+    assert_same_bits(fewer.get_weights(), before)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")  # Keras', of its own
+def test_a_model_is_saved_and_loaded_before_it_is_trained(tmp_path):
+    model, optimizer = wide_model(), wrap()
+    optimizer.shadow_copy(model)
+    model.compile(optimizer, "mse")
+    model.save(tmp_path / "model.keras")
+    assert keras.saving.load_model(tmp_path / "model.keras").optimizer.has_shadow_copy

@@ -96,6 +96,7 @@ class Averages:
         self._trained: list[Variable] = []  # the variables that the optimizer trains
         self._places: dict[Key, int] = {}  # and the place of each among them
         self._shadowed: Callable[[], Iterable[Variable] | None] = lambda: None  # those that `shadow` named
+        self._named_by_file = False  # whether these are what a file says
         self._unstarted: list[Pair] = []  # pairs that had no value to start at
         self._saved_weights: dict[Key, Tensor] = {}  # while swapped, of those whose averages have other types
         self._loaded: dict[str, np.ndarray] = {}  # values that came before their averages
@@ -127,6 +128,7 @@ class Averages:
 
     def shadow(self, model: Model | Sequence[Variable]) -> None:
         """Average the weights of a model (held weakly, it may be built later) or a list of variables."""
+        self._named_by_file = False
         if isinstance(model, list | tuple):
             listed = list(model)
             self._shadowed = lambda: listed
@@ -150,13 +152,15 @@ class Averages:
     @property
     def lacks_a_model(self) -> bool:
         """Whether they are to be of more than the optimizer trains, and it is not known of what."""
-        return not self.settings.trainable_weights_only and self._shadowed() is None
+        unknown = self._shadowed() is None or (self._named_by_file and self.waits_for_a_model)
+        return not self.settings.trainable_weights_only and unknown
 
     def train(self, variables: Sequence[Variable]) -> None:
         """Average the variables that the optimizer trains, unless `shadow` named others."""
         self._trained = list(variables)
         self._places = {self._key(variable): i for i, variable in enumerate(variables)}
         self._ordered = None
+        self._name_loaded()
         self._pair()
 
     def _pair(self) -> None:
@@ -275,15 +279,17 @@ class Averages:
     # --- saving -----------------------------------------------------------------------------------
 
     def _file_names(self) -> Iterator[tuple[str, Variable, Variable]]:
-        """Name each pair by its variable's place: names of variables change when a model is loaded."""
-        others = 0
-        for variable, average in self.pairs:
-            place = self._places.get(self._key(variable))
-            if place is None:
-                yield f"other_{others}", variable, average
-                others += 1
-            else:
+        """Name averages by their variables' places: names of variables change when a model is loaded.
+
+        Averages that stand still are among them where the optimizer trains their variables.
+        """
+        for place, variable in enumerate(self._trained):
+            average = self.of(variable)
+            if average is not None:
                 yield f"trained_{place}", variable, average
+        others = (pair for pair in self.pairs if self._key(pair[0]) not in self._places)
+        for i, (variable, average) in enumerate(others):
+            yield f"other_{i}", variable, average
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the averages, and the weights kept aside, by their names in a file.
@@ -291,20 +297,37 @@ class Averages:
         Those that wait for their variables are not lost.
         """
         state = dict(self._loaded)
+        if state and not self._places:  # all of them wait
+            return state
         for slot, variable, average in self._file_names():
             state[f"average_{slot}"] = self.backend.numpy(average)
             if (raw := self._saved_weights.get(self._key(variable))) is not None:
                 state[f"raw_{slot}"] = self.backend.numpy(raw)
+        moving = [place for v, _ in self.pairs if (place := self._places.get(self._key(v))) is not None]
+        if len(moving) < sum(map(is_floating, self._trained)):
+            state["named"] = np.array(moving, np.int64)
         return state
 
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Assign what `state` returned; values whose averages do not exist yet wait for them.
 
         Raises:
-            ValueError: An average is missing, or of another shape. Nothing is changed then.
+            ValueError: An average is missing, or of another shape, or of a variable that is not trained
+                here. Nothing is changed then.
         """
+        state = self._of_trained(state)
+        count = sum(bool(re.fullmatch(r"average_trained_\d+", name)) for name in state)
+        if self._places and count > len(self._places):
+            raise ValueError(
+                f"the file must hold averages of the {len(self._places)} variables that the optimizer "
+                f"trains, got {count}: layers were frozen or quantized since it was built; load the model "
+                "with compile=False and compile it anew"
+            )
+        named = state.get("named")
         for slot, variable, average in self._file_names():
             value = state.get(f"average_{slot}")
+            if value is None and named is not None and slot.startswith("trained_"):
+                continue  # nobody named it
             if value is None:
                 raise ValueError(f"the file lacks the average of {name_of(variable)} (average_{slot})")
             if value.shape != tuple(average.shape):
@@ -313,7 +336,32 @@ class Averages:
                     f"got {value.shape} from the file"
                 )
         self._loaded = dict(state)
+        self._name_loaded()
         self._assign_loaded()
+
+    def _of_trained(self, state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Return what a file holds; what was saved before the optimizer was built, by its places now."""
+        places = [place for place, variable in enumerate(self._trained) if is_floating(variable)]
+        slots = {name.partition("_")[2] for name in state}
+        if slots - {""} != {f"other_{i}" for i in range(len(places))}:
+            return state
+        slots_now = {f"other_{i}": f"trained_{place}" for i, place in enumerate(places)}
+        parts = ((name.partition("_"), value) for name, value in state.items())
+        return {f"{kind}_{slots_now[slot]}": value for (kind, _, slot), value in parts}
+
+    def _name_loaded(self) -> None:
+        """Average what the file says that was named, if it says so and nobody named anything here."""
+        if not self._places or (places := self._loaded.pop("named", None)) is None:
+            return
+        if self._shadowed() is None:
+            listed = [self._trained[place] for place in places]
+            self._shadowed = lambda: listed
+            self._named_by_file = True
+            for place, variable in enumerate(self._trained):
+                if f"average_trained_{place}" not in self._loaded:
+                    self._averages.pop(self._key(variable), None)
+            self._ordered = None
+            self._pair()
 
     @property
     def waits_for_a_model(self) -> bool:

@@ -21,7 +21,10 @@ MODULES = sorted(
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "python" / "docs").glob("*.md"))]
 ALL_PAGES = [*PAGES, ROOT / ".github" / "CONTRIBUTING.md"]
-OPTIONAL = ("diffusers", "ema_pytorch", "jax", "optax", "tf_keras", "timm", "torch", "torch_ema", "triton")
+OPTIONAL = (
+    *("diffusers", "ema_pytorch", "jax", "optax", "schedulefree", "tf_keras", "timm", "torch", "torch_ema"),
+    "triton",
+)
 
 
 @contextmanager

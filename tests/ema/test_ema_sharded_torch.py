@@ -176,7 +176,6 @@ def trained(average):
             with ema.swapped(), torch.no_grad():
                 model.eval()
                 model(torch.ones(2, 3))
-                model.reshard()
                 model.train()
     if ema:
         for name, average in averages.items():
@@ -217,6 +216,42 @@ train(reference, expected, [1])
 assert same(ema.averages, reference.averages)
 ema.swap()
 ema.swap()
+""",
+    )
+
+
+def test_gathered_copies_do_not_outlive_a_swap(tmp_path):
+    """After an evaluation inside of it the outermost module holds its parameters gathered: the averages."""
+    run(
+        2,
+        tmp_path,
+        MODEL
+        + """
+x = torch.from_numpy(np.random.default_rng(9).standard_normal((2, 3))).float()
+for given in (lambda model: model, lambda model: list(model.parameters()),
+              lambda model: dict(model.named_parameters())):
+    reference = plain()
+    model = plain()
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    for each in (reference, model):
+        each.eval()
+    ema = fastema.EMA(given(model), 0.5)
+    for each in (reference, model):
+        set_to(each, 1)
+    ema.update()
+    with ema.swapped(), torch.no_grad():
+        evaluated = model(x)
+        assert not torch.allclose(evaluated, reference(x))
+    for each in (reference, model):
+        each(x).sum().backward()  # the next step of training, on the weights
+    for (name, p), q in zip(model.named_parameters(), reference.parameters()):
+        grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        assert torch.allclose(grad, q.grad), name
+    with torch.no_grad():
+        assert torch.allclose(model(x), reference(x))
+    refused(RuntimeError, "FSDP holds them gathered", ema.swap)
+    assert not ema.is_swapped
+    model.reshard()
 """,
     )
 

@@ -12,6 +12,7 @@ from ._arrays.torch import copied_state
 from ._ema.averages import Form
 from ._ema.background import Background
 from ._ema.count import Count, Pace, check_span
+from ._ema.exchange import any_swapped
 from ._ema.mapping import check_not_loaded_from
 from ._ema.parts import Options, Parts
 from ._ema.passes import Held, NonFinite
@@ -183,9 +184,9 @@ class EMA:
 
         Raises:
             FloatingPointError: A value is not finite, and `non_finite` is ``"raise"``. Nothing has changed.
-            RuntimeError: Weights and averages are swapped; what was given holds values that do not fit any
-                more; or this update or the one before failed in host memory beside the device, and some
-                averages may have moved.
+            RuntimeError: Averages are in the place of the weights, these or another EMA's; what was given has
+                values that do not fit any more; or this update or the one before failed in host memory beside
+                the device, and some averages may have moved.
             ValueError: The values do not fit those given at first; or `non_finite` is to look at values on a
                 CUDA device, or sharded over processes. Nothing has changed then.
 
@@ -205,6 +206,8 @@ class EMA:
             parts.passes.check_can_look(non_finite)
         if parts.exchange.swapped is not None:  # each call takes its time here
             parts.exchange.check_not_swapped("update()")
+        if any_swapped():
+            parts.exchange.check_not_covered("update()")
         if self._background is not None:
             self.wait()
         before, span = self._count, span if span == 1 else check_span(span)

@@ -128,6 +128,36 @@ def test_a_swap_after_an_update_of_another_library_is_refused(torch):
     assert torch.equal(values[0], torch.full((2,), 0.5))
 
 
+def test_averages_of_two_nest_exactly_and_come_back_in_that_order_alone():
+    weights = np.zeros(2)
+    a, b = fastema.EMA([weights], 0.5), fastema.EMA([weights], 0.75)
+    other = fastema.EMA([np.zeros(2)], 0.5)
+    weights += 4
+    for ema in (a, b):
+        ema.update()
+    with a.swapped():
+        assert (weights == 2).all()
+        for call in (b.update, b.copy_to):
+            with pytest.raises(RuntimeError, match="another EMA's averages"):
+                call()
+        other.update()
+        b.swap()
+        assert (weights == 1).all()
+        with pytest.raises(RuntimeError, match="another EMA's averages"):
+            a.swap()
+        assert (weights == 1).all()
+        with other.swapped():
+            pass
+        b.swap()
+        assert (weights == 2).all()
+    assert (weights == 4).all()
+    assert (a.averages[0] == 2).all()
+    assert (b.averages[0] == 1).all()
+    b.swap()
+    del b, ema, call  # whose averages stay in the place of the weights
+    a.update()
+
+
 # --- modules that change ------------------------------------------------------------------------------------
 
 

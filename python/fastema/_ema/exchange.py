@@ -1,6 +1,7 @@
 """Weights out, averages in, and back: bit for bit, from wherever it was interrupted."""
 
 from typing import NamedTuple
+from weakref import ReferenceType, ref
 
 import numpy as np
 
@@ -23,6 +24,14 @@ class Swapped(NamedTuple):
 
     k: int
     saved_weights: dict[int, Locals]
+
+
+_stack: list["ReferenceType[Exchange]"] = []  # whose averages are in the place of weights, the last on top
+
+
+def any_swapped() -> bool:
+    """Tell whether averages of any EMA are in the place of weights."""
+    return bool(_stack)
 
 
 class Exchange:
@@ -56,6 +65,24 @@ class Exchange:
             raise RuntimeError(
                 f"{call} needs the weights, and averages are in their place: call swap() first"
             )
+
+    def check_not_covered(self, call: str) -> None:
+        """Raise if another EMA's averages are in the place of these weights, or of what is in their place.
+
+        Raises:
+            RuntimeError: They are.
+        """
+        for other in _stack[::-1]:
+            exchange = other()
+            if exchange is self:
+                return  # those below are covered by these
+            if exchange is None:
+                _stack.remove(other)
+            elif not self.values.memory().isdisjoint(exchange.values.memory()):
+                raise RuntimeError(
+                    f"{call} needs these values, and another EMA's averages are in the place of some: "
+                    "call its swap() first"
+                )
 
     # --- where averages and weights are -----------------------------------------------------------
 
@@ -111,6 +138,8 @@ class Exchange:
         if self.swapped is None:
             self._put_averages(k, count)
             return
+        if len(_stack) > 1:
+            self.check_not_covered("swap()")
         try:
             self._put_weights_back()
         except KeyboardInterrupt:
@@ -120,6 +149,7 @@ class Exchange:
     def resume(self, k: int, weights: dict[int, Locals], count: Count) -> None:
         """Put averages in the place of weights that were saved earlier, whatever the values are now."""
         self._buffers = self.values.held_buffers()
+        _stack.append(ref(self))
         self.swapped = Swapped(k, weights)
         for i, leaf in enumerate(self.values.leaves):
             leaf.assign(weights[i] if count.is_blank else self.average_of(k, i, count))
@@ -128,6 +158,7 @@ class Exchange:
         """Write averages into other values, or the values themselves, for good; see `EMA.copy_to`."""
         if others is None:
             self.check_not_swapped("copy_to()")
+            self.check_not_covered("copy_to()")
             self.values.check_own("copy_to()")
             self.values.check_exchange()
         targets = self.values.targets(others)
@@ -152,6 +183,7 @@ class Exchange:
         weights = {i: [copy(x) for x in leaves[i].local_arrays()] for i in apart}
         averages = {i: self.average_of(k, i, count) for i in apart}
         self._buffers = self.values.held_buffers()
+        _stack.append(ref(self))
         self.swapped = Swapped(k, weights)
         try:
             for i in apart:
@@ -170,6 +202,7 @@ class Exchange:
         for i, weights in self.swapped.saved_weights.items():
             self.values.leaves[i].assign(weights)
         self.swapped = None
+        _stack.remove(ref(self))
         self.values.exchanged()
         self.values.put_back(self._buffers)
 

@@ -316,6 +316,14 @@ class Values:
         """Tell whether all arrays are of the types, shapes and devices that they were of."""
         return [_signatures_of(local) for local in self.local_arrays()] == self.signatures
 
+    def memory(self) -> set[object]:
+        """Return what tells whether other values are these: objects and addresses."""
+        found: set[object] = {id(array) for array in self._arrays if array is not None}
+        for leaf in self.leaves:
+            if leaf.stable and not isinstance(leaf, Carried):
+                found.update(_memory_of(x) for x in leaf.local_arrays())
+        return found - {None}
+
     # --- checks -----------------------------------------------------------------------------------
 
     def check_own(self, call: str) -> None:

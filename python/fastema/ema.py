@@ -211,11 +211,12 @@ class EMA:
         if self._background is not None:
             self.wait()
         before, span = self._count, span if span == 1 else check_span(span)
-        parts, arrays = (parts.followed(), None) if values is None else parts.given(values)
+        parts, arrays, later = (parts.bound(), None, None) if values is None else parts.given(values)
         if not self._pace.averages_at(before.step + 1, before.clock + span):
             if not before.decays:
                 parts.passes.skip(arrays, before)
             self._parts, self._count = parts, before.skip(span)
+            parts.values.keep(later, arrays)
             return
         count = before.next(self._pace, span)
         if self._background is not None:
@@ -225,10 +226,12 @@ class EMA:
                 work = partial(work, non_finite, before.hold(span))
             self._background.start(work, before)
             self._count = count
+            parts.values.keep(later, arrays)
             return
         over = parts.passes.over(arrays, before)
         if non_finite != "average" and parts.passes.holds(over, non_finite):
             self._parts, self._count = parts, before.hold(span)
+            parts.values.keep(later, arrays)
             return
         self._count = count
         try:
@@ -237,8 +240,7 @@ class EMA:
             self._count = before
             raise
         self._parts = parts
-        if arrays is not None:
-            parts.values.passed(arrays)
+        parts.values.keep(later, arrays)
         if fence and parts.averages.on_host:
             self.fence()
 
@@ -321,6 +323,11 @@ class EMA:
         self._parts = parts = self._parts.followed()
         return parts
 
+    def _bound(self) -> Parts:
+        """Return the parts for the values that the last update was given."""
+        self._parts = parts = self._parts.bound()
+        return parts
+
     # --- swapping ---------------------------------------------------------------------------------
 
     @property
@@ -345,7 +352,7 @@ class EMA:
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()
-        self._followed().exchange.swap(k, self._count)
+        self._bound().exchange.swap(k, self._count)
 
     @contextmanager
     def swapped(self, k: int = 0) -> Iterator[None]:
@@ -401,7 +408,8 @@ class EMA:
         """
         self.wait()
         k = self._parts.averages.checked_index(k)
-        return self._followed().exchange.copy_to(values, k, self._count)
+        parts = self._bound() if values is None else self._followed()
+        return parts.exchange.copy_to(values, k, self._count)
 
     def rebind(self, values: Nested) -> None:
         """Go on with other arrays in the place of the values: of the same names and shapes.
@@ -451,7 +459,7 @@ class EMA:
             >>> sorted(ema.model_state_dict())
             ['bias', 'weight']
         """
-        module = self._followed().values.given
+        module = self._bound().values.given
         if not hasattr(module, "state_dict") or not hasattr(module, "named_parameters"):
             raise TypeError(
                 f"values must be a torch module for this, got {type(module).__name__}: use averages"

@@ -262,9 +262,6 @@ def test_other_types_are_refused_by_name(array, name, take):
     if take is TAKERS["EMA"][1] and array.dtype.name in ("complex128", "float8_e5m2"):
         pytest.skip("it is averaged by its parts, or copied")
     message = refused(array, "^" + re.escape(name), take)
-    if take is TAKERS["EMA.update"][1]:  # which says what it was at first
-        assert "must be of" in message
-        return
     assert re.search("must be (of )?float16, bfloat16, float32|must be able to hold", message)
     assert str(array.dtype) in message or repr(array.dtype) in message
 
@@ -304,9 +301,7 @@ def test_an_array_of_no_axes_is_an_array(dtype, tmp_path):
 def test_a_scalar_is_no_array_and_refused_by_name(name):
     called, take = TAKERS[name]
     argument = re.escape(called.partition("[")[0])
-    with pytest.raises(
-        TypeError, match=rf"^{argument}\S* must be .*array.* got (float32|one that is carried)"
-    ):
+    with pytest.raises(TypeError, match=rf"^{argument}\S* must be .*array.* got float32"):
         take(np.float32(3))
 
 

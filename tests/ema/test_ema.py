@@ -116,7 +116,7 @@ def test_new_values_are_known_by_their_place_and_key(rng):
         ([np.ones(3)], "values must be a mapping, got list"),
         ({"a": np.ones(3), "b": np.ones(3)}, r"values\['b'\] must be a sequence, got ndarray"),
         ({"a": np.ones(3), "b": []}, r"values\['b'\] must have 1 entries, got 0"),
-        ({"a": np.ones(3), "b": [np.ones(4)]}, r"values\['b.0'\] must have shape \(3,\), got \(4,\)"),
+        ({"a": np.ones(3), "b": [np.ones(4)]}, r"averages\['b.0'\] and values\['b.0'\] must have one size"),
     ],
 )
 def test_new_values_that_do_not_fit_are_refused_by_name(values, message):
@@ -233,7 +233,7 @@ def test_an_average_from_zeros_is_the_first_value_after_one_update_and_before():
 def test_a_first_update_from_zeros_that_fails_changes_nothing():
     weight = np.ones(3)
     ema = fastema.EMA([weight], 0.5, initial="zeros")
-    with pytest.raises(ValueError, match=r"must have shape \(3,\), got \(4,\)"):
+    with pytest.raises(ValueError, match="must have one size"):
         ema.update([np.ones(4)])
     assert ema.averages[0].tolist() == [1.0, 1.0, 1.0]
 

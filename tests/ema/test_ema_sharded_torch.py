@@ -297,7 +297,7 @@ rows = distribute_tensor(value, mesh, [Shard(0)])
 ema = fastema.EMA([rows], 0.5)
 with CommDebugMode() as made:
     for other in (*(distribute_tensor(value, mesh, [p]) for p in (Shard(1), Replicate())), value):
-        message = "values['0'] must be sharded, or whole, as it was at first"
+        message = "values must be sharded as at first, by (Shard(dim=0),)"
         refused(ValueError, message, lambda: ema.update([other]))
         refused(ValueError, "values['0'] must be sharded, or whole,", lambda: ema.copy_to([other]))
 assert ema.step == 0

@@ -47,6 +47,8 @@ def _parts_of(array: AnyArray, name: str) -> np.ndarray:
     """Return a view of a complex array that has an axis of its parts."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must lie in host memory, as it is complex: leave it out with only=")
+    if array.dtype.kind != "c":
+        raise TypeError(f"{name} must be complex, as it was at first, got {array.dtype}")
     real = array.real.dtype
     view: np.ndarray = np.lib.stride_tricks.as_strided(
         array.real, (*array.shape, 2), (*array.strides, real.itemsize), writeable=array.flags.writeable

@@ -78,7 +78,7 @@ class Parts(NamedTuple):
             RuntimeError: It holds arrays that cannot take the place of those that it held.
         """
         values = self.values
-        if self.exchange.swapped is not None:
+        if self.exchange.swapped is not None or values.later is not None:
             return self
         if not values.replaced():
             if not values.moving or not values.moving.moved():
@@ -89,8 +89,20 @@ class Parts(NamedTuple):
                 return self
         return Parts.of(values.given, self.options, self)
 
-    def given(self, others: Nested) -> tuple["Parts", list[Array] | None]:
-        """Return parts for what an update is given, and the arrays to read, if they are not the values.
+    def bound(self) -> "Parts":
+        """Return parts for the values that the last update was given, which are to be changed or read.
+
+        Raises:
+            RuntimeError: As for `followed`.
+        """
+        if self.values.later is None or self.exchange.swapped is not None:
+            return self.followed()
+        return Parts.of(self.values.later, self.options, self, call="update()")
+
+    def given(self, others: Nested) -> tuple["Parts", list[Array] | None, Nested]:
+        """Return parts for what an update is given, the arrays to read, and what holds them.
+
+        No arrays are returned where they are the values themselves.
 
         Raises:
             RuntimeError: They cannot take the place of the values.
@@ -100,20 +112,15 @@ class Parts(NamedTuple):
         if isinstance(others, Iterator):
             others = list(others)
         if values.is_container(others):
-            return self.followed(), None
+            values.forget()
+            return self.followed(), None, None
         try:
             arrays = values.matched(others)
         except ValueError:
             if not hasattr(others, "named_parameters"):
                 raise
-            return self._for(others), None  # whose buffers may come and go
-        if values.are_passed:
-            return self, arrays
+            return Parts.of(others, self.options, self, call="update()"), None, None  # buffers come and go
         if values.are_given(arrays):
-            return self.followed(), None
-        if not values.are_alike(arrays):
-            return self, arrays
-        return self._for(others), None
-
-    def _for(self, others: Nested) -> "Parts":
-        return Parts.of(others, self.options, self, call="update()")
+            values.forget()
+            return self.followed(), None, None
+        return self, arrays, others

@@ -174,7 +174,7 @@ class Tree:
         values = flax.state_of(values)
         if hasattr(values, "named_parameters"):
             return self._walk_module(values, name, found, left_out)
-        taken = None if isinstance(values, dict | list | tuple) else registered(values)
+        taken = None if values is None or isinstance(values, dict | list | tuple) else registered(values)
         if taken is not None or (isinstance(values, Iterable) and not isinstance(values, str | bytes)):
             in_tree = in_tree or taken is not None
             return self._walk_container(values, taken, name, found, left_out, in_tree=in_tree)

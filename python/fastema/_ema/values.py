@@ -41,7 +41,9 @@ class Values:
         local_names: Of each leaf, the names of its local arrays: several only where it is sharded.
         buffers: The names of a module's buffers.
         latest: Of each leaf the array that an update was given which averaged nothing; while none has.
-        elsewhere: Whether the last update was given others than these, which cannot be written.
+        later: What the last update was given, if that were others than these. They are not looked at until
+            they are asked for.
+        elsewhere: Whether the last update was given arrays of another library than these.
         moving: Where those leaves lie that can be given other memory.
     """
 
@@ -52,6 +54,7 @@ class Values:
         self.names: list[str] = []
         self.local_names: list[list[str]] = []
         self.latest: list[Array | None] | None = None
+        self.later: Nested | None = None
         self.elsewhere = False
         self._arrays: list[Array | None] = []  # of each value in the tree; None if it never changes
         self._places: list[int] = []  # of each value in the tree, its leaf
@@ -203,13 +206,25 @@ class Values:
             return [leaf.local_arrays() for leaf in self.leaves]
         return self._reader.local_arrays(sources)
 
-    def passed(self, arrays: list[Array]) -> None:
-        """Take notice that an update was given other arrays, which are not kept."""
-        self.elsewhere = not self._is_passed
+    def keep(self, later: Nested | None, arrays: list[Array] | None) -> None:
+        """Keep what an update was given, to be changed by a swap; nothing of what never changes."""
+        if arrays is None:
+            return
         for i in self._carried:
             leaf = self.leaves[i]
             assert isinstance(leaf, Carried)
             leaf.value = arrays[self._firsts[i]]
+        if not self._is_passed:
+            pairs = zip(arrays, self._arrays, strict=True)
+            self.elsewhere = any(
+                type(x) is not type(y) and _arrays.library_of(x) is not _arrays.library_of(y)
+                for x, y in pairs
+            )
+            self.later = None if self.elsewhere else later
+
+    def forget(self) -> None:
+        """Take notice that an update was given these values again."""
+        self.later, self.elsewhere = None, False
 
     # --- other arrays in their place ----------------------------------------------------------------
 
@@ -236,11 +251,6 @@ class Values:
         except ValueError:
             pass
         return True
-
-    def are_alike(self, arrays: list[Array]) -> bool:
-        """Tell whether arrays in order are of the libraries of those that are averaged already."""
-        pairs = zip(arrays, self._arrays, strict=True)
-        return all(_arrays.library_of(x) is _arrays.library_of(y) for x, y in pairs)
 
     def held_buffers(self) -> list[dict[str, Array]]:
         """Return which buffers a module's parts hold."""
@@ -327,7 +337,7 @@ class Values:
     # --- checks -----------------------------------------------------------------------------------
 
     def check_own(self, call: str) -> None:
-        """Raise if the last update was given what cannot be changed in the place of these.
+        """Raise if the last update was given what cannot take the place of these.
 
         Raises:
             RuntimeError: It was.

@@ -453,11 +453,9 @@ class EMA:
             TypeError: The values are no module.
 
         Example:
-            >>> import fastema, torch
-            >>> model = torch.nn.Linear(2, 1)
-            >>> ema = fastema.EMA(model, 0.9)
-            >>> sorted(ema.model_state_dict())
-            ['bias', 'weight']
+            To keep the averages, as any reader of the model's files does::
+
+                torch.save(ema.model_state_dict(), "model.pt")
         """
         module = self._bound().values.given
         if not hasattr(module, "state_dict") or not hasattr(module, "named_parameters"):

@@ -96,7 +96,8 @@ def test_mirrored_weights_and_averages_change_places_outside_of_the_scope_and_ar
 def test_statistics_that_differ_between_replicas_are_averaged_from_their_mean():
     """Each replica normalises its own part of a batch; the original's averages of these drift apart."""
     output_of("""
-        from distributed import assert_replicas_agree, differ, mirrored, replicas_of, step_of, train
+        from distributed import as_averaged, assert_replicas_agree, differ, mirrored, replicas_of
+        from distributed import step_of, train
         import tensorflow as tf
         from keras_replay import *
 
@@ -111,7 +112,7 @@ def test_statistics_that_differ_between_replicas_are_averaged_from_their_mean():
         with strategy.scope():
             model, optimizer = small_model(), wrap(trainable_weights_only=False)
             optimizer.shadow_copy(model)
-        weights = [v for v in model.variables if v.dtype == "float32"]
+        weights = [v for v in as_averaged(model) if v.dtype == "float32"]
         assert len(weights) == 8
         steps = train(strategy, step_of(model, optimizer), [Mean(v) for v in weights])
         assert sum(differ(v) for v in weights) == 2
@@ -253,7 +254,7 @@ def test_workers_of_multi_worker_mirrored_strategy_hold_the_same_averages(tmp_pa
         import sys
         import tensorflow as tf
         strategy = tf.distribute.MultiWorkerMirroredStrategy()  # before any operation
-        from distributed import replicas_of, step_of, train
+        from distributed import as_averaged, replicas_of, step_of, train
         import tensorflow as tf
         from keras_replay import *
 
@@ -261,7 +262,7 @@ def test_workers_of_multi_worker_mirrored_strategy_hold_the_same_averages(tmp_pa
             model, optimizer = small_model(), wrap(trainable_weights_only=False)
             optimizer.shadow_copy(model)
             optimizer.build(model.trainable_variables)
-        weights = [v for v in model.variables if v.dtype == "float32"]
+        weights = [v for v in as_averaged(model) if v.dtype == "float32"]
         steps = train(strategy, step_of(model, optimizer), weights)
         averages = averages_of(optimizer)
         assert len(averages) == len(weights) == 8

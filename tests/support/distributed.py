@@ -58,6 +58,11 @@ def train(strategy, step, variables, graph=True, epochs=2):
     return recorded
 
 
+def as_averaged(model):
+    """Return the variables of a model in the order of their averages: those that are trained come first."""
+    return [*model.trainable_variables, *model.non_trainable_variables]
+
+
 def replicas_of(variable):
     """Return the value of a variable in each replica of this process."""
     native = getattr(variable, "_value", variable)

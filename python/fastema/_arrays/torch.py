@@ -134,9 +134,7 @@ class _Tensor(Leaf):
         return self.to_library([array])
 
     def from_state(self, array: AnyArray, name: str) -> AnyArray:
-        if _is_dtensor(array):
-            array = _whole_of(array, name)
-        return array_of(array.cpu()) if library.owns(array) else array
+        return plain(array, name)
 
     def written(self) -> None:
         # or a backward pass through what was there before would be wrong, and say nothing
@@ -244,6 +242,13 @@ def _check_own(tensor: AnyArray, name: str) -> None:
             f"{name} must be the part of process {rank}, got that of another: have each process load its "
             "own, as torch.distributed.checkpoint does"
         )
+
+
+def plain(array: AnyArray, name: str) -> AnyArray:
+    """Return a tensor of a state as NumPy's array, a DTensor as a whole; other arrays as they are."""
+    if not library.owns(array):
+        return array
+    return array_of((_whole_of(array, name) if _is_dtensor(array) else array).cpu())
 
 
 def _whole_of(tensor: AnyArray, name: str) -> AnyArray:

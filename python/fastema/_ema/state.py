@@ -9,6 +9,7 @@ import numpy as np
 from .. import _arrays
 from .._arrays import Leaf
 from .._arrays.shards import Shards
+from .._arrays.torch import plain
 from .._types import Array, check_count, check_share
 from ..checkpoint import _sets
 from ..checkpoint._replace import StrPath
@@ -159,7 +160,7 @@ class State:
 
         def local(arrays: _Named) -> _Named:
             return {
-                name: leaves[name].from_state(x, f"state[{name!r}]") if name in leaves else x
+                name: plain(leaves[name].from_state(x, f"state[{name!r}]") if name in leaves else x, name)
                 for name, x in arrays.items()
             }
 

@@ -351,8 +351,9 @@ class Averages:
 
     def _name_loaded(self) -> None:
         """Average what the file says that was named, if it says so and nobody named anything here."""
-        if not self._places or (places := self._loaded.pop("named", None)) is None:
+        if not self._places or "named" not in self._loaded:
             return
+        places = self._loaded.pop("named")
         if self._shadowed() is None:
             listed = [self._trained[place] for place in places]
             self._shadowed = lambda: listed

@@ -179,8 +179,7 @@ class EMA:
                 in its average for ever. ``"average"``: not to look. ``"raise"``: an error that names the
                 value. ``"skip"``: count the step and its time, and neither average nor copy anything; the
                 next update that averages has the decay of all the time since the last one, as with `every`.
-                All values are looked at before any average moves, by one more read of them; at updates that
-                average, and in host memory alone. What is copied is not looked at.
+                All that is averaged is looked at first, by one more read of it, in host memory alone.
 
         Raises:
             FloatingPointError: A value is not finite, and `non_finite` is ``"raise"``. Nothing has changed.
@@ -189,16 +188,6 @@ class EMA:
                 the device, and some averages may have moved.
             ValueError: The values do not fit those given at first; or `non_finite` is to look at values on a
                 CUDA device, or sharded over processes. Nothing has changed then.
-
-        Example:
-            >>> import fastema, numpy as np
-            >>> weights = {"w": np.zeros(2)}
-            >>> ema = fastema.EMA(weights, decay=0.5)
-            >>> for number in (np.nan, 4.0):
-            ...     weights["w"][:] = number
-            ...     ema.update(non_finite="skip")
-            >>> ema.averages["w"], ema.step  # of two steps: 4 - 0.5**2 * 4
-            (array([3., 3.]), 2)
         """
         parts = self._parts
         if non_finite != "average":
@@ -320,13 +309,13 @@ class EMA:
 
     def _followed(self) -> Parts:
         """Return the parts for what holds the values by now."""
-        self._parts = parts = self._parts.followed()
-        return parts
+        self._parts = self._parts.followed()
+        return self._parts
 
     def _bound(self) -> Parts:
         """Return the parts for the values that the last update was given."""
-        self._parts = parts = self._parts.bound()
-        return parts
+        self._parts = self._parts.bound()
+        return self._parts
 
     # --- swapping ---------------------------------------------------------------------------------
 
@@ -429,8 +418,7 @@ class EMA:
         Example:
             >>> import fastema, numpy as np
             >>> ema = fastema.EMA({"w": np.zeros(2)}, 0.5)
-            >>> loaded = {"w": np.ones(2)}
-            >>> ema.rebind(loaded)
+            >>> ema.rebind({"w": np.ones(2)})
             >>> ema.update()
             >>> ema.averages["w"]
             array([0.5, 0.5])
@@ -444,33 +432,30 @@ class EMA:
     def model_state_dict(self) -> dict[str, Any]:
         """Return a copy of a torch module's state dict with averages in it, in the weights' own types.
 
-        It is what ``module.state_dict()`` is while averages are in the place of the weights, so tied
-        weights, buffers, extra state and hooks are as the module has them, and its ``load_state_dict`` takes
-        it. A module that was given in wrappers, as of torch.compile or DDP, is meant itself.
+        It is what ``module.state_dict()`` is inside `swapped`: tied weights, buffers, extra state and hooks
+        are the module's own, and its ``load_state_dict`` takes it. Wrappers, as of DDP, are looked through.
 
         Raises:
             RuntimeError: As for `swap`.
             TypeError: The values are no module.
 
         Example:
-            To keep the averages, as any reader of the model's files does::
+            To keep the averages::
 
                 torch.save(ema.model_state_dict(), "model.pt")
         """
         module = self._bound().values.given
         if not hasattr(module, "state_dict") or not hasattr(module, "named_parameters"):
-            raise TypeError(
-                f"values must be a torch module for this, got {type(module).__name__}: use averages"
-            )
+            raise TypeError(f"values must be a torch module, got {type(module).__name__}: use averages")
         if self.is_swapped:
             return copied_state(module)
         with self.swapped():
             return copied_state(module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of all that is needed to go on: NumPy arrays and plain values.
+        """Return copies of all that is needed to go on: of torch's values tensors, else NumPy arrays.
 
-        Of sharded values it holds the shards that are here, several of one value as ``name/0``, ``name/1``.
+        Of sharded values the shards that are here: DTensors, or several as ``name/0``, ``name/1``.
 
         Returns:
             A dictionary: ``"averages"`` and ``"carries"`` (for each decay a dictionary of names and arrays),

@@ -149,13 +149,12 @@ class _Making:
         before: tuple[Values, Averages] | None,
     ) -> None:
         self._values, self._local_arrays, self._form, self._before = values, local_arrays, form, before
-        self._taken: set[int] = (
-            set()
-        )  # arrays that were taken over already: weights that were one are two now
-        self._wanted: list[tuple[Array, DType, bool]] = []  # where each new array lies, its type
-        self._fill: list[
-            tuple[Locals, Array | None]
-        ] = []  # the list that it goes to, and what it begins with
+        # arrays that were taken over already: weights that were one may be two now
+        self._taken: set[int] = set()
+        # of each new array what it lies beside, its type and whether it is kept on the host; then the list
+        # that it goes to, and what it begins with
+        self._wanted: list[tuple[Array, DType, bool]] = []
+        self._fill: list[tuple[Locals, Array | None]] = []
 
     def copies(self, i: int) -> Locals:
         old = None if self._before is None else self._before[1].copied_of(self._old(i))

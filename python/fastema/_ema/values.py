@@ -113,6 +113,7 @@ class Values:
                 f"values must hold an array that can be averaged or copied, and there is none in "
                 f"{sorted(self._tree.names)}"
             )
+        self._leaf_of = dict(zip(self._tree.names, self._places, strict=True))
         self.signatures = [_signatures_of(local) for local in found]
         self._reader = _arrays.Reader(self.leaves)
         self._carried = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Carried)]
@@ -278,8 +279,7 @@ class Values:
 
     def leaf_named(self, name: str) -> int | None:
         """Return the leaf that a value of some name is."""
-        found = dict(zip(self._tree.names, self._places, strict=True))
-        return found.get(name)
+        return self._leaf_of.get(name)
 
     def check_follows(self, before: "Values", *, call: str | None) -> None:
         """Raise if these cannot take the place of others.

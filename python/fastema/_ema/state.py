@@ -145,6 +145,16 @@ class State:
             config=config,
         )
 
+    def _with(self, change: Callable[[_Named], _Named]) -> "State":
+        """Return the state with what a function makes of each dictionary of arrays."""
+        return replace(
+            self,
+            averages=[change(arrays) for arrays in self.averages],
+            carries=[change(arrays) for arrays in self.carries],
+            copied=change(self.copied),
+            values=change(self.values),
+        )
+
     def local(self, exchange: Exchange) -> "State":
         """Return the state with NumPy's arrays in the place of tensors, those that this process has parts of.
 
@@ -164,13 +174,7 @@ class State:
                 for name, x in arrays.items()
             }
 
-        return replace(
-            self,
-            averages=[local(arrays) for arrays in self.averages],
-            carries=[local(arrays) for arrays in self.carries],
-            copied=local(self.copied),
-            values=local(self.values),
-        )
+        return self._with(local)
 
     def cut(self, exchange: Exchange) -> "State":
         """Return the state with those parts of whole arrays that this EMA's local arrays are of.
@@ -190,13 +194,7 @@ class State:
                 for part, block in places.get(name, {name: None}).items()
             }
 
-        return replace(
-            self,
-            averages=[cut(arrays) for arrays in self.averages],
-            carries=[cut(arrays) for arrays in self.carries],
-            copied=cut(self.copied),
-            values=cut(self.values),
-        )
+        return self._with(cut)
 
     def fitted(self, exchange: Exchange) -> "Fitted":
         """Check that an EMA can go on from this state, and change nothing.

@@ -6,6 +6,7 @@
 namespace bindings {
 
 void bind_pairs(pybind11::module_& m);
+void bind_interrupts(pybind11::module_& m);
 void bind_contents(pybind11::module_& m);
 void bind_build(pybind11::module_& m);
 

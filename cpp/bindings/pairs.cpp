@@ -32,26 +32,33 @@ class Pairs {
   std::size_t size() const { return checked_.pairs.size() / terms_.averages_per_value; }
 
   // `decay`: a number, or a sequence of as many as averages share a value.
-  void update(const py::handle& decay, const py::handle& threads, bool stochastic,
-              const py::handle& seed, const py::handle& step) const {
+  // `done`: see `store`.
+  void update(const py::handle& decay, const py::handle& threads, const py::object& done,
+              const py::object& now, bool stochastic, const py::handle& seed,
+              const py::handle& step) const {
     check_verb(Verb::update, "update");
     const std::vector<double> decays = decays_of(decay, terms_.averages_per_value);
     const fastema::Options options{threads_of(threads), stochastic, count_of(seed, "seed"),
                                    count_of(step, "step")};
     check_unmoved();
+    check_storable(done);
     without_lock([&] { fastema::update(checked_.pairs, decays, options); });
+    store(done, now);
   }
 
   // The same for what most calls are, without what that does not need.
-  void update_to_nearest(const py::handle& decay, const py::handle& threads) const {
+  void update_to_nearest(const py::handle& decay, const py::handle& threads, const py::object& done,
+                         const py::object& now) const {
     if (terms_.averages_per_value != 1) {
-      return update(decay, threads, false, py::int_(0), py::int_(0));
+      return update(decay, threads, done, now, false, py::int_(0), py::int_(0));
     }
     check_verb(Verb::update, "update");
     const double one = decay_of(decay);
     const fastema::Options options{.threads = threads_of(threads)};
     check_unmoved();
+    check_storable(done);
     without_lock([&] { fastema::update(checked_.pairs, {&one, 1}, options); });
+    store(done, now);
   }
 
   void swap(const py::handle& threads_object) const {
@@ -104,6 +111,18 @@ class Pairs {
     if (checked_.bytes < kBrief) return body();
     const py::gil_scoped_release release;
     body();
+  }
+
+  static void check_storable(const py::object& done) {
+    if (done.is_none() || (PyList_Check(done.ptr()) && PyList_GET_SIZE(done.ptr()) == 1)) return;
+    throw py::type_error("done must be a list of one item, or None");
+  }
+
+  // Makes something a list's only item when averages have moved, and only then: Python's next
+  // instruction may never run, for an interrupt comes up before it.
+  static void store(const py::object& done, const py::object& now) {
+    if (done.is_none()) return;
+    if (PyList_SetItem(done.ptr(), 0, now.inc_ref().ptr()) != 0) throw py::error_already_set();
   }
 
   void check_verb(Verb verb, const char* name) const {
@@ -166,21 +185,24 @@ std::vector<double> check_numbers(const py::handle& decay, const py::handle& thr
 void bind_pairs(py::module_& m) {
   const auto averages = py::arg("averages"), values = py::arg("values");
   const auto carries = py::arg("carries") = py::list();
+  const auto decay = py::arg("decay");
+  const auto threads = py::arg("threads") = 0;
+  const auto done = py::arg("done") = py::none(), now = py::arg("now") = py::none();
   const auto terms = py::arg("terms") = py::dict();  // faster than keywords, by half a microsecond
   py::class_<Pairs>(m, "Pairs")
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::dict&,
                     const py::kwargs&>(),
            averages, values, carries, terms)
       .def("__len__", &Pairs::size)
-      .def("update", &Pairs::update_to_nearest, py::arg("decay"), py::arg("threads") = 0)
-      .def("update", &Pairs::update, py::arg("decay"), py::arg("threads"), py::arg("stochastic"),
-           py::arg("seed"), py::arg("step"))
-      .def("swap", &Pairs::swap, py::arg("threads") = 0)
-      .def("copy", &Pairs::copy, py::arg("threads") = 0)
-      .def("first_non_finite", &Pairs::first_non_finite, py::arg("threads") = 0);
+      .def("update", &Pairs::update_to_nearest, decay, threads, done, now)
+      .def("update", &Pairs::update, decay, threads, done, now, py::kw_only(),
+           py::arg("stochastic"), py::arg("seed"), py::arg("step"))
+      .def("swap", &Pairs::swap, threads)
+      .def("copy", &Pairs::copy, threads)
+      .def("first_non_finite", &Pairs::first_non_finite, threads);
   m.def("check", check_alone, averages, values, carries);
-  m.def("check_numbers", check_numbers, py::arg("decay"), py::arg("threads") = 0,
-        py::arg("seed") = 0, py::arg("step") = 0, py::kw_only(), py::arg("averages_per_value") = 1);
+  m.def("check_numbers", check_numbers, decay, threads, py::arg("seed") = 0, py::arg("step") = 0,
+        py::kw_only(), py::arg("averages_per_value") = 1);
 }
 
 }  // namespace bindings

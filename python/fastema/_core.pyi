@@ -1,12 +1,15 @@
 """The native core as Python sees it. Arrays are NumPy's; everything is checked before anything changes."""
 
-from collections.abc import Sequence
-from typing import Any, Unpack, overload
+from collections.abc import Callable, Sequence
+from threading import RLock
+from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 
 from ._arrays import Descriptor
 from ._types import Terms
+
+T = TypeVar("T")
 
 class Pairs:
     """Averages and values that were checked once and are kept alive."""
@@ -21,14 +24,40 @@ class Pairs:
     ) -> None: ...
     def __len__(self) -> int: ...
     @overload
-    def update(self, decay: float | Sequence[float], threads: int = 0) -> None: ...
+    def update(
+        self,
+        decay: float | Sequence[float],
+        threads: int = 0,
+        done: list[Any] | None = None,
+        now: object = None,
+    ) -> None:
+        """Move averages, and make `now` the only item of `done` if they have moved, and only then."""
+
     @overload
     def update(
-        self, decay: float | Sequence[float], threads: int, stochastic: bool, seed: int, step: int
+        self,
+        decay: float | Sequence[float],
+        threads: int = 0,
+        done: list[Any] | None = None,
+        now: object = None,
+        *,
+        stochastic: bool,
+        seed: int,
+        step: int,
     ) -> None: ...
     def swap(self, threads: int = 0) -> None: ...
     def copy(self, threads: int = 0) -> None: ...
     def first_non_finite(self, threads: int = 0) -> int | None: ...
+
+class Scope:
+    """A context manager whose `leave` runs to its end whenever `enter` has begun, whatever interrupts it.
+
+    Neither is given anything; `leave` finds out what is to be undone.
+    """
+
+    def __init__(self, enter: Callable[[], object], leave: Callable[[], object]) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *raised: object) -> None: ...
 
 class Contents:
     """Dictionaries and lists with the objects that they held, to notice others."""
@@ -39,6 +68,9 @@ class Contents:
 
     def accept(self) -> None:
         """Take what they hold now for right."""
+
+def locked(lock: RLock, call: Callable[..., T], *arguments: object) -> T:
+    """Return what a call returns that is made while a lock is held; no interrupt keeps it held."""
 
 def check(
     averages: list[np.ndarray] | list[Descriptor],

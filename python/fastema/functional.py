@@ -265,7 +265,7 @@ class Pairs:
         elif rounding == "stochastic" and self._compensated:
             raise ValueError("rounding must be 'nearest' where averages have carries, got 'stochastic'")
         elif rounding in ("nearest", "stochastic"):
-            self._native.update(decay, threads, rounding == "stochastic", seed, step)
+            self._native.update(decay, threads, stochastic=rounding == "stochastic", seed=seed, step=step)
         else:
             raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
 
@@ -303,6 +303,26 @@ class Pairs:
         if not isinstance(self._native, _core.Pairs):
             raise ValueError("pairs must lie in host memory to be looked at, and lie on a CUDA device")
         return self._native.first_non_finite(threads)
+
+    def _move(
+        self, decay: Any, threads: int, done: list[Any], now: object, *, seed: int | None, step: int
+    ) -> None:
+        """Update as `EMA` does.
+
+        Args:
+            decay: As for `update`.
+            threads: As for `update`.
+            done: A list of one item, which becomes `now` if averages have moved, and only then.
+            now: That item.
+            seed: Of stochastic rounding. None: averages are rounded to nearest.
+            step: As for `update`.
+        """
+        if self._watched is not None:
+            self._check_unmoved()
+        if seed is None:
+            self._native.update(decay, threads, done, now)
+        else:
+            self._native.update(decay, threads, done, now, stochastic=True, seed=seed, step=step)
 
     @property
     def _is_on_host(self) -> bool:

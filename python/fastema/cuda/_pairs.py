@@ -117,11 +117,21 @@ class DevicePairs:
     # --- the verbs --------------------------------------------------------------------------------
 
     def update(
-        self, decay: Any, threads: int = 0, stochastic: bool = False, seed: int = 0, step: int = 0
+        self,
+        decay: Any,
+        threads: int = 0,
+        done: list[Any] | None = None,
+        now: object = None,
+        *,
+        stochastic: bool = False,
+        seed: int = 0,
+        step: int = 0,
     ) -> None:
         """As `_core.Pairs.update`; `decay` may be a `Schedule`."""
         with self._lock:
             self._update(decay, threads, stochastic, seed, step)
+            if done is not None:
+                done[0] = now
 
     def _update(self, decay: Any, threads: int, stochastic: bool, seed: int, step: int) -> None:
         lists = self._lists

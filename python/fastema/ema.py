@@ -1,7 +1,7 @@
 """Averages of a model's weights for training loops of one's own: two lines in any framework."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, NoReturn
 
@@ -10,12 +10,12 @@ from numpy.typing import DTypeLike
 from . import _arrays
 from ._arrays.torch import copied_state
 from ._ema.averages import Form
-from ._ema.background import Background
-from ._ema.count import Count, Pace, check_span
-from ._ema.exchange import any_swapped
+from ._ema.background import Background, Task
+from ._ema.count import Count, Now, Pace, check_span, settled
+from ._ema.exchange import Swapping, any_swapped
 from ._ema.mapping import check_not_loaded_from
 from ._ema.parts import Options, Parts
-from ._ema.passes import Held, NonFinite
+from ._ema.passes import NonFinite
 from ._ema.state import State
 from ._ema.tree import Buffers, Nested, Only, Selection
 from ._types import Array, Decay, check_choice, check_count, float_type
@@ -146,7 +146,7 @@ class EMA:
             values, Options(Selection(buffers, only), form, background, stochastic, threads)
         )
         self._background = Background() if background else None
-        self._count = Count.at_start(len(self._pace.decays), zeros=initial == "zeros")
+        self._now: Now = [Count.at_start(len(self._pace.decays), zeros=initial == "zeros")]
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -199,37 +199,35 @@ class EMA:
             parts.exchange.check_not_covered("update()")
         if self._background is not None:
             self.wait()
-        before, span = self._count, span if span == 1 else check_span(span)
+        before, span = self._settled(), span if span == 1 else check_span(span)
         parts, arrays, later = (parts.bound(), None, None) if values is None else parts.given(values)
-        if not self._pace.averages_at(before.step + 1, before.clock + span):
-            if not before.decays:
-                parts.passes.skip(arrays, before)
-            self._parts, self._count = parts, before.skip(span)
-            parts.values.keep(later, arrays)
-            return
-        count = before.next(self._pace, span)
-        if self._background is not None:
-            sources = parts.values.sources(arrays)
-            work = partial(parts.passes.average, sources, before, count)
-            if non_finite != "average":
-                work = partial(work, non_finite, before.hold(span))
-            self._background.start(work, before)
-            self._count = count
-            parts.values.keep(later, arrays)
-            return
-        over = parts.passes.over(arrays, before)
-        if non_finite != "average" and parts.passes.holds(over, non_finite):
-            self._parts, self._count = parts, before.hold(span)
-            parts.values.keep(later, arrays)
-            return
-        self._count = count
+        passes, now = parts.passes, self._now
         try:
-            parts.passes.move(over, before, count)
-        except Exception:  # no interrupt: that comes up when native code has moved them
-            self._count = before
+            if not self._pace.averages_at(before.step + 1, before.clock + span):
+                copied = None if before.decays else passes.only_copied(arrays, before)
+                self._parts = parts
+                parts.values.keep(later, arrays)
+                passes.skip(copied, before.skip(span), now)
+                return
+            count = before.next(self._pace, span)
+            if self._background is not None:
+                now = [before]
+                work = partial(passes.average, parts.values.sources(arrays), before, count, now)
+                work = partial(work, non_finite=non_finite, held=before.hold(span))
+                parts.values.keep(later, arrays)
+                self._background.start(Task(work, now, count))
+                return
+            over = passes.over(arrays, before)
+            held = non_finite != "average" and passes.holds(over, non_finite)
+            self._parts = parts
+            parts.values.keep(later, arrays)
+            if held:
+                now[0] = before.hold(span)
+            else:
+                passes.move(over, before, count, now)
+        except BaseException:
+            self._settled()
             raise
-        self._parts = parts
-        parts.values.keep(later, arrays)
         if fence and parts.averages.on_host:
             self.fence()
 
@@ -263,29 +261,36 @@ class EMA:
             RuntimeError: An update of averages in host memory failed beside the device; some may have moved.
         """
         self._parts.passes.wait()
-        failed = self._background.join() if self._background is not None else None
-        if failed is not None:
-            error, self._count = failed
-            if not isinstance(error, Held):
-                raise error
-            self._count = error.count or self._count
+        if self._background is None or (task := self._background.pending) is None:
+            return
+        error = task.error()
+        self._now = task.now
+        self._background.forget()
+        if error is not None:
+            raise error
+
+    def _settled(self) -> Count:
+        """Return how far averaging has come, when what an interrupt left is done."""
+        if self._background is not None and (task := self._background.pending) is not None:
+            return task.after
+        return settled(self._now)
 
     # --- averages ---------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
         """The number of updates seen."""
-        return self._count.step
+        return self._settled().step
 
     @property
     def clock(self) -> float:
         """The time that has passed: the sum of all spans, and so equal to `step` where none was given."""
-        return self._count.clock
+        return self._settled().clock
 
     @property
     def decay(self) -> float | tuple[float, ...] | None:
         """The decay last used, of all steps taken at once; of several averages, a tuple; None before."""
-        decays = self._count.decays
+        decays = self._settled().decays
         if not decays:
             return None
         return decays if self._pace.several else decays[0]
@@ -305,7 +310,7 @@ class EMA:
         """Return the averages of the k-th decay, as `averages`."""
         k = self._parts.averages.checked_index(k)
         self.wait()
-        return self._followed().exchange.nested(k, self._count)
+        return self._followed().exchange.nested(k, self._settled())
 
     def _followed(self) -> Parts:
         """Return the parts for what holds the values by now."""
@@ -341,10 +346,9 @@ class EMA:
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()
-        self._bound().exchange.swap(k, self._count)
+        self._bound().exchange.swap(k, self._settled())
 
-    @contextmanager
-    def swapped(self, k: int = 0) -> Iterator[None]:
+    def swapped(self, k: int = 0) -> AbstractContextManager[None]:
         """Put averages in the place of the weights within a ``with`` statement.
 
         The weights come back on every way out, bit for bit.
@@ -365,14 +369,15 @@ class EMA:
             ...     print(weight)
             [0.5 0.5]
         """
-        if self.is_swapped:
-            raise RuntimeError("swapped() cannot be entered while averages are in the place of the weights")
-        try:
-            self.swap(k)
-            yield
-        finally:
-            if self.is_swapped:
-                self.swap()
+        return Swapping(partial(self._enter, k), self._leave)
+
+    def _enter(self, k: int, begun: list[bool]) -> None:
+        self.wait()
+        self._bound().exchange.enter(k, self._settled(), begun)
+
+    def _leave(self, begun: list[bool]) -> None:
+        if begun and self.is_swapped:
+            self.swap()
 
     def copy_to(self, values: Nested | None = None, k: int = 0) -> Nested:
         """Write averages into values, for good.
@@ -398,7 +403,7 @@ class EMA:
         self.wait()
         k = self._parts.averages.checked_index(k)
         parts = self._bound() if values is None else self._followed()
-        return parts.exchange.copy_to(values, k, self._count)
+        return parts.exchange.copy_to(values, k, self._settled())
 
     def rebind(self, values: Nested) -> None:
         """Go on with other arrays in the place of the values: of the same names and shapes.
@@ -574,12 +579,12 @@ class EMA:
     def _state(self, contents: Callable[[_arrays.Leaf, Array], Array]) -> State:
         self.wait()
         config = {key: self._config[key] for key in ("every", "start_step", "rounding", "seed")}
-        return State.of(self._followed().exchange, self._count, config, contents)
+        return State.of(self._followed().exchange, self._settled(), config, contents)
 
     def _restore(self, state: State) -> None:
-        exchange = self._followed().exchange
-        fitted = state.fitted(exchange)
-        fitted.write()
-        self._count = state.count
-        if state.swapped is not None:
-            exchange.resume(state.swapped, fitted.weights, state.count)
+        fitted = state.fitted(exchange := self._followed().exchange)
+        try:
+            fitted.go_on(exchange, self._now)
+        except BaseException:  # in part, but by no interrupt
+            fitted.go_on(exchange, self._now)
+            raise

@@ -128,7 +128,12 @@ def test_an_update_returns_before_the_average_is_done_and_readers_wait(jnp, monk
     values = jax_values(jnp, 0)
     ema = fastema.EMA(values, 0.5, background=True)
     go, average = threading.Event(), ema._parts.passes.average
-    monkeypatch.setattr(ema._parts.passes, "average", lambda *work: (go.wait(), average(*work)))
+
+    def held(*work, **how):
+        go.wait()
+        average(*work, **how)
+
+    monkeypatch.setattr(ema._parts.passes, "average", held)
     new = jax_values(jnp, 1)
     ema.update(new)  # would wait for ever, were it not in the background
     threading.Timer(0.05, go.set).start()

@@ -194,14 +194,14 @@ def test_wherever_a_swap_is_interrupted_the_weights_come_back(weights, arguments
 def test_an_interrupt_as_native_code_returns_is_of_an_update_that_was_done(weights, monkeypatch):
     weights = weights[2:4]
     ema, other = (fastema.EMA(weights, 0.9, initial="zeros") for _ in range(2))
-    update = fastema.Pairs.update
+    move = fastema.Pairs._move
 
     def interrupted(*arguments, **options):
-        update(*arguments, **options)
+        move(*arguments, **options)
         raise KeyboardInterrupt
 
     for _ in range(2):
-        monkeypatch.setattr(fastema.Pairs, "update", interrupted)
+        monkeypatch.setattr(fastema.Pairs, "_move", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ema.update()
         monkeypatch.undo()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 from .. import schedules
 from .._types import Decay, check_count, check_decay, check_share
@@ -132,6 +132,24 @@ class Count(NamedTuple):
         """Return what the k-th averages are to be divided by where they are shown."""
         product = self.products[k]
         return 1.0 if product == 1.0 else 1.0 - product
+
+
+class Rest(Protocol):
+    """What an interrupt left to do of an update."""
+
+    def finish(self, now: "Now") -> None:
+        """Do it, and have `now` hold the count after it."""
+
+
+Now: TypeAlias = "list[Count | Rest]"
+"""How far averaging has come: the only item of a list, which native code changes as averages move."""
+
+
+def settled(now: Now) -> Count:
+    """Return how far averaging has come, when all that was begun is done."""
+    while not isinstance(found := now[0], Count):
+        found.finish(now)
+    return found
 
 
 def check_span(span: object, name: str = "span") -> float:

@@ -1,11 +1,16 @@
 """Weights out, averages in, and back: bit for bit, from wherever it was interrupted."""
 
+import os
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from functools import partial
+from threading import RLock, get_ident
 from typing import NamedTuple
 from weakref import ReferenceType, ref
 
 import numpy as np
 
-from .. import _arrays
+from .. import _arrays, _core
 from .._types import Array
 from ..functional import paired
 from .averages import Averages, shown
@@ -26,12 +31,50 @@ class Swapped(NamedTuple):
     saved_weights: dict[int, Locals]
 
 
-_stack: list["ReferenceType[Exchange]"] = []  # whose averages are in the place of weights, the last on top
+class _Covering(NamedTuple):
+    """Averages are, or were, in the place of weights.
+
+    Attributes:
+        exchange: Whose.
+        thread: Which put them there.
+    """
+
+    exchange: "ReferenceType[Exchange]"
+    thread: int
+
+
+_stack: list[_Covering] = []  # the last on top; some of them are gone, or have their weights back
+_lock = RLock()  # while contents are exchanged, which others might exchange, too
+if hasattr(os, "register_at_fork"):  # no child is born in the midst of it
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def any_swapped() -> bool:
-    """Tell whether averages of any EMA are in the place of weights."""
+    """Tell whether averages of any EMA are in the place of weights, or were lately."""
     return bool(_stack)
+
+
+def _forget_the_gone() -> None:
+    for covering in [*_stack]:
+        if covering.exchange() is None:
+            _stack.remove(covering)
+
+
+class Swapping(_core.Scope, ContextDecorator):
+    """Averages are in the place of the weights within a ``with`` statement; see `EMA.swapped`.
+
+    Args:
+        enter: Puts them there, and adds to the list that it is given when that has begun.
+        leave: Puts the weights back, if that list has an item.
+    """
+
+    def __init__(self, enter: Callable[[list[bool]], None], leave: Callable[[list[bool]], None]) -> None:
+        begun: list[bool] = []
+        super().__init__(partial(enter, begun), partial(leave, begun))
+        self._makers = enter, leave
+
+    def _recreate_cm(self) -> "Swapping":
+        return Swapping(*self._makers)
 
 
 class Exchange:
@@ -72,17 +115,35 @@ class Exchange:
         Raises:
             RuntimeError: They are.
         """
-        for other in _stack[::-1]:
-            exchange = other()
+        for covering in _stack[::-1]:
+            exchange = covering.exchange()
             if exchange is self:
                 return  # those below are covered by these
-            if exchange is None:
-                _stack.remove(other)
-            elif not self.values.memory().isdisjoint(exchange.values.memory()):
+            if exchange is not None and exchange.swapped is not None and self._meets(exchange):
                 raise RuntimeError(
                     f"{call} needs these values, and another EMA's averages are in the place of some: "
                     "call its swap() first"
                 )
+        _forget_the_gone()
+
+    def _check_thread(self) -> None:
+        """Raise if another thread has put averages in the place of some weights.
+
+        Raises:
+            RuntimeError: It has.
+        """
+        for covering in _stack:
+            exchange = covering.exchange()
+            if exchange is None or exchange.swapped is None or covering.thread == get_ident():
+                continue
+            if self._meets(exchange):
+                raise RuntimeError(
+                    "swap() needs these values, and another thread has put another EMA's averages in the "
+                    "place of some: evaluate one after the other"
+                )
+
+    def _meets(self, other: "Exchange") -> bool:
+        return not self.values.memory().isdisjoint(other.values.memory())
 
     # --- where averages and weights are -----------------------------------------------------------
 
@@ -135,22 +196,35 @@ class Exchange:
 
     def swap(self, k: int, count: Count) -> None:
         """Put the k-th averages in the place of the weights, or the weights back."""
+        _core.locked(_lock, self._swap, k, count)
+
+    def _swap(self, k: int, count: Count) -> None:
         if self.swapped is None:
             self._put_averages(k, count)
             return
         if len(_stack) > 1:
             self.check_not_covered("swap()")
-        try:
-            self._put_weights_back()
-        except KeyboardInterrupt:
-            self._put_weights_back()
-            raise
+        self._put_weights_back()
+        self.values.check_kept()
+
+    def enter(self, k: int, count: Count, begun: list[bool]) -> None:
+        """Put the k-th averages in the place of the weights, and note it if that has begun."""
+        _core.locked(_lock, self._enter, k, count, begun)
+
+    def _enter(self, k: int, count: Count, begun: list[bool]) -> None:
+        if self.swapped is not None:
+            raise RuntimeError("swapped() cannot be entered while averages are in the place of the weights")
+        begun.append(True)
+        self._put_averages(k, count)
 
     def resume(self, k: int, weights: dict[int, Locals], count: Count) -> None:
         """Put averages in the place of weights that were saved earlier, whatever the values are now."""
+        _core.locked(_lock, self._resume, k, weights, count)
+
+    def _resume(self, k: int, weights: dict[int, Locals], count: Count) -> None:
         self._buffers = self.values.held_buffers()
-        _stack.append(ref(self))
         self.swapped = Swapped(k, weights)
+        _stack.append(_Covering(ref(self), get_ident()))
         for i, leaf in enumerate(self.values.leaves):
             leaf.assign(weights[i] if count.is_blank else self.average_of(k, i, count))
 
@@ -168,9 +242,15 @@ class Exchange:
                 _check_fits(target.name, target.local_arrays, averages[target.place])
             if not target.leaf.immutable:
                 check_writable(target.leaf, target.name, "copy_to()")
-        written = self.values.build_given([target.leaf.assign(averages[target.place]) for target in targets])
-        self.values.exchanged()
-        return written
+        try:
+            written = [target.leaf.assign(averages[target.place]) for target in targets]
+            self.values.exchanged()
+        except BaseException:  # in part, but by no interrupt
+            for target in targets:
+                target.leaf.assign(averages[target.place])
+            self.values.exchanged()
+            raise
+        return self.values.build_given(written)
 
     def _put_averages(self, k: int, count: Count) -> None:
         leaves = self.values.leaves
@@ -182,29 +262,38 @@ class Exchange:
         copy = _arrays.host_copy if self.averages.on_host else _arrays.copy
         weights = {i: [copy(x) for x in leaves[i].local_arrays()] for i in apart}
         averages = {i: self.average_of(k, i, count) for i in apart}
+        self._check_thread()
         self._buffers = self.values.held_buffers()
-        _stack.append(ref(self))
-        self.swapped = Swapped(k, weights)
         try:
+            self.swapped = Swapped(k, weights)
+            _stack.append(_Covering(ref(self), get_ident()))
             for i in apart:
                 leaves[i].assign(averages[i])
             self._exchange(k)
+            self.values.exchanged()
         except BaseException:
             self._put_weights_back()
             raise
-        self.values.exchanged()
 
     def _put_weights_back(self) -> None:
-        """Undo `_put_averages`, from wherever it or this was interrupted."""
-        if self.swapped is None:
-            return
-        self._exchange(self.swapped.k, back=True)
-        for i, weights in self.swapped.saved_weights.items():
-            self.values.leaves[i].assign(weights)
-        self.swapped = None
-        _stack.remove(ref(self))
-        self.values.exchanged()
-        self.values.put_back(self._buffers)
+        """Undo `_put_averages`, from wherever it was interrupted, and this, too."""
+        try:
+            self._undo()
+        except BaseException:  # an interrupt comes once
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        if self.swapped is not None:
+            self._exchange(self.swapped.k, back=True)
+            for i, weights in self.swapped.saved_weights.items():
+                self.values.leaves[i].assign(weights)
+            self.values.exchanged()
+            self.values.put_back(self._buffers)
+            self.swapped = None
+        for covering in [*_stack]:
+            if covering.exchange() is self:
+                _stack.remove(covering)
 
     # --- exchanging contents ----------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -10,21 +10,13 @@ from .. import _arrays, _core
 from .._types import Array
 from ..functional import Pairs, paired
 from .averages import Averages
-from .count import Count
+from .count import Count, Now
 from .values import Locals, Values, by_device
 
 if TYPE_CHECKING:
     from ..cuda import Offload
 
 NonFinite = Literal["average", "raise", "skip"]
-
-
-class Held(Exception):  # noqa: N818 - it is none to the user
-    """An update in the background has found values that are not finite, and has kept the averages."""
-
-    def __init__(self, count: Count | None) -> None:
-        super().__init__()
-        self.count = count
 
 
 @dataclass
@@ -37,6 +29,7 @@ class Pass:
         offloads: Averages in host memory of values on devices.
         copies: Values that are copied, by device.
         copied_alone: Values that are copied one by one, behind where they are copied to.
+    only: The pairs, if they are all there is to do.
     """
 
     pairs: list[Pairs] = field(default_factory=list)
@@ -44,6 +37,18 @@ class Pass:
     offloads: list["Offload"] = field(default_factory=list)
     copies: list[Pairs] = field(default_factory=list)
     copied_alone: list[tuple[Array, Array]] = field(default_factory=list)
+    only: Pairs | None = None
+
+    def check(self) -> None:
+        """Wait for the update before, and raise if something was given other memory; the first pairs do so.
+
+        Raises:
+            ValueError: It was.
+        """
+        self.wait()
+        acts = (*self.pairs, *self.copies)
+        for pairs in acts[1:] if self.pairs else acts:
+            pairs._check_unmoved()
 
     def fence(self) -> None:
         """See `EMA.fence`."""
@@ -54,6 +59,30 @@ class Pass:
         """Return when averages in host memory of values on devices have moved."""
         for offload in self.offloads:
             offload.wait()
+
+
+class Rest(NamedTuple):
+    """What an interrupt left to do of an update.
+
+    Attributes:
+        passes: Who does it.
+        over: What it touches.
+        after: The count after it.
+        moved: How many of the pairs and offloads have moved.
+        cleared: Which averages are to leave zero before the first moves.
+    """
+
+    passes: "Passes"
+    over: Pass
+    after: Count
+    moved: int
+    cleared: Sequence[int] = ()
+
+    def finish(self, now: Now) -> None:
+        """Do it, and have `now` hold the count after it."""
+        for k in self.cleared:
+            self.passes._averages.clear(k)
+        self.passes._go_on(self, now)
 
 
 class Passes:
@@ -118,18 +147,26 @@ class Passes:
         sources: Sequence[Array | None],
         before: Count,
         count: Count,
-        non_finite: NonFinite = "average",
-        held: Count | None = None,
+        now: Now,
+        *,
+        non_finite: NonFinite,
+        held: Count,
     ) -> None:
         """Move the averages towards what `Values.sources` returned, in any thread.
 
-        Raises:
-            Held: `non_finite` keeps them from moving; it has the count of that.
+        Args:
+            sources: What `Values.sources` returned.
+            before: The count until now.
+            count: The count after it.
+            now: As for `move`.
+            non_finite: See `EMA.update`.
+            held: The count after it if that keeps averages from moving.
         """
         over = self.over_sources(sources)
-        if non_finite != "average" and self.holds(over, non_finite):
-            raise Held(held)
-        self.move(over, before, count)
+        if self.holds(over, non_finite):
+            now[0] = held
+        else:
+            self.move(over, before, count, now)
 
     def check_can_look(self, non_finite: NonFinite) -> None:
         """Raise if values cannot be looked at here and now.
@@ -153,6 +190,8 @@ class Passes:
         Raises:
             FloatingPointError: One does, and `non_finite` is ``"raise"``.
         """
+        if non_finite == "average":
+            return False
         for pairs, (names, values) in zip(over.pairs, over.named, strict=True):
             found = pairs.first_non_finite(self._threads)
             if found is None:
@@ -165,46 +204,74 @@ class Passes:
             )
         return False
 
-    def skip(self, arrays: list[Array] | None, before: Count) -> None:
-        """Copy what is not averaged, and note the values, at a step before the first that averages.
+    def only_copied(self, arrays: list[Array] | None, before: Count) -> Pass | None:
+        """Return a pass for what is not averaged, and note the values, before the first step that averages.
 
         Args:
             arrays: As for `over`.
             before: The count until now.
         """
         if arrays is None and any(leaf.immutable for leaf in self._values.leaves):
-            return
+            return None
+        over = self.over(arrays, before) if self._averages.copied else None
         self._values.latest = None if arrays is None else self._values.sources(arrays)
-        if self._averages.copied:
-            over = self.over(arrays, before)
-            self._copy(over)
+        return over
 
-    def move(self, over: Pass, before: Count, count: Count) -> None:
+    def skip(self, over: Pass | None, count: Count, now: Now) -> None:
+        """Copy what is not averaged at a step that does not average.
+
+        Args:
+            over: What `only_copied` returned. None: copy nothing.
+            count: The count after the step.
+            now: As for `move`.
+        """
+        if over is not None:
+            now[0] = Rest(self, over, count, len(over.pairs) + len(over.offloads))
+            self._copy(over)
+        now[0] = count
+
+    def move(self, over: Pass, before: Count, count: Count, now: Now) -> None:
         """Move the averages from one count to the next.
 
+        Args:
+            over: What `over` returned.
+            before: The count until now.
+            count: The count after it.
+            now: Made to hold that by the native code that moves them, and a `Rest` before if there is more
+                to do: so it is true whatever interrupt comes up as native code returns.
+
         Raises:
-            Exception: Nothing has changed then, but by an offload. After an interrupt, which comes up when
-                native code returns, all has.
+            Exception: Nothing has changed then, but by an offload.
         """
-        stable = over is self._stable
-        for k in () if stable else count.started_since(before):
-            self._averages.clear(k)
-        if over.offloads:
-            over.wait()
-        decays, threads = count.decays, self._threads
-        decay = decays if len(decays) > 1 else decays[0]
-        for pairs in over.pairs[1:]:  # before the first moves
-            pairs._check_unmoved()
-        for pairs in over.pairs:
-            if self._seed is None:
-                pairs.update(decay, threads)
-            else:
-                pairs.update(decay, threads, rounding="stochastic", seed=self._seed, step=count.step)
-        for offload in over.offloads:
-            offload.update(decay, threads)
+        if over.only is not None and over is self._stable:
+            decays = count.decays
+            decay = decays[0] if len(decays) == 1 else decays
+            over.only._move(decay, self._threads, now, count, seed=self._seed, step=count.step)
+            return
+        over.check()
+        cleared = count.started_since(before)
+        rest = Rest(self, over, count, 0, cleared)
+        if cleared:
+            now[0] = rest
+        rest.finish(now)
+
+    def _go_on(self, rest: Rest, now: Now) -> None:
+        """Move what has not moved, and copy; what was copied before is copied again."""
+        over, count, moved = rest.over, rest.after, rest.moved
+        decay = count.decays[0] if len(count.decays) == 1 else count.decays
+        for pairs in over.pairs[moved:]:
+            moved += 1
+            rest = Rest(self, over, count, moved)
+            pairs._move(decay, self._threads, now, rest, seed=self._seed, step=count.step)
+        for offload in over.offloads[moved - len(over.pairs) :]:
+            offload.update(decay, self._threads)
+            moved += 1
+            now[0] = Rest(self, over, count, moved)
+        now[0] = Rest(self, over, count, moved)
         self._copy(over)
-        if not stable:
+        if over is not self._stable:
             over.wait()
+        now[0] = count
 
     def _copy(self, over: Pass) -> None:
         for copies in over.copies:
@@ -249,6 +316,8 @@ class Passes:
             over.copies.append(paired(targets, values, names=named, verb="copy"))
         for i in kept.alone:
             over.copied_alone += zip(copies[i], local_arrays[i], strict=True)
+        if len(over.pairs) == 1 and not (over.offloads or over.copies or over.copied_alone):
+            over.only = over.pairs[0]
         return over
 
 

@@ -14,7 +14,7 @@ from .._types import Array, check_count, check_share
 from ..checkpoint import _sets
 from ..checkpoint._replace import StrPath
 from ..checkpoint._state import PlainState, write_state
-from .count import Count, check_span
+from .count import Count, Now, check_span
 from .exchange import Exchange
 from .values import Locals
 
@@ -227,7 +227,7 @@ class State:
             leaves = range(len(values.leaves))
             weights = {i: [_arrays.empty_like(x) for x in values.leaves[i].local_arrays()] for i in leaves}
             pairs += _fitting("state['values']", values.by_name(weights), self.values)
-        return Fitted(pairs, weights)
+        return Fitted(pairs, weights, self)
 
 
 class Fitted(NamedTuple):
@@ -236,15 +236,20 @@ class Fitted(NamedTuple):
     Attributes:
         pairs: Arrays of the EMA with what they are to hold.
         weights: What is put back by a swap, where the state was saved while swapped: among those arrays.
+        state: That state.
     """
 
     pairs: list[tuple[Array, "np.ndarray | _sets.Region"]]
     weights: dict[int, Locals]
+    state: State
 
-    def write(self) -> None:
-        """Have the arrays hold what they are to hold."""
+    def go_on(self, exchange: Exchange, now: Now) -> None:
+        """Have the EMA go on from there; called again, from wherever that was interrupted."""
         for target, source in self.pairs:
             _arrays.write(np.asarray(source), target)
+        now[0] = self.state.count
+        if self.state.swapped is not None:
+            exchange.resume(self.state.swapped, self.weights, self.state.count)
 
 
 def _times_of(step: int, config: Mapping[str, Any]) -> tuple[float, float]:

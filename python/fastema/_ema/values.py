@@ -260,17 +260,20 @@ class Values:
         ]
 
     def put_back(self, before: list[dict[str, Array]]) -> None:
-        """Have a module hold the very buffers that `held_buffers` returned.
-
-        Raises:
-            RuntimeError: Other values were replaced since.
-        """
+        """Have a module hold the very buffers that `held_buffers` returned."""
         for (held, hidden), buffers in zip(self._tree.buffers_of, before, strict=True):
             for key in [key for key in held if key not in hidden and key not in buffers]:
                 del held[key]
             for key, buffer in buffers.items():
                 if held.get(key) is not buffer:
                     held[key] = buffer
+
+    def check_kept(self) -> None:
+        """Raise if other values were replaced since `held_buffers` was called.
+
+        Raises:
+            RuntimeError: They were.
+        """
         if self.replaced():
             raise RuntimeError(
                 "values must stay the arrays that they are while averages are in their place, and some were "

@@ -4,6 +4,7 @@ Each test names the public thread. Right values are replays in NumPy, or what th
 """
 
 import re
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -144,6 +145,17 @@ def test_parameters_and_modules_of_other_names_are_told(torch, of):
     renamed(getattr(module, of))
     with pytest.raises(RuntimeError, match=r"names given at first; missing: \['b.*unknown: \['z"):
         ema.update()
+
+
+def test_an_array_that_is_taken_for_another_type_is_told():
+    weights = {"w": np.ones(2)}
+    ema = fastema.EMA(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's, of setting a type
+        weights["w"].dtype = np.int64
+    with pytest.raises(ValueError, match=r"values\['w'\] was given another type .*\(an EMA: rebind\)"):
+        ema.update()
+    assert ema.step == 0
 
 
 def test_a_swap_acts_on_what_the_last_update_was_given():

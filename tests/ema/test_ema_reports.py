@@ -158,6 +158,17 @@ def test_an_array_that_is_taken_for_another_type_is_told():
     assert ema.step == 0
 
 
+@pytest.mark.parametrize("library", ["numpy", "jax.numpy"])
+def test_an_array_that_is_given_as_none_is_told(library):
+    """None would be read as the array given at first; equinox has it for a bias that a layer does without."""
+    arrays = pytest.importorskip(library)
+    ema = fastema.EMA({"a": arrays.zeros(2), "b": [arrays.zeros(2)]}, 0.5)
+    with pytest.raises(ValueError, match=r"values\['b.0'\] must be an array as at first, got None"):
+        ema.update({"a": arrays.ones(2), "b": [None]})
+    assert ema.step == 0
+    assert (np.asarray(ema.averages["a"]) == 0).all()
+
+
 def test_a_swap_acts_on_what_the_last_update_was_given():
     first, last = np.zeros(2), np.ones(2)
     ema = fastema.EMA([first], 0.5)

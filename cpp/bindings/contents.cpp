@@ -9,8 +9,9 @@
 namespace bindings {
 namespace {
 
-// Objects are compared by identity, a few nanoseconds each; they are kept alive, so none can be
-// taken for another that was made where it lay.
+// Keys and values are compared by identity, a few nanoseconds each; they are kept alive, so none
+// can be taken for another that was made where it lay. Where Python numbers the versions of a
+// dictionary, one that was not changed is not looked into.
 class Contents {
  public:
   explicit Contents(const py::list& containers) {
@@ -19,7 +20,7 @@ class Contents {
         throw py::type_error("containers must be dictionaries and lists, got " +
                              type_name(container));
       }
-      containers_.push_back({py::reinterpret_borrow<py::object>(container), 0});
+      containers_.push_back({py::reinterpret_borrow<py::object>(container), 0, 0});
     }
     accept();
   }
@@ -27,6 +28,7 @@ class Contents {
   void accept() {
     std::vector<py::object> held;
     for (Container& container : containers_) {
+      container.version = version(container.object.ptr());
       visit(container.object.ptr(), [&](PyObject* object) {
         held.push_back(py::reinterpret_borrow<py::object>(object));
         return true;
@@ -36,14 +38,19 @@ class Contents {
     held_.swap(held);
   }
 
-  bool changed() const {
+  bool changed() {
     std::size_t seen = 0;
-    for (const Container& container : containers_) {
-      const bool same = size(container.object.ptr()) == container.end - seen &&
-                        visit(container.object.ptr(), [&](PyObject* object) {
-                          return seen < container.end && held_[seen++].ptr() == object;
-                        });
-      if (!same || seen != container.end) return true;
+    for (Container& container : containers_) {
+      PyObject* const object = container.object.ptr();
+      const uint64_t now = version(object);
+      if (now == 0 || now != container.version) {
+        const bool same = size(object) == container.end - seen && visit(object, [&](PyObject* one) {
+                            return seen < container.end && held_[seen++].ptr() == one;
+                          });
+        if (!same || seen != container.end) return true;
+        container.version = now;
+      }
+      seen = container.end;
     }
     return false;
   }
@@ -51,15 +58,27 @@ class Contents {
  private:
   struct Container {
     py::object object;
-    std::size_t end;  // of what it held, among all that is held
+    std::size_t end;   // of what it held, among all that is held
+    uint64_t version;  // in which it held that; 0: not known
   };
 
+  // The number of a dictionary's version, which no other has; 0 where Python tells none.
+  static uint64_t version([[maybe_unused]] PyObject* container) {
+#if PY_VERSION_HEX < 0x030C0000 && !defined(PYPY_VERSION)
+    if (PyDict_Check(container)) {
+      return reinterpret_cast<PyDictObject*>(container)->ma_version_tag;
+    }
+#endif
+    return 0;
+  }
+
   static std::size_t size(PyObject* container) {
-    return static_cast<std::size_t>(PyDict_Check(container) ? PyDict_Size(container)
+    return static_cast<std::size_t>(PyDict_Check(container) ? 2 * PyDict_Size(container)
                                                             : PyList_GET_SIZE(container));
   }
 
-  // Returns whether the function returned true of all.
+  // Calls a function with each key and value, or entry, while it returns true; returns whether it
+  // did of all.
   template <typename Function>
   static bool visit(PyObject* container, Function&& function) {
     if (size(container) == 0) return true;
@@ -70,7 +89,7 @@ class Contents {
     if (PyDict_Check(container)) {
       PyObject *key, *value;
       for (Py_ssize_t at = 0; all && PyDict_Next(container, &at, &key, &value);) {
-        all = function(value);
+        all = function(key) && function(value);
       }
     } else {
       for (Py_ssize_t i = 0; all && i < PyList_GET_SIZE(container); ++i) {

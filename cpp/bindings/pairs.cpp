@@ -97,12 +97,13 @@ class Pairs {
     py::array array;
     const void* data;
     py::ssize_t size;
+    const void* type;  // its object, which the array itself or NumPy keeps alive
     Label label;
   };
 
   void hold(const py::handle& object, const Label& label) {
     const auto array = py::reinterpret_borrow<py::array>(object);
-    held_.push_back({array, array.data(), array.size(), label});
+    held_.push_back({array, array.data(), array.size(), type_of(array), label});
   }
 
   // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
@@ -150,13 +151,18 @@ class Pairs {
     if (!checked_.overlap_if_swapped.empty()) throw py::value_error(checked_.overlap_if_swapped);
   }
 
-  // Arrays can be resized in place, which frees their memory.
+  // Arrays can be resized in place, which frees their memory, or be taken for another type.
   void check_unmoved() const {
     for (const Held& held : held_) {
-      if (held.array.data() != held.data || held.array.size() != held.size) {
-        throw py::value_error(held.label + " was resized after it was paired; make the pairs anew");
-      }
+      const bool resized = held.array.data() != held.data || held.array.size() != held.size;
+      if (!resized && type_of(held.array) == held.type) continue;
+      throw py::value_error(held.label + (resized ? " was resized" : " was given another type") +
+                            " after it was paired; make the pairs anew (an EMA: rebind)");
     }
+  }
+
+  static const void* type_of(const py::array& array) {
+    return py::detail::array_proxy(array.ptr())->descr;
   }
 
   const Terms terms_;

@@ -349,9 +349,7 @@ class EMA:
         self._bound().exchange.swap(k, self._settled())
 
     def swapped(self, k: int = 0) -> AbstractContextManager[None]:
-        """Put averages in the place of the weights within a ``with`` statement.
-
-        The weights come back on every way out, bit for bit.
+        """Put averages in the weights' place within a ``with`` statement; each way out undoes it bit for bit.
 
         Args:
             k: Which averages, of several.
@@ -500,7 +498,7 @@ class EMA:
         self._parts.exchange.check_not_swapped("load_state_dict()")
         self._restore(State.from_dict(state).local(self._parts.exchange))
 
-    def save(self, path: StrPath) -> None:
+    def save(self, path: StrPath, dtype: DTypeLike | None = None) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.
 
         The averages of the first decay, as `averages` shows them, and what is copied have the names of the
@@ -518,9 +516,12 @@ class EMA:
             path: Of the file, see `fastema.checkpoint.write`; without the numbers that a set has. Saved over
                 the file of `memory`, it takes that name; averages stay in the old one, which is gone when
                 the process ends.
+            dtype: Of the averages in the file, as ``"bfloat16"`` for half the size: those that are shown,
+                rounded once, to nearest, ties to even. Such a file is for others: nothing goes on from it.
 
         Raises:
-            ValueError: A value has a name that begins with ``fastema.``.
+            TypeError: `dtype` is no type that is averaged.
+            ValueError: A value has a name that begins with ``fastema.``, or an average is beyond `dtype`.
             OSError: The file cannot be written. The old one is as it was, whatever is raised.
 
         Example:
@@ -532,7 +533,7 @@ class EMA:
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        self._state(lambda _, x: _arrays.host(x)).write(path, self._parts.exchange, self._config)
+        self._state(lambda _, x: _arrays.host(x)).write(path, self._parts.exchange, self._config, dtype)
 
     @classmethod
     def load(
@@ -546,22 +547,20 @@ class EMA:
         """Go on from a file of `save`, to the bit, as the run that wrote it would have.
 
         Saved while averages were in the place of the weights, it is loaded so, too, as by `load_state_dict`.
-
         Values may be sharded otherwise than they were, or not at all: each process reads what it needs.
 
         Args:
             path: Of the file, as it was given to `save`, or of one of a set.
             values: As for `EMA`: of the same names and, in all, shapes.
             decay: As for `EMA`. None: as it was, which a schedule of your own cannot be.
-            options: Arguments of `EMA` that are of this process, as `threads`, `background` and `memory`, or
-                are to change.
+            options: Arguments of `EMA` of this process, as `threads` and `memory`, or that are to change.
 
         Returns:
             The averages, with their step and configuration.
 
         Raises:
             TypeError: A type differs, or a value never changes and the file was saved while swapped.
-            ValueError: The file is not whole, was not written by `save`, does not fit the values, or
+            ValueError: The file is not whole, was not written by `save` (without `dtype`), does not fit, or
                 `decay` must be given; or the files of a set are of different steps, or there are several
                 sets; or `memory` is a file that is loaded from. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
@@ -582,9 +581,5 @@ class EMA:
         return State.of(self._followed().exchange, self._settled(), config, contents)
 
     def _restore(self, state: State) -> None:
-        fitted = state.fitted(exchange := self._followed().exchange)
-        try:
-            fitted.go_on(exchange, self._now)
-        except BaseException:  # in part, but by no interrupt
-            fitted.go_on(exchange, self._now)
-            raise
+        exchange = self._followed().exchange
+        state.fitted(exchange).go_on(exchange, self._now)

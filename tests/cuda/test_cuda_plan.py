@@ -8,11 +8,12 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fake_cuda
 import fastema
+import laws
 import oracle
 from fake_cuda import Array, on_device
 from fastema import cuda, schedules
@@ -485,6 +486,21 @@ def test_a_schedule_on_the_device_is_that_schedule(rng, schedule, every):
             assert counted.decay < 0
         assert counted.step == step
         assert oracle.same_bits(average, expected)
+
+
+@pytest.mark.parametrize("kind", laws.KINDS.values(), ids=laws.KINDS)
+@settings(max_examples=25)
+@given(every=laws.steps_at_once, start=laws.starts, held=laws.held_values)
+def test_every_so_many_steps_of_the_device_is_each(kind, every, start, held):
+    def average(schedule, every, values):
+        average, value = laws.FIRST.copy(), laws.FIRST.copy()
+        pairs, counted = fastema.Pairs(Array(average), Array(value)), cuda.Schedule(schedule, every=every)
+        for x in values:
+            value[:] = x
+            pairs.update(counted)
+        return average
+
+    laws.assert_every_is_each(average, kind, every, start, held)
 
 
 @pytest.mark.parametrize(

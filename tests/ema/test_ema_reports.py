@@ -4,6 +4,7 @@ Each test names the public thread. Right values are replays in NumPy, or what th
 """
 
 import re
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -104,6 +105,68 @@ def test_a_container_whose_entries_are_rebound_is_looked_at_again(container):
     with ema.swapped():
         assert (weights[key] == 2.5).all()
     assert (weights[key] == 4).all()
+
+
+def renamed(container):
+    container["z"] = container.pop("b")
+
+
+def exchanged(container):
+    """Give two names each other's array, in the order in which they were."""
+    first, second = container.pop("a"), container.pop("b")
+    container |= {"b": first, "a": second}
+
+
+def test_an_entry_of_another_name_is_refused_and_names_that_change_places_are_followed():
+    """It is the name that tells which average an array has; the arrays in it are the same, in one order."""
+    weights = {"a": np.zeros(2), "b": np.ones(2)}
+    ema = fastema.EMA(weights, 0.5)
+    exchanged(weights)
+    ema.update()
+    assert {name: x.tolist() for name, x in ema.averages.items()} == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
+    with ema.swapped():
+        assert (weights["a"] == 0.5).all()
+    assert (weights["a"] == 1).all()
+    renamed(weights)
+    with pytest.raises(RuntimeError, match=r"names given at first; missing: \['b'\], unknown: \['z'\]"):
+        ema.update()
+
+
+@pytest.mark.parametrize("of", ["_parameters", "_modules"])
+def test_parameters_and_modules_of_other_names_are_told(torch, of):
+    module = torch.nn.Module()
+    for name, number in (("a", 0.0), ("b", 1.0)):
+        part = filled(torch, torch.nn.Linear(1, 1), number)
+        setattr(module, name, part if of == "_modules" else part.bias)
+    ema = fastema.EMA(module, 0.5)
+    exchanged(getattr(module, of))
+    ema.update()
+    assert all((x == 0.5).all() for x in ema.averages.values())
+    renamed(getattr(module, of))
+    with pytest.raises(RuntimeError, match=r"names given at first; missing: \['b.*unknown: \['z"):
+        ema.update()
+
+
+def test_an_array_that_is_taken_for_another_type_is_told():
+    weights = {"w": np.ones(2)}
+    ema = fastema.EMA(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's, of setting a type
+        weights["w"].dtype = np.int64
+    with pytest.raises(ValueError, match=r"values\['w'\] was given another type .*\(an EMA: rebind\)"):
+        ema.update()
+    assert ema.step == 0
+
+
+@pytest.mark.parametrize("library", ["numpy", "jax.numpy"])
+def test_an_array_that_is_given_as_none_is_told(library):
+    """None would be read as the array given at first; equinox has it for a bias that a layer does without."""
+    arrays = pytest.importorskip(library)
+    ema = fastema.EMA({"a": arrays.zeros(2), "b": [arrays.zeros(2)]}, 0.5)
+    with pytest.raises(ValueError, match=r"values\['b.0'\] must be an array as at first, got None"):
+        ema.update({"a": arrays.ones(2), "b": [None]})
+    assert ema.step == 0
+    assert (np.asarray(ema.averages["a"]) == 0).all()
 
 
 def test_a_swap_acts_on_what_the_last_update_was_given():
@@ -227,6 +290,18 @@ def tied(_, module):
 
 def parametrized(torch, module):
     torch.nn.utils.parametrizations.weight_norm(module[0])
+
+
+def test_weights_that_are_no_longer_tied_are_told(torch):
+    module = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+    module[1].weight = module[0].weight
+    ema = fastema.EMA(module)
+    module[1].weight = torch.nn.Parameter(torch.zeros(2, 2))
+    refusal = (
+        r"values\['1.weight'\] is an array of its own now, and was the same array as values\['0.weight'\]"
+    )
+    with pytest.raises(RuntimeError, match=refusal):
+        ema.update()
 
 
 @pytest.mark.parametrize(

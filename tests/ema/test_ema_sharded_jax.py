@@ -214,6 +214,31 @@ def test_a_set_is_loaded_into_any_other_sharding_and_goes_on_to_the_bit(tmp_path
     run(code, tmp_path)
 
 
+def test_a_set_in_another_type_holds_rounded_averages_and_nothing_to_go_on_from(tmp_path):
+    code = """
+        import re
+
+        for options in ({}, {"rounding": "compensated"}, {"every": 9}):
+            path = f"{sys.argv[1]}/{len(options)}{options.get('every')}.safetensors"
+            ema = trained(3, "rows", decay=0.9, **options)
+            ema.save(path, dtype="bfloat16")
+            files = [checkpoint.File(path.replace(".s", f"-{k:05}-of-00004.s")) for k in (1, 2, 3, 4)]
+            for name, axis in (("kernel", 0), ("half", 0), ("scale", 0)):
+                whole = np.concatenate([file[name] for file in files if name in file], axis)
+                needed = np.asarray(ema.averages[name]).astype(jnp.bfloat16)
+                assert oracle.same_bits(whole, needed), name
+            assert oracle.same_bits(files[0]["steps"], np.asarray(ema.averages["steps"]))
+            assert {name for file in files for name in file} == {"kernel", "half", "steps", "scale"}
+            try:
+                fastema.EMA.load(path, placed(whole_at(9), "rows"))
+            except ValueError as error:
+                assert re.search("rounded to bfloat16.*wrote without dtype", str(error)), error
+            else:
+                raise AssertionError("went on from rounded averages")
+    """
+    run(code, tmp_path)
+
+
 def test_a_set_has_names_as_long_as_the_system_takes(tmp_path):
     code = """
         import os

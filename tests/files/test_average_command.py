@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracle
 from fastema import __main__ as command
 from fastema import checkpoint
 from processes import output_of
@@ -43,15 +44,6 @@ def mean_of(arrays, folder, **options):
     return checkpoint.File(folder / "mean.safetensors")["w"]
 
 
-def nearest(exact, dtype):
-    """Return the value of a type that is nearest to a fraction, of two the even one."""
-    bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
-    guess = np.array(float(exact), dtype)
-    around = [np.nextafter(guess, dtype(-np.inf)), guess, np.nextafter(guess, dtype(np.inf))]
-    finite = [x for x in around if np.isfinite(x)]
-    return min(finite, key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(bits)) % 2))
-
-
 # --- the mean ---------------------------------------------------------------------------------------------
 
 
@@ -70,7 +62,8 @@ def test_the_mean_is_numpys_in_float64_rounded_once(dtype, tmp_path, rng):
 def test_the_mean_of_two_float32_files_is_the_exact_one_rounded_once(pair, tmp_path):
     a, b = np.array(pair, np.float32).T
     expected = [
-        nearest((Fraction(float(x)) + Fraction(float(y))) / 2, np.float32) for x, y in zip(a, b, strict=True)
+        oracle.nearest((Fraction(float(x)) + Fraction(float(y))) / 2, np.float32)
+        for x, y in zip(a, b, strict=True)
     ]
     assert (mean_of([a, b], tmp_path) == np.array(expected)).all()
 
@@ -83,7 +76,7 @@ def test_the_mean_of_16_bit_files_is_the_exact_one_rounded_once(dtype, data, tmp
     numbers = st.floats(-1000, 1000, width=16).filter(lambda x: x == 0 or abs(x) > 2**-10)
     columns = data.draw(st.lists(st.lists(numbers, min_size=count, max_size=count), min_size=1, max_size=20))
     arrays = np.array(columns).T.astype(dtype)
-    expected = [nearest(sum(Fraction(float(x)) for x in column) / count, dtype) for column in arrays.T]
+    expected = [oracle.nearest(sum(Fraction(float(x)) for x in column) / count, dtype) for column in arrays.T]
     mean = mean_of(arrays, tmp_path)
     assert (mean.astype(np.float64) == np.array(expected, np.float64)).all()
 

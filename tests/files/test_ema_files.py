@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tracemalloc
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 import golden
+import oracle
 from fastema import EMA, checkpoint, schedules
 from processes import output_of, skip_without
 
@@ -275,6 +277,109 @@ def test_saving_makes_no_copies(path):
     finally:
         tracemalloc.stop()
     assert peak < 1 << 20, "one of twenty arrays has 4 MiB"
+
+
+# --- averages alone, in another type ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_file_in_another_type_holds_what_is_shown_rounded_once_and_nothing_else(
+    path, options, dtype, swapped
+):
+    weights = weights_at(0, options.get("dtype"))
+    ema = EMA(weights, **options)
+    several = isinstance(ema.decay or options["decay"], list | tuple)
+    for step in range(1, 4):
+        train(ema, weights, [step])
+        if swapped:
+            ema.swap()
+        ema.save(path, dtype=dtype)
+        file = checkpoint.File(path)
+        prefixes = {
+            k: f"fastema.averages.{k}." if k else "" for k in range(len(options["decay"]) if several else 1)
+        }
+        needed = {}
+        for k, prefix in prefixes.items():
+            shown = ema.averages_of(k)
+            for name, x in shown.items():
+                if name not in ("steps", "mask"):
+                    needed[prefix + name] = x.astype(np.float64)
+                elif not k:
+                    assert bits_of(file[name]) == bits_of(x)
+        assert set(file) == {*needed, *({"steps", "mask"} & set(weights))}
+        for name, x in needed.items():
+            assert file[name].dtype == dtype
+            exact = [oracle.nearest(Fraction(number), dtype) for number in x.flat]
+            assert file[name].ravel().tolist() == np.array(exact, dtype).tolist()
+            assert file[name].shape == x.shape
+        if swapped:
+            ema.swap()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_a_float64_average_beside_the_middle_of_two_numbers_is_rounded_once(path, dtype):
+    one, other = np.dtype(dtype).type(1), np.nextafter(np.dtype(dtype).type(1), np.dtype(dtype).type(2))
+    middle = (float(one) + float(other)) / 2
+    values = np.array([middle - 1e-12, middle, middle + 1e-12, -middle - 1e-12])
+    EMA([values]).save(path, dtype=dtype)
+    assert checkpoint.File(path)["0"].tolist() == [one, one, other, -other]
+
+
+def test_a_file_in_half_the_type_has_half_the_size(path):
+    weights = [np.zeros(1 << 16, np.float32) for _ in range(4)]
+    ema = EMA(weights, 0.9, rounding="compensated")
+    ema.save(path, "bfloat16")
+    assert (1 << 19) < path.stat().st_size < (1 << 19) + 2000
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+def test_nothing_goes_on_from_rounded_averages(path, swapped):
+    ema = EMA({"w": np.ones(2)}, 0.5)
+    if swapped:
+        ema.swap()
+    for dtype in ("bfloat16", "float64"):
+        ema.save(path, dtype=dtype)
+        refusal = f"ema.safetensors holds averages rounded to {dtype} by .* load a file that .* without dtype"
+        with pytest.raises(ValueError, match=refusal):
+            EMA.load(path, {"w": np.zeros(2)})
+    assert ema.is_swapped == swapped
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "error", "message"),
+    [
+        ("int8", 1.0, TypeError, "dtype must be float16, bfloat16, float32 or float64, got int8"),
+        (
+            "float16",
+            65520.0,
+            ValueError,
+            r"dtype must hold the average of values\['w'\], and it is beyond float16",
+        ),
+    ],
+)
+def test_a_type_that_cannot_be_saved_is_refused_and_the_old_file_stays(path, dtype, value, error, message):
+    ema = EMA({"w": np.full(2, value, np.float32)})
+    ema.save(path)
+    old = path.read_bytes()
+    with pytest.raises(error, match=message):
+        ema.save(path, dtype=dtype)
+    assert path.read_bytes() == old
+
+
+def test_numbers_that_are_not_finite_stay_so_in_another_type(path):
+    values = np.array([np.inf, -np.inf, np.nan, -0.0, 65519.0])
+    EMA([values]).save(path, dtype="float16")
+    assert checkpoint.File(path)["0"].tobytes() == values.astype(np.float16).tobytes()
+
+
+def test_a_file_in_another_type_is_averaged_as_others_are(path):
+    paths = [path.with_name(f"{k}.safetensors") for k in range(2)]
+    for k, name in enumerate(paths):
+        EMA({"w": np.full(2, 1.0 + k)}).save(name, dtype="bfloat16")
+    checkpoint.average(paths, path)
+    assert checkpoint.File(path)["w"].tolist() == [1.5, 1.5]
 
 
 # --- what does not fit ------------------------------------------------------------------------------------

@@ -54,6 +54,18 @@ def test_fit_averages_as_a_numpy_replay(schedule):
     assert_averaged(averages_of(optimizer), replay(steps, **schedule))
 
 
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have")
+def test_a_swap_of_a_quantized_model_is_refused():
+    optimizer, model = wrap(), keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile(optimizer, loss="mse")
+    optimizer.shadow_copy(model)
+    model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0)
+    model.quantize("int8")
+    with pytest.raises(RuntimeError, match=r"dense.*/kernel, which is averaged, and has another variable"):
+        optimizer.swap_weights()
+    assert not optimizer.is_swapped
+
+
 def test_wrapping_changes_nothing_about_training():
     plain, wrapped = fit(small_model(), keras.optimizers.Adam(0.01)), fit(small_model(), wrap())
     for these, those in zip(plain, wrapped, strict=True):

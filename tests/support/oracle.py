@@ -1,6 +1,7 @@
 """The formulas in NumPy, one element-wise operation at a time: what every result must equal, bit for bit."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -20,6 +21,16 @@ def update(average, value, decay):
             return value.astype(average.dtype)
         old, new = average.astype(compute), value.astype(compute)
         return (old + w * (new - old)).astype(average.dtype)
+
+
+def nearest(exact, dtype):
+    """Return the value of a type that is nearest to a fraction, of two the even one."""
+    kind = np.dtype(dtype).type
+    bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
+    guess = np.array(float(exact), dtype)
+    around = [np.nextafter(guess, kind(-np.inf)), guess, np.nextafter(guess, kind(np.inf))]
+    finite = [x for x in around if np.isfinite(x)]
+    return min(finite, key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(bits)) % 2))
 
 
 def decay_at(step, decay=0.99, start_step=0, dynamic=True, every=1):

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .. import _arrays
 from .._arrays import Leaf
 from .._arrays.shards import Shards
 from .._arrays.torch import plain
-from .._types import Array, check_count, check_share
+from .._types import Array, DType, check_count, check_share, float_type, narrowed
 from ..checkpoint import _sets
 from ..checkpoint._replace import StrPath
 from ..checkpoint._state import PlainState, write_state
@@ -96,14 +97,23 @@ class State:
             state["clock"], state["averaged"] = count.clock, count.averaged
         return state
 
-    def write(self, path: StrPath, exchange: Exchange, config: Mapping[str, Any]) -> None:
+    def write(
+        self, path: StrPath, exchange: Exchange, config: Mapping[str, Any], dtype: DTypeLike | None = None
+    ) -> None:
         """Write it into a file, or a set of files where values are sharded; see `EMA.save`.
 
         Args:
             path: Of the file.
             exchange: That the state was just taken from.
             config: All arguments of the constructor that are saved.
+            dtype: Of the averages, which are all that is written then, with what is copied. None: as they are
+                kept.
+
+        Raises:
+            TypeError: That is no type that is averaged.
+            ValueError: An average is a number beyond that type.
         """
+        chosen = None if dtype is None else float_type(dtype)
         averages = exchange.averages
         debiased = [
             {i: exchange.average_of(k, i, self.count) for i in averages.averaged}
@@ -114,7 +124,16 @@ class State:
         shown = [
             {name: _arrays.host(x) for name, x in exchange.values.by_name(kept).items()} for kept in debiased
         ]
-        write_state(path, self.to_dict(), config, shown, _sets.layout(_local_shapes(exchange)))
+        layout = _sets.layout(_local_shapes(exchange))
+        if chosen is None:
+            write_state(path, self.to_dict(), config, shown, layout)
+            return
+        rounded = [
+            {name: _rounded(x, chosen, name) for name, x in (own or kept).items()}
+            for own, kept in zip(shown, self.averages, strict=True)
+        ]
+        alone = replace(self, averages=rounded, carries=[], values={})
+        write_state(path, alone.to_dict(), config, [{}] * len(rounded), layout, rounded=chosen.name)
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "State":
@@ -244,12 +263,28 @@ class Fitted(NamedTuple):
     state: State
 
     def go_on(self, exchange: Exchange, now: Now) -> None:
-        """Have the EMA go on from there; called again, from wherever that was interrupted."""
+        """Have the EMA go on from there; what is interrupted is done all the same."""
+        try:
+            self._go_on(exchange, now)
+        except BaseException:
+            self._go_on(exchange, now)
+            raise
+
+    def _go_on(self, exchange: Exchange, now: Now) -> None:
         for target, source in self.pairs:
             _arrays.write(np.asarray(source), target)
         now[0] = self.state.count
         if self.state.swapped is not None:
             exchange.resume(self.state.swapped, self.weights, self.state.count)
+
+
+def _rounded(average: np.ndarray, dtype: DType, name: str) -> np.ndarray:
+    """Return an average in another type, rounded once; raises as `State.write`."""
+    with np.errstate(over="ignore"):
+        rounded = narrowed(np.asarray(average), dtype)
+    if (np.isinf(rounded) & np.isfinite(average)).any():
+        raise ValueError(f"dtype must hold the average of values[{name!r}], and it is beyond {dtype}")
+    return rounded
 
 
 def _times_of(step: int, config: Mapping[str, Any]) -> tuple[float, float]:

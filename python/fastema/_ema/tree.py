@@ -265,6 +265,8 @@ class Tree:
             return
         for key, child, x in self._children(node, values, name):
             if child is _Alone.LEAF:  # most are, and a call for each takes twice the time
+                if x is None:
+                    raise ValueError(f"{_place(_joined(name, key))} must be an array as at first, got None")
                 found.append(x)
             else:
                 self._collect(child, x, _joined(name, key), found)

@@ -305,9 +305,13 @@ class Values:
             )
         for name, first in ours.items():
             if call is None and first != theirs[name]:
+                is_now, was = (
+                    "an array of its own" if other == name else f"the same array as values[{other!r}]"
+                    for other in (first, theirs[name])
+                )
                 raise RuntimeError(
-                    f"values[{name!r}] is the same array as values[{first!r}] now, and was as "
-                    f"values[{theirs[name]!r}] at first: call ema.rebind(values) to go on so"
+                    f"values[{name!r}] is {is_now} now, and was {was} at first: call ema.rebind(values) to "
+                    "go on so"
                 )
         for i, name in enumerate(self.names):
             place = before.leaf_named(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .._types import narrowed
 from ._format import REALS, Tensor, header_of, read_header
 from ._replace import StrPath, replacing
 from ._state import STATE, is_state
@@ -166,22 +167,7 @@ def _piece_of_mean(
             np.multiply(source.piece(name, begin), share, dtype=wide)
             for source, share in zip(sources, shares, strict=True)
         )
-        return _narrowed(reduce(np.add, terms) / sum(shares), dtype)
-
-
-def _narrowed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round float64 once to a type; the casts of ml_dtypes round to float32 first, and so twice.
-
-    Float32 is therefore rounded to odd: what was cut off stays visible in the last bit, on the right side
-    of every tie of a narrower type.
-    """
-    if dtype.isbuiltin == 1:
-        return x.astype(dtype)
-    near = x.astype(np.float32)
-    bits = near.view(np.uint32)
-    bits -= np.abs(near) > np.abs(x)
-    bits |= near != x
-    return near.astype(dtype)
+        return narrowed(reduce(np.add, terms) / sum(shares), dtype)
 
 
 def _check_fit(first: _Source, other: _Source) -> None:

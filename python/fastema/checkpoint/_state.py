@@ -48,6 +48,8 @@ def write_state(
     config: Mapping[str, Any],
     debiased: Sequence[_Arrays],
     layout: Layout | None = None,
+    *,
+    rounded: str | None = None,
 ) -> None:
     """Write the state of an EMA, its first averages under the names of the values.
 
@@ -57,6 +59,7 @@ def write_state(
         config: Arguments of the constructor, beside those in the state.
         debiased: For each decay the averages as users see them, where they are kept undivided; else nothing.
         layout: Which files of a set hold what. None: a single file holds all.
+        rounded: The type that averages were rounded to, which nothing goes on from. None: they were not.
 
     Raises:
         ValueError: A value has a name that would be taken for the state.
@@ -79,6 +82,8 @@ def write_state(
     }
     if "clock" in state:
         plain |= {"clock": state["clock"], "averaged": state["averaged"]}
+    if rounded is not None:
+        plain["rounded"] = rounded
     arrays = list(_arrays_of(state, debiased))
     # transformers refuses a file whose metadata lack a format; all other readers pass over it
     if layout is None:
@@ -129,8 +134,8 @@ def read_state(path: StrPath, decay: Any = None) -> tuple[PlainState, dict[str, 
         The state, whose arrays are views of the mapped file, or `Blocks` of a set's; and the arguments.
 
     Raises:
-        ValueError: The file holds no state, or one of a later version, or of a schedule only the name; or a
-            set holds files of more than one save.
+        ValueError: The file holds no state, or one of a later version, or rounded averages alone, or of a
+            schedule only the name; or a set holds files of more than one save.
         FileNotFoundError: The file, or one of the set, is not there.
     """
     path = Path(path)
@@ -209,6 +214,11 @@ def _plain_in(file: File, path: Path) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(file.metadata[STATE])
     if plain.pop("version") != _VERSION:
         raise ValueError(f"{path} was written by a later fastema, in a way that this one does not know")
+    if "rounded" in plain:
+        raise ValueError(
+            f"{path} holds averages rounded to {plain['rounded']} by EMA.save(dtype=), and nothing to go on "
+            "from: load a file that EMA.save() wrote without dtype"
+        )
     return plain
 
 

@@ -97,6 +97,8 @@ class Averages:
         self._places: dict[Key, int] = {}  # and the place of each among them
         self._shadowed: Callable[[], Iterable[Variable] | None] = lambda: None  # those that `shadow` named
         self._named_by_file = False  # whether these are what a file says
+        # models that are known, and the averaged variables that each of them had
+        self._models: weakref.WeakKeyDictionary[Model, set[Key]] = weakref.WeakKeyDictionary()
         self._unstarted: list[Pair] = []  # pairs that had no value to start at
         self._saved_weights: dict[Key, Tensor] = {}  # while swapped, of those whose averages have other types
         self._loaded: dict[str, np.ndarray] = {}  # values that came before their averages
@@ -148,6 +150,9 @@ class Averages:
 
             self._shadowed = weights
         self._pair()
+        if not isinstance(model, list | tuple):
+            self._models.pop(model, None)  # named anew, it is as it should be
+            self.know(model)
 
     @property
     def lacks_a_model(self) -> bool:
@@ -171,6 +176,31 @@ class Averages:
             self.find_or_create(variable)
         self.pairs = [(variable, self.find_or_create(variable)) for variable in averaged]
         self._assign_loaded()
+
+    def know(self, model: Model) -> None:
+        """Keep in mind (weakly) whose variables these are; raises as `check_models`."""
+        self._models.setdefault(model, set())
+        self.check_models()
+
+    def check_models(self) -> None:
+        """Raise if a model that is known computes with other variables than those averaged.
+
+        Raises:
+            RuntimeError: It does.
+        """
+        for model, had in self._models.items():
+            try:
+                present = {self._key(variable): variable for variable in model.variables}
+            except ValueError:  # tf_keras: the model is not built yet
+                continue
+            gone = [variable for variable, _ in self.pairs if self._key(variable) not in present]
+            if gone:
+                paths = set(map(name_of, present.values()))
+                trained = filter(is_floating, model.trainable_variables)
+                if any(self._key(variable) not in self._averages for variable in trained):
+                    paths.update(name_of(variable) for variable in gone if self._key(variable) in had)
+                _check_not_replaced([name for name in map(name_of, gone) if name in paths])
+            had.update(present.keys() & self._averages.keys())
 
     def find_or_create(self, variable: Variable) -> Variable:
         """Return the average of a variable, made now if there is none."""
@@ -381,6 +411,15 @@ class Averages:
                 self._saved_weights[self._key(variable)] = raw.astype(
                     float_type(dtype_of(variable)), copy=False
                 )
+
+
+def _check_not_replaced(names: Sequence[str]) -> None:
+    if names:
+        raise RuntimeError(
+            f"the model must compute with {names[0]}, which is averaged, and has another variable in its "
+            f"place ({len(names)} such in all), as after quantize() or with another layer: compile it with a "
+            "new optimizer; to quantize averages, call assign_average_vars() first"
+        )
 
 
 def _path_in_parts(variable: Variable) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import keras
@@ -218,6 +219,8 @@ def _prepare(model: Model, callback: str) -> None:
     for one in averaging:
         if isinstance(one, Wrapper) and one._averages.lacks_a_model:
             one.shadow_copy(model)
+        if isinstance(one, Wrapper):
+            one._averages.know(model)
 
 
 def _unswap(model: Model) -> None:
@@ -270,9 +273,10 @@ class _Averaged:
         """Put the weights back."""
         if hasattr(self._model, "jax_state_sync"):
             self._model.jax_state_sync()  # an exception may have left variables empty
-        for undo in self._undo:
-            undo()
-        _tell_trainer(self._model)
+        with ExitStack() as each:  # whatever one of them raises
+            each.callback(_tell_trainer, self._model)
+            for undo in self._undo:
+                each.callback(undo)
 
 
 def _swap(optimizer: Wrapper) -> Callable[[], None]:

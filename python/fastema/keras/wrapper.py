@@ -247,14 +247,21 @@ class Wrapper:
 
         Raises:
             RuntimeError: There are no averages, or loaded ones whose weights are not known yet, or the call
-                is made in a replica context.
+                is made in a replica context. Or the model has other variables in the place of those averaged,
+                as after ``quantize``; on the way back, they are exchanged first. The model is known where
+                `shadow_copy` named it, or a callback of `fastema.keras` met it; else nothing tells so.
         """
         if not self._averages.pairs:
             raise RuntimeError("there are no averages to swap: train a step, or call shadow_copy(model)")
         if self._averages.waits_for_a_model:
             raise RuntimeError("averages of non-trainable weights were loaded: call shadow_copy(model) first")
-        self._averages.swap(back=self.is_swapped)
+        back = self.is_swapped
+        if not back:
+            self._averages.check_models()
+        self._averages.swap(back)
         self._swapped.assign(1 - self._swapped)
+        if back:
+            self._averages.check_models()
 
     @property
     def is_swapped(self) -> bool:

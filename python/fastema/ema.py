@@ -16,11 +16,11 @@ from ._ema.exchange import any_swapped
 from ._ema.mapping import check_not_loaded_from
 from ._ema.parts import Options, Parts
 from ._ema.passes import Held, NonFinite
-from ._ema.state import State
+from ._ema.state import State, fitting
 from ._ema.tree import Buffers, Nested, Only, Selection
 from ._types import Array, Decay, check_choice, check_count, float_type
 from .checkpoint._replace import StrPath
-from .checkpoint._state import files_of, read_state
+from .checkpoint._state import Saved
 
 
 class EMA:
@@ -561,14 +561,17 @@ class EMA:
                 sets; or `memory` is a file that is loaded from. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """
-        state, config = read_state(path, decay)
+        saved = Saved.at(path)
+        arguments = {**saved.plain.config.arguments(decay, path), **options}
         if options.get("memory") is not None:
-            check_not_loaded_from(options["memory"], files_of(path))
-        ema = cls(values, **{**config, **options})
-        try:
-            ema._restore(State.from_dict(state).cut(ema._parts.exchange))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path} does not fit: {error}") from None
+            check_not_loaded_from(options["memory"], saved.paths)
+        values = list(values) if isinstance(values, Iterator) else values
+        state = State.of_saved(saved)
+        with fitting(path):
+            state.check_is_of(values, Selection(arguments["buffers"], options.get("only")))
+        ema = cls(values, **arguments)
+        with fitting(path):
+            ema._restore(state.cut(ema._parts.exchange))
         return ema
 
     def _state(self, contents: Callable[[_arrays.Leaf, Array], Array]) -> State:

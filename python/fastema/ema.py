@@ -569,8 +569,7 @@ class EMA:
         state = State.of_saved(saved)
         with fitting(path):
             state.check_is_of(values, Selection(arguments["buffers"], options.get("only")))
-        ema = cls(values, **arguments)
-        with fitting(path):
+            ema = cls(values, **arguments)
             ema._restore(state.cut(ema._parts.exchange))
         return ema
 

@@ -73,6 +73,10 @@ class Blocks:
         self._name, self.shape = name, shape
         self._arrays: dict[Block, np.ndarray | Stored] = {}
 
+    @property
+    def dtype(self) -> np.dtype:
+        return next(iter(self._arrays.values())).dtype
+
     def add(self, begin: tuple[int, ...], array: np.ndarray | Stored) -> None:
         """Add the block that begins there; one that is added twice is of replicas, and alike.
 
@@ -97,7 +101,7 @@ class Blocks:
             ValueError: The files hold it in part only, or overlap.
         """
         if math.prod(block.shape) == 0:
-            return np.empty(block.shape, next(iter(self._arrays.values())).dtype)
+            return np.empty(block.shape, self.dtype)
         found = [
             (shared, array[shared.within(saved)])
             for saved, array in self._arrays.items()

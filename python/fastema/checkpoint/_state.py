@@ -196,11 +196,15 @@ class Saved:
         return saved
 
     def _check(self) -> None:
-        """Raise ValueError unless each decay has averages of the same values and shapes."""
+        """Raise ValueError unless each decay has averages of the same values, in the type that is said."""
+        dtype = self.plain.config.dtype
         first = {name: array.shape for name, array in self.averages[0].items()}
         for k, arrays in enumerate(self.averages):
             if {name: array.shape for name, array in arrays.items()} != first:
                 raise ValueError(f"averages of decay {k} must have the names and shapes of those of decay 0")
+            for name, array in arrays.items() if dtype is not None else ():
+                if array.dtype != dtype:
+                    raise ValueError(f"the average of {shown(name)} must be {dtype}, got {array.dtype}")
         if unknown := self.plain.copied - self.copied.keys():
             raise ValueError(f"it must have a tensor {shown(min(unknown))}, which is copied")
 

@@ -14,9 +14,9 @@ def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, s
     """Write a safetensors file, all or nothing.
 
     A crash at any moment leaves the file that was there or the new one, each whole. The new one is written
-    beside the old, as ``.<name>.partial`` (of a long name, a hash), flushed to the disk and renamed; what a
-    crash left under that name is overwritten by the next call. Of several writers of one file each waits for
-    the one before.
+    beside the old, as ``.<name>.<random>.partial`` (of a long name, a hash), with its rights, flushed to
+    the disk and renamed. Of several writers of one file none waits, and the last one's stays. What a crash
+    left is removed by the next call; where the file system has no locks, it stays.
 
     Args:
         path: The file; a symbolic link stays one, and what it leads to is replaced.
@@ -28,7 +28,8 @@ def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, s
         TypeError: A tensor is no array, has a mask or a type that the format lacks, or `metadata` is not of
             texts.
         ValueError: `path` is there and no file, or a tensor has the header's own name, ``__metadata__``.
-        OSError: The file cannot be written. The old one is as it was, in all these cases.
+        OSError: The file cannot be written. The old one is as it was, in all these cases. Only after Ctrl-C
+            it may be the new one.
 
     Example:
         >>> import tempfile, numpy as np
@@ -62,7 +63,9 @@ def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, s
 class File(Mapping[str, np.ndarray]):
     """A safetensors file: name -> array, read-only views of the mapped file.
 
-    Nothing is read before it is used. The views stay what they are when the file is replaced.
+    Nothing is read before it is used. The views stay what they are when the file is replaced, as `write`
+    does; a file that is cut off in place, by anyone, ends the process that touches what is gone (SIGBUS).
+    `EMA.load`, `average` and `fastema.posthoc` read instead, and raise.
 
     Args:
         path: Of the file.

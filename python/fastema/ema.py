@@ -507,7 +507,10 @@ class EMA:
         each process (torch) or device (JAX) with the shards that are there; of replicas, the first. What is
         whole is in the first file. Every process calls this, and writes its own. Offsets are in the
         metadata, as `torch.distributed.checkpoint` has them. Files are replaced one by one: a crash can leave
-        some of this step and some of an earlier one, which `load` refuses. Give each step a path of its own.
+        some of this save and some of an earlier one. `load` refuses these where step, arguments or run
+        differ: a process that writes them all names the save in each, several name the run, by what lies in
+        the store of torch.distributed or JAX, if there is one. Two saves of one run at one step are not told
+        apart. Give each step a path of its own.
 
         Args:
             path: Of the file, see `fastema.checkpoint.write`; without the numbers that a set has. Saved over
@@ -516,7 +519,7 @@ class EMA:
 
         Raises:
             ValueError: A value has a name that begins with ``fastema.``.
-            OSError: The file cannot be written. The old one is as it was, whatever is raised.
+            OSError: The file cannot be written. The old one is as it was.
 
         Example:
             >>> import fastema, numpy as np, tempfile
@@ -531,12 +534,7 @@ class EMA:
 
     @classmethod
     def load(
-        cls,
-        path: StrPath,
-        values: Nested,
-        *,
-        decay: Decay | Sequence[Decay] | None = None,
-        **options: Any,
+        cls, path: StrPath, values: Nested, *, decay: Decay | Sequence[Decay] | None = None, **options: Any
     ) -> "EMA":
         """Go on from a file of `save`, to the bit, as the run that wrote it would have.
 
@@ -557,7 +555,7 @@ class EMA:
         Raises:
             TypeError: A type differs, or a value never changes and the file was saved while swapped.
             ValueError: The file is not whole, was not written by `save`, does not fit the values, or
-                `decay` must be given; or the files of a set are of different steps, or there are several
+                `decay` must be given; or the files of a set are of several saves, or there are several
                 sets; or `memory` is a file that is loaded from. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """

@@ -7,8 +7,8 @@ mapped file that was cut off is a bus error, to read it says so.
 import math
 import os
 import stat
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
 
@@ -64,7 +64,7 @@ class Source:
             ValueError: It is no whole safetensors file.
             OSError: It cannot be read.
         """
-        with opened(path) as file:
+        with opened(path) as file, _named(path):
             layout, metadata = read_header(file, path)
             return cls(path, layout, metadata, _identity(file.fileno()), _Held(file) if hold else None)
 
@@ -76,11 +76,20 @@ class Source:
             OSError: It cannot be read.
         """
         rest = memoryview(target.reshape(-1).view(np.uint8).data)
-        with opened(self.path) if self.held is None else nullcontext(self.held) as file:
+        with opened(self.path) if self.held is None else nullcontext(self.held) as file, _named(self.path):
             while rest and (count := os.preadv(file.fileno(), [rest], begin)):
                 rest, begin = rest[count:], begin + count
             if rest or _identity(file.fileno()) != self.identity:
                 raise ValueError(f"{self.path} was changed while it was read")
+
+
+@contextmanager
+def _named(path: StrPath) -> Iterator[None]:
+    """Name a file in errors of the system, which knows its number alone."""
+    try:
+        yield
+    except OSError as reason:
+        raise OSError(reason.errno, reason.strerror, os.fspath(path)) from None
 
 
 class _Held:

@@ -234,7 +234,7 @@ def test_a_header_may_be_written_in_other_ways(folder, header):
 
 
 LIMITED = """
-    import resource, sys, time
+    import resource, sys
 
     import numpy as np
     from fastema import EMA, checkpoint
@@ -244,11 +244,7 @@ LIMITED = """
 
     path, limit = sys.argv[1], memory() + (1 << 30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for read in (
-        lambda: checkpoint.File(path),
-        lambda: EMA.load(path, {"a": np.zeros(2)}),
-        lambda: checkpoint.average([path], path + ".mean"),
-    ):
+    for read in (lambda: checkpoint.File(path), lambda: EMA.load(path, {"a": np.zeros(2)})):
         try:
             read()
         except ValueError as error:
@@ -307,6 +303,18 @@ def test_a_set_whose_files_are_of_two_types_is_refused_by_name(folder):
     for path, data in zip(sorted(folder.glob("ema-*")), changed, strict=True):
         path.write_bytes(data)
     with pytest.raises(ValueError, match=r"ema-00002-of.*'kernel' must have one dtype .* float32 and int32"):
+        EMA.load(folder / "ema.safetensors", weights_of("shards"))
+
+
+@pytest.mark.parametrize("saves", [("a", "a", "b", "b"), ("a", None, None, None), (None, None, None, "a")])
+def test_a_set_whose_files_name_several_saves_is_refused(folder, saves):
+    files = []
+    for whole, save in zip(SHARDS, saves, strict=True):
+        state = json.loads(hostile.parts_of(whole)[0]["__metadata__"]["fastema"])
+        text = json.dumps({**state, "save": save} if save else state)
+        files.append(hostile.with_metadata(whole, "fastema", text))
+    assert read(folder, files, weights_of("shards")) is None
+    with pytest.raises(ValueError, match=r"must be of one save, and their save is .* and "):
         EMA.load(folder / "ema.safetensors", weights_of("shards"))
 
 

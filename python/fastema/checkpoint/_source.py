@@ -114,23 +114,35 @@ def _identity(descriptor: int) -> tuple[int, ...]:
 class Stored:
     """A tensor in a file, or a part of it: NumPy reads it where it is used, and nothing is kept.
 
+    Args:
+        source: The file.
+        tensor: Its entry.
+        begin: Where the part begins. None: it is all of the tensor.
+        shape: Of the part.
+
     Attributes:
         shape: Of the part.
         dtype: Of the tensor.
     """
 
-    def __init__(self, source: Source, tensor: Tensor, slices: tuple[slice, ...] | None = None) -> None:
-        self._source, self._tensor = source, tensor
-        self._spans = [slice(0, n) for n in tensor.shape] if slices is None else list(slices)
-        self.shape = tuple(span.stop - span.start for span in self._spans)
+    __slots__ = ("_begin", "_source", "_tensor", "dtype", "shape")
+
+    def __init__(
+        self,
+        source: Source,
+        tensor: Tensor,
+        begin: tuple[int, ...] | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        self._source, self._tensor, self._begin = source, tensor, begin
+        self.shape = tensor.shape if shape is None else shape
         self.dtype = tensor.dtype
 
     def __getitem__(self, slices: tuple[slice, ...]) -> "Stored":
         """Return a part, by a slice with both ends for each axis."""
-        begins = [span.start for span in self._spans]
-        spans = zip(begins, slices, strict=True)
-        part = tuple(slice(begin + own.start, begin + own.stop) for begin, own in spans)
-        return Stored(self._source, self._tensor, part)
+        ours = self._begin or (0,) * len(slices)
+        begin = tuple(at + span.start for at, span in zip(ours, slices, strict=True))
+        return Stored(self._source, self._tensor, begin, tuple(span.stop - span.start for span in slices))
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         array = np.empty(self.shape, self.dtype)
@@ -144,8 +156,10 @@ class Stored:
             ValueError: The file was changed.
             OSError: It cannot be read.
         """
+        begin = self._begin or (0,) * len(self.shape)
+        spans = [slice(at, at + size) for at, size in zip(begin, self.shape, strict=True)]
         if target.size:
-            self._fill(self._tensor.begin, self._tensor.shape, self._spans, target)
+            self._fill(self._tensor.begin, self._tensor.shape, spans, target)
 
     def _fill(self, begin: int, shape: tuple[int, ...], spans: list[slice], target: np.ndarray) -> None:
         """Fill an array with the part that spans are of one in the file that begins at a byte."""

@@ -198,15 +198,18 @@ class Saved:
     def _check(self) -> None:
         """Raise ValueError unless each decay has averages of the same values, in the type that is said."""
         dtype = self.plain.config.dtype
-        first = {name: array.shape for name, array in self.averages[0].items()}
         for k, arrays in enumerate(self.averages):
-            if {name: array.shape for name, array in arrays.items()} != first:
+            if k > 0 and _shapes(arrays) != _shapes(self.averages[0]):
                 raise ValueError(f"averages of decay {k} must have the names and shapes of those of decay 0")
             for name, array in arrays.items() if dtype is not None else ():
                 if array.dtype != dtype:
                     raise ValueError(f"the average of {shown(name)} must be {dtype}, got {array.dtype}")
         if unknown := self.plain.copied - self.copied.keys():
             raise ValueError(f"it must have a tensor {shown(min(unknown))}, which is copied")
+
+
+def _shapes(arrays: _Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def _check_one_save(path: StrPath, first: Plain, other_path: StrPath, other: Plain) -> None:

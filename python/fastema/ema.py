@@ -1,6 +1,6 @@
 """Averages of a model's weights for training loops of one's own: two lines in any framework."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, NoReturn
@@ -16,11 +16,11 @@ from ._ema.exchange import Swapping, any_swapped
 from ._ema.mapping import check_not_loaded_from
 from ._ema.parts import Options, Parts
 from ._ema.passes import NonFinite
-from ._ema.state import State
+from ._ema.state import State, fitting
 from ._ema.tree import Buffers, Nested, Only, Selection
 from ._types import Array, Decay, check_choice, check_count, float_type
 from .checkpoint._replace import StrPath
-from .checkpoint._state import files_of, read_state
+from .checkpoint._state import Saved
 
 
 class EMA:
@@ -496,7 +496,8 @@ class EMA:
         """
         self.wait()
         self._parts.exchange.check_not_swapped("load_state_dict()")
-        self._restore(State.from_dict(state).local(self._parts.exchange))
+        exchange = self._followed().exchange
+        State.from_dict(state).local(exchange).fitted(exchange).go_on_to_the_end(exchange, self._now)
 
     def save(self, path: StrPath, dtype: DTypeLike | None = None) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.
@@ -510,7 +511,10 @@ class EMA:
         each process (torch) or device (JAX) with the shards that are there; of replicas, the first. What is
         whole is in the first file. Every process calls this, and writes its own. Offsets are in the
         metadata, as `torch.distributed.checkpoint` has them. Files are replaced one by one: a crash can leave
-        some of this step and some of an earlier one, which `load` refuses. Give each step a path of its own.
+        some of this save and some of an earlier one. `load` refuses these where step, arguments or run
+        differ: a process that writes them all names the save in each, several name the run, by what lies in
+        the store of torch.distributed or JAX, if there is one. Two saves of one run at one step are not told
+        apart. Give each step a path of its own.
 
         Args:
             path: Of the file, see `fastema.checkpoint.write`; without the numbers that a set has. Saved over
@@ -522,7 +526,7 @@ class EMA:
         Raises:
             TypeError: `dtype` is no type that is averaged.
             ValueError: A value has a name that begins with ``fastema.``, or an average is beyond `dtype`.
-            OSError: The file cannot be written. The old one is as it was, whatever is raised.
+            OSError: The file cannot be written. The old one is as it was.
 
         Example:
             >>> import fastema, numpy as np, tempfile
@@ -537,12 +541,7 @@ class EMA:
 
     @classmethod
     def load(
-        cls,
-        path: StrPath,
-        values: Nested,
-        *,
-        decay: Decay | Sequence[Decay] | None = None,
-        **options: Any,
+        cls, path: StrPath, values: Nested, *, decay: Decay | Sequence[Decay] | None = None, **options: Any
     ) -> "EMA":
         """Go on from a file of `save`, to the bit, as the run that wrote it would have.
 
@@ -561,25 +560,24 @@ class EMA:
         Raises:
             TypeError: A type differs, or a value never changes and the file was saved while swapped.
             ValueError: The file is not whole, was not written by `save` (without `dtype`), does not fit, or
-                `decay` must be given; or the files of a set are of different steps, or there are several
+                `decay` must be given; or the files of a set are of several saves, or there are several
                 sets; or `memory` is a file that is loaded from. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """
-        state, config = read_state(path, decay)
+        saved = Saved.at(path)
+        arguments = {**saved.plain.config.arguments(decay, path), **options}
         if options.get("memory") is not None:
-            check_not_loaded_from(options["memory"], files_of(path))
-        ema = cls(values, **{**config, **options})
-        try:
-            ema._restore(State.from_dict(state).cut(ema._parts.exchange))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path} does not fit: {error}") from None
+            check_not_loaded_from(options["memory"], saved.paths)
+        values = list(values) if isinstance(values, Iterator) else values
+        state = State.of_saved(saved)
+        with fitting(path):
+            state.check_is_of(values, Selection(arguments["buffers"], options.get("only")))
+            ema = cls(values, **arguments)
+            exchange = ema._parts.exchange
+            state.cut(exchange).fitted(exchange).go_on(exchange, ema._now)
         return ema
 
     def _state(self, contents: Callable[[_arrays.Leaf, Array], Array]) -> State:
         self.wait()
         config = {key: self._config[key] for key in ("every", "start_step", "rounding", "seed")}
         return State.of(self._followed().exchange, self._settled(), config, contents)
-
-    def _restore(self, state: State) -> None:
-        exchange = self._followed().exchange
-        state.fitted(exchange).go_on(exchange, self._now)

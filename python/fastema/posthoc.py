@@ -207,7 +207,7 @@ def _profile(schedule: schedules.Schedule, end: int) -> Iterator[tuple[int, np.n
             return
 
 
-_NAME = re.compile(r"(\d+)-(\d[\d.e-]*)\.safetensors")
+_NAME = re.compile(r"([0-9]{1,18})-([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]{1,2})?)\.safetensors")
 
 
 class Snapshots:
@@ -330,9 +330,13 @@ def _averaged(shares: Mapping[Path, float], output: StrPath, dtype: npt.DTypeLik
     checkpoint.average(list(shares), output, weights=list(shares.values()), dtype=dtype)
     file = checkpoint.File(output)
     form = file.metadata.get("form")
+    names = [str(i) for i in range(len(file))] if form in ("array", "sequence") else list(file)
+    if set(names) != set(file) or (form == "array" and len(file) != 1):
+        paths = ", ".join(map(str, shares))
+        raise ValueError(f"{paths} must have arrays of the form {form!r}, got {sorted(file)[:20]}")
     if form == "array":
         return file["0"]
-    return [file[str(i)] for i in range(len(file))] if form == "sequence" else file
+    return [file[name] for name in names] if form == "sequence" else file
 
 
 def _named(averages: object, sigma: float) -> tuple[dict[str, np.ndarray], str]:

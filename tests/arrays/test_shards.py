@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastema import EMA
+from fastema import EMA, checkpoint
 from fastema._arrays.shards import Block
-from fastema.checkpoint import _sets
+from fastema.checkpoint import _sets, _source
 from fastema.checkpoint._sets import Blocks
 
 CUTS = st.lists(st.integers(0, 6), max_size=3).map(sorted)
@@ -37,6 +37,27 @@ def test_what_is_cut_from_pieces_is_what_is_cut_from_the_whole(shape, data):
             found = np.asarray(_sets.cut(source, block, "w"))
             assert found.shape == wanted.shape
             assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("piece", [1, 64, 1 << 22])
+@given(shape=st.lists(st.integers(0, 6), max_size=3).map(tuple), data=st.data())
+def test_what_is_cut_from_a_file_is_what_is_cut_from_the_array(tmp_path, monkeypatch, piece, shape, data):
+    """Whatever is read at a time, and however the array lies in memory that it is read to."""
+    monkeypatch.setattr(_source, "_PIECE", piece)
+    whole = np.arange(np.prod(shape, dtype=int), dtype=np.int32).reshape(shape)
+    checkpoint.write(tmp_path / "a.safetensors", {"w": whole, "other": np.zeros(3)})
+    source = _source.Source.at(tmp_path / "a.safetensors", hold=data.draw(st.booleans()))
+    stored = _source.Stored(source, source.layout["w"])
+    for block in blocks_of(shape, data.draw(st.tuples(*[CUTS] * len(shape)))):
+        part = _sets.cut(stored, block, "w")
+        inner = tuple(slice(min(1, n), n) for n in block.shape)
+        for got, wanted in ((part, whole[block.slices()]), (part[inner], whole[block.slices()][inner])):
+            assert got.shape == wanted.shape
+            assert np.array_equal(np.asarray(got), wanted)
+            for order in "CF":
+                target = np.full((*wanted.shape, 2), -1, np.int32, order)[..., 0]
+                got.read_into(target)
+                assert np.array_equal(target, wanted)
 
 
 @pytest.mark.parametrize(("begin", "size"), [(3, 1), (3, 2), (2, 2), (1, 4), (1, 3)])

@@ -283,9 +283,29 @@ def test_a_file_of_a_set_holds_a_device_s_shards_under_the_names_of_their_values
     run(code, tmp_path)
 
 
+def test_a_set_of_two_saves_of_one_step_is_refused(tmp_path):
+    code = """
+        import shutil
+
+        paths = [f"{sys.argv[1]}/{name}" for name in ("one", "other")]
+        ema = trained(2, "rows", decay=0.9)
+        for path in paths:
+            ema.save(path + ".safetensors")
+            assert same(fastema.EMA.load(path + ".safetensors", placed(whole_at(9), "rows")), ema)
+        shutil.copy(*(f"{path}-00003-of-00004.safetensors" for path in paths))
+        try:
+            fastema.EMA.load(paths[1] + ".safetensors", placed(whole_at(9), "rows"))
+        except ValueError as error:
+            assert "other-00003-of-00004.safetensors must be of one save, and their save" in str(error), error
+        else:
+            raise AssertionError("a mixture was loaded")
+    """
+    run(code, tmp_path)
+
+
 def test_processes_save_their_own_shards_and_load_those_of_others(tmp_path):
     code = """
-        import os, time
+        import json, os, time
         import jax
 
         rank = int(os.environ["RANK"])
@@ -320,6 +340,8 @@ def test_processes_save_their_own_shards_and_load_those_of_others(tmp_path):
                 break
             time.sleep(0.1)
         files = [checkpoint.File(path.replace("ema", f"ema-0000{k}-of-00004")) for k in (1, 2, 3, 4)]
+        runs = {json.loads(file.metadata["fastema"])["save"] for file in files}
+        assert [len(run) for run in runs] == [32], "the processes did not agree"
         assert [sorted(file) for file in files] == [
             ["all", "both", "columns", "rows"], ["both", "columns"], ["both", "rows"], ["both"]
         ]

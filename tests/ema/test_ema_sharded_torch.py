@@ -580,6 +580,34 @@ assert all(torch.equal(x, before[name]) for name, x in bits(model).items())
     )
 
 
+def test_a_set_of_two_runs_of_one_step_is_refused_and_those_of_each_are_not(tmp_path):
+    """The second run began anew, and was stopped when one of its processes had saved."""
+    for begin in (0, 7):
+        run(
+            2,
+            tmp_path,
+            MODEL
+            + f"""
+model = sharded()
+ema = fastema.EMA(model, 0.5)
+for _ in range(2):  # over and over at one step
+    train(ema, model, [{begin} + 1])
+    path = folder / "run-{begin}.safetensors"
+    ema.save(path)
+    dist.barrier()
+    assert same(fastema.EMA.load(path, model).averages, ema.averages)
+    dist.barrier()
+if {begin} and rank == 0:
+    for mixed, first, second in (("a", 0, 7), ("b", 7, 0)):
+        for k, number in ((1, first), (2, second)):
+            source = folder / f"run-{{number}}-0000{{k}}-of-00002.safetensors"
+            (folder / f"{{mixed}}-0000{{k}}-of-00002.safetensors").write_bytes(source.read_bytes())
+        refused(ValueError, f"{{mixed}}-00002-of-00002.safetensors must be of one save, and their save is ",
+                lambda: fastema.EMA.load(folder / f"{{mixed}}.safetensors", plain()))
+""",
+        )
+
+
 def test_values_that_never_move_are_paired_once(tmp_path):
     run(
         1,

@@ -258,7 +258,10 @@ def test_files_that_do_not_fit_are_refused_by_name_and_nothing_is_written(paths,
 def test_a_file_that_is_none_is_refused_by_name(paths, output):
     write_all(paths[:2], [W, W])
     paths[2].write_bytes(paths[0].read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"c.safetensors is no whole safetensors file: .*not fully covered"):
+    with pytest.raises(
+        ValueError,
+        match=r"c.safetensors is no whole safetensors file: it must have 96 bytes by its header, got 95",
+    ):
         checkpoint.average(paths, output)
     paths[2].unlink()
     with pytest.raises(FileNotFoundError, match=r"c.safetensors"):

@@ -1,5 +1,6 @@
 """EMA.save and EMA.load: a run that was stopped goes on as if it never was, and others read its averages."""
 
+import errno
 import json
 import os
 import re
@@ -436,10 +437,11 @@ def test_a_file_of_a_later_version_or_with_a_later_schedule_is_refused(path):
     weights = weights_at(0)
     EMA(weights, schedules.dynamic(0.9)).save(path)
     file = checkpoint.File(path)
+    config = json.loads(file.metadata["fastema"])["config"]
     for change, message in (
         ({"version": 2}, r"ema.safetensors was written by a later fastema"),
         (
-            {"config": {"decay": {"schedule": "spiral"}, "rounding": "nearest"}},
+            {"config": {**config, "decay": {"schedule": "spiral"}}},
             r"of the schedule spiral .* only",
         ),
     ):
@@ -573,6 +575,29 @@ def test_a_file_that_averages_are_mapped_from_may_be_saved_over(path):
     train(expected, others, [2, 3])
     assert all_of(ema) == all_of(expected)
     assert path.read_bytes() == before
+
+
+def test_a_disk_without_room_for_the_averages_is_an_error_when_they_are_made(path, monkeypatch):
+    """A mapped file with holes takes the room when it is written to: without any left that is a bus error."""
+    asked = []
+
+    def full(descriptor, begin, length):
+        asked.append((os.fstat(descriptor).st_ino, path.stat().st_ino, begin, length))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    weights = {"w": np.ones(1000), "b": np.ones(3)}
+    with pytest.raises(OSError, match=r"No space left on device: '.*ema.safetensors'"):
+        EMA(weights, 0.9, memory=path)
+    ((asked_of, file, begin, length),) = asked
+    assert asked_of == file
+    assert begin == 0
+    assert length >= 8 * 1003
+    assert not path.exists()
+    monkeypatch.undo()
+    ema = EMA(weights, 0.9, memory=path)
+    assert path.stat().st_size == length
+    assert ema.averages["w"].sum() == 1000
 
 
 def test_loading_leaves_the_file_alone(path):

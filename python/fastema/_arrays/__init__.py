@@ -8,6 +8,7 @@ from . import dispatch, flax, interfaces, jax, keras, numpy, tensorflow, torch
 from .base import Addresses, Carried, Descriptor, Leaf, Location
 from .complex import ComplexLeaf
 from .dispatch import (
+    agreed,
     allocate_like,
     are_shown,
     as_list,
@@ -49,6 +50,7 @@ __all__ = [
     "Leaf",
     "Location",
     "Reader",
+    "agreed",
     "allocate_like",
     "are_shown",
     "as_list",

@@ -289,6 +289,16 @@ class Library(ABC):
     def exchanged(self, values: Sequence[AnyArray]) -> None:  # noqa: B027
         """Forget copies of values, whose contents were exchanged."""
 
+    def agreed(self, own: str) -> str | None:  # noqa: ARG002 - most know one process
+        """Return one of the texts that the processes of this run give, the same to all of them.
+
+        Waits for no process.
+
+        Returns:
+            None: They have nothing to agree by.
+        """
+        return None
+
     def _view(self, array: AnyArray) -> np.ndarray:  # noqa: ARG002
         raise TypeError("it may be put into other memory at any time")
 

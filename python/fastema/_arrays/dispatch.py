@@ -141,6 +141,12 @@ def exchanged(values: Sequence[AnyArray]) -> None:
         library.exchanged(values)
 
 
+def agreed(own: str) -> str | None:
+    """Return a text that is the same in all processes of this run, and in no other; see `Library.agreed`."""
+    found = (library.agreed(own) for library in libraries)
+    return next((text for text in found if text is not None), None)
+
+
 def watch(arrays: Iterable[AnyArray]) -> Addresses | None:
     """Return the addresses of those arrays that can be given other memory; None: all stay.
 

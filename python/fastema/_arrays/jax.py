@@ -3,6 +3,7 @@
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +128,18 @@ class _Jax(Library):
             return Carried(value)
         self.view(value.addressable_data(0), name)
         return JaxLeaf(value)
+
+    def agreed(self, own: str) -> str | None:
+        client = getattr(
+            getattr(sys.modules.get("jax._src.distributed"), "global_state", None), "client", None
+        )
+        if client is None:
+            return None
+        with suppress(Exception):  # another process was first
+            client.key_value_set("fastema/run", own)
+        with suppress(Exception):  # it is no public function
+            return str(client.blocking_key_value_get("fastema/run", 10_000))
+        return None
 
     def is_on_cuda(self, array: AnyArray) -> bool:
         return int(array.__dlpack_device__()[0]) in CUDA

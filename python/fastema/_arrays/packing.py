@@ -1,5 +1,6 @@
 """How are many arrays laid out in one piece of host memory?"""
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -50,16 +51,33 @@ def packed(
     sizes = [like.size * np.dtype(dtype).itemsize for like, dtype in zip(likes, dtypes, strict=True)]
     begins = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)])
     length = int(begins[-1]) + _LINE
-    if file is None:
-        memory = np.empty(length, np.uint8)
-    else:
-        Path(file).unlink(missing_ok=True)  # whoever has it mapped keeps the old one
-        memory = np.asarray(np.memmap(file, np.uint8, "w+", shape=length))
+    memory = np.empty(length, np.uint8) if file is None else _mapped(Path(file), length)
     memory = memory[-memory.ctypes.data % _LINE :]
     return [
         laid_out(memory[begin : begin + size].view(dtype), like)
         for like, dtype, begin, size in zip(likes, dtypes, begins[:-1], sizes, strict=True)
     ]
+
+
+def _mapped(path: Path, length: int) -> np.ndarray:
+    """Make a file anew and map it.
+
+    Raises:
+        OSError: It cannot be made, or the disk has no room for all of it, which would else be a bus error
+            when it is written to. Then there is none.
+    """
+    path.unlink(missing_ok=True)  # whoever has it mapped keeps the old one
+    try:
+        with path.open("x+b") as file:
+            allocate = getattr(os, "posix_fallocate", None)
+            if allocate is None:  # not on macOS
+                file.truncate(length)
+            else:
+                allocate(file.fileno(), 0, length)
+            return np.asarray(np.memmap(file, np.uint8, "r+", shape=length))
+    except OSError as reason:
+        path.unlink(missing_ok=True)
+        raise OSError(reason.errno, reason.strerror, str(path)) from None
 
 
 def laid_out(flat: np.ndarray, like: Layout) -> np.ndarray:

@@ -1,6 +1,7 @@
 """All that fastema knows of torch: tensors and parameters, those that are sharded, modules and wrappers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from sys import modules
@@ -342,6 +343,15 @@ class _Torch(Library):
                 f"{name} must be whole or sharded, and it is a sum of which each process holds a term"
             )
         return _DTensor(value, name)
+
+    def agreed(self, own: str) -> str | None:
+        distributed = modules.get("torch.distributed")
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            return None
+        with suppress(Exception):  # some stores cannot, and it is no public function
+            store = distributed.distributed_c10d._get_default_store()
+            return str(store.compare_set("fastema/run", "", own).decode())  # whoever comes first sets it
+        return None
 
     def is_on_cuda(self, array: AnyArray) -> bool:
         return bool(array.is_cuda)

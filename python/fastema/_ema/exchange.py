@@ -222,11 +222,19 @@ class Exchange:
         _core.locked(_lock, self._resume, k, weights, count)
 
     def _resume(self, k: int, weights: dict[int, Locals], count: Count) -> None:
+        leaves = self.values.leaves
+        before = [[_arrays.copy(x) for x in leaf.local_arrays()] for leaf in leaves]
         self._buffers = self.values.held_buffers()
-        self.swapped = Swapped(k, weights)
-        _stack.append(_Covering(ref(self), get_ident()))
-        for i, leaf in enumerate(self.values.leaves):
-            leaf.assign(weights[i] if count.is_blank else self.average_of(k, i, count))
+        try:
+            self.swapped = Swapped(k, weights)
+            _stack.append(_Covering(ref(self), get_ident()))
+            for i, leaf in enumerate(leaves):
+                leaf.assign(weights[i] if count.is_blank else self.average_of(k, i, count))
+        except BaseException:
+            for leaf, values in zip(leaves, before, strict=True):
+                leaf.assign(values)
+            self.swapped = None
+            raise
 
     def copy_to(self, others: Nested | None, k: int, count: Count) -> Nested:
         """Write averages into other values, or the values themselves, for good; see `EMA.copy_to`."""

@@ -1,7 +1,9 @@
 """All that is needed to go on, as one value: taken from an EMA, and checked against another."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from secrets import token_hex
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +16,11 @@ from .._arrays.torch import plain
 from .._types import Array, DType, check_count, check_share, float_type, narrowed
 from ..checkpoint import _sets
 from ..checkpoint._replace import StrPath
-from ..checkpoint._state import PlainState, write_state
+from ..checkpoint._state import PlainState, Saved, write_state
 from .count import Count, Now, check_span
 from .exchange import Exchange
-from .values import Locals
+from .tree import Nested, Selection
+from .values import Locals, Values
 
 _Named = Mapping[str, Any]  # NumPy arrays, or blocks of files, by the names of local arrays
 
@@ -124,16 +127,26 @@ class State:
         shown = [
             {name: _arrays.host(x) for name, x in exchange.values.by_name(kept).items()} for kept in debiased
         ]
-        layout = _sets.layout(_local_shapes(exchange))
+        layout, save = _sets.layout(_local_shapes(exchange)), token_hex(16)
+        is_all = layout is None or len(layout.files) == layout.total  # else others write the rest
+        agreed = save if is_all else _arrays.agreed(save)
         if chosen is None:
-            write_state(path, self.to_dict(), config, shown, layout)
+            write_state(path, self.to_dict(), config, shown, layout=layout, save=agreed)
             return
         rounded = [
             {name: _rounded(x, chosen, name) for name, x in (own or kept).items()}
             for own, kept in zip(shown, self.averages, strict=True)
         ]
         alone = replace(self, averages=rounded, carries=[], values={})
-        write_state(path, alone.to_dict(), config, [{}] * len(rounded), layout, rounded=chosen.name)
+        write_state(
+            path,
+            alone.to_dict(),
+            config,
+            [{}] * len(rounded),
+            layout=layout,
+            save=agreed,
+            rounded=chosen.name,
+        )
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "State":
@@ -163,6 +176,35 @@ class State:
             swapped=swapped,
             config=config,
         )
+
+    @classmethod
+    def of_saved(cls, saved: Saved) -> "State":
+        """Return what is in files, which was checked when they were opened; its arrays are yet to be read."""
+        plain = saved.plain
+        count = Count(plain.step, plain.clock, plain.averaged, plain.decay, plain.products)
+        arrays = (saved.averages, saved.carries, saved.copied, saved.values)
+        return cls(*arrays, count, plain.swapped, {"every": plain.config.every})
+
+    def check_is_of(self, given: Nested, selection: Selection) -> None:
+        """Raise unless whole arrays are of the names and shapes of values, for which nothing is made yet.
+
+        Raises:
+            TypeError: Something is no array.
+            ValueError: They are not.
+        """
+        values, local = Values.of(given, selection, unchanging=False)
+        leaves = dict(zip(values.names, values.leaves, strict=True))
+        theirs = {**self.averages[0], **self.copied}
+        ours = [name for name, leaf in leaves.items() if not isinstance(leaf, _arrays.Carried)]
+        _check_names("its averages and copies", ours, theirs)
+        for name, arrays in zip(values.names, local, strict=True):
+            shards = leaves[name].shards
+            if shards is not None:
+                for block in shards.blocks:
+                    _sets.check_whole(block, theirs[name].shape, name)
+            elif arrays and _arrays.shape_of(arrays[0]) != theirs[name].shape:
+                shape = _arrays.shape_of(arrays[0])
+                raise ValueError(f"state[{name!r}] must have shape {shape}, got {theirs[name].shape}")
 
     def _with(self, change: Callable[[_Named], _Named]) -> "State":
         """Return the state with what a function makes of each dictionary of arrays."""
@@ -249,6 +291,15 @@ class State:
         return Fitted(pairs, weights, self)
 
 
+@contextmanager
+def fitting(path: StrPath) -> Iterator[None]:
+    """Name a file in errors of what does not fit it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path} does not fit: {error}") from None
+
+
 class Fitted(NamedTuple):
     """A state that fits an EMA.
 
@@ -258,24 +309,33 @@ class Fitted(NamedTuple):
         state: That state.
     """
 
-    pairs: list[tuple[Array, "np.ndarray | _sets.Region"]]
+    pairs: list[tuple[Array, np.ndarray | _sets.Unread]]
     weights: dict[int, Locals]
     state: State
 
     def go_on(self, exchange: Exchange, now: Now) -> None:
-        """Have the EMA go on from there; what is interrupted is done all the same."""
-        try:
-            self._go_on(exchange, now)
-        except BaseException:
-            self._go_on(exchange, now)
-            raise
+        """Have the EMA go on from there; called again, from wherever that was interrupted.
 
-    def _go_on(self, exchange: Exchange, now: Now) -> None:
+        Raises:
+            ValueError: A file was changed since it was opened. The values are as they were.
+            OSError: A file cannot be read. The values are as they were.
+        """
         for target, source in self.pairs:
-            _arrays.write(np.asarray(source), target)
+            if isinstance(source, _sets.Unread) and isinstance(target, np.ndarray):
+                source.read_into(target)
+            else:
+                _arrays.write(np.asarray(source), target)
         now[0] = self.state.count
         if self.state.swapped is not None:
             exchange.resume(self.state.swapped, self.weights, self.state.count)
+
+    def go_on_to_the_end(self, exchange: Exchange, now: Now) -> None:
+        """Have the EMA go on from there, also where an interrupt comes up, which is raised then."""
+        try:
+            self.go_on(exchange, now)
+        except BaseException:
+            self.go_on(exchange, now)
+            raise
 
 
 def _rounded(average: np.ndarray, dtype: DType, name: str) -> np.ndarray:
@@ -310,17 +370,28 @@ def _local_shapes(exchange: Exchange) -> list[tuple[str, dict[str, tuple[int, ..
     ]
 
 
+def _check_names(place: str, ours: Iterable[str], theirs: Iterable[str]) -> None:
+    """Raise ValueError unless the names are the same; it shows some of them."""
+    missing, unknown = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    if missing or unknown:
+        raise ValueError(
+            f"{place} must name the values; missing: {_some(missing)}, unknown: {_some(unknown)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return str(names) if len(names) <= 20 else f"{names[:20]} and {len(names) - 20} more"
+
+
 def _fitting(
     place: str, ours: Mapping[str, Array], theirs: Mapping[str, Any]
-) -> list[tuple[Array, "np.ndarray | _sets.Region"]]:
+) -> list[tuple[Array, np.ndarray | _sets.Unread]]:
     """Return our arrays with those of a state, where these fit."""
-    if ours.keys() != theirs.keys():
-        missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-        raise ValueError(f"{place} must name the values; missing: {missing}, unknown: {unknown}")
-    pairs = []
+    _check_names(place, ours, theirs)
+    pairs: list[tuple[Array, np.ndarray | _sets.Unread]] = []
     for name, array in ours.items():
         dtype, shape, source = _arrays.dtype_of(array), _arrays.shape_of(array), theirs[name]
-        if not isinstance(source, _sets.Region):
+        if not isinstance(source, _sets.Unread):
             source = _arrays.unmasked(np.asanyarray(source), f"{place}[{name!r}]")
         if dtype != source.dtype.newbyteorder("="):
             raise TypeError(f"{place}[{name!r}] must be {dtype}, got {source.dtype}")

@@ -2,8 +2,10 @@
 
 Which file answers what:
 
-* `_format`: how named arrays lie in a file; `_replace`: how a file takes another's place, crash or not.
-* `_mean`: the mean of files; `_state`: an EMA's state in a file; `_sets`: sharded values in a set of files.
+* `_format`: a file is written, or read as views; `_replace`: how a file takes another's place, crash or not.
+* `_header`: how named arrays lie in a file; `_json`, `_source`: reading what anyone may have written.
+* `_mean`: the mean of files; `_state`: an EMA's state in a file, of which `_plain` is no array.
+* `_sets`: sharded values in a set of files.
 """
 
 from ._format import File, write

@@ -2,18 +2,18 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
-from io import BufferedReader, FileIO
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from .._types import narrowed
-from ._format import REALS, Tensor, header_of, read_header
+from ._header import REALS, header_of
+from ._plain import STATE
 from ._replace import StrPath, replacing
-from ._state import STATE, is_state
+from ._source import Source
+from ._state import is_state
 
 _PIECE = 1 << 18  # elements: what `average` holds of a tensor at a time
 
@@ -75,12 +75,12 @@ def average(
     narrow = None if dtype is None else np.dtype(dtype)
     if narrow and narrow not in REALS.values():
         raise TypeError(f"dtype must be one of {', '.join(map(str, REALS.values()))}, got {narrow}")
-    sources = [_Source.at(path) for path in paths]
+    sources = [_source(path) for path in paths]
     first = sources[0].layout
     for source in sources[1:]:
         _check_fit(sources[0], source)
     means = {
-        name: replace(tensor, dtype=narrow) if narrow and tensor.dtype in REALS.values() else tensor
+        name: tensor._replace(dtype=narrow) if narrow and tensor.dtype in REALS.values() else tensor
         for name, tensor in first.items()
     }
     shared = set.intersection(*(set(source.metadata.items()) for source in sources))
@@ -102,75 +102,38 @@ def _has_mean(dtype: np.dtype) -> bool:
     return dtype in REALS.values() or dtype.kind == "c"
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A file to average. It is opened anew for each piece, as a process may have no more than 256 open.
-
-    Attributes:
-        path: Of the file.
-        layout: Its tensors, without those that only an EMA reads.
-        metadata: The header's texts.
-        identity: Tells this file from the one that may have this path later.
-    """
-
-    path: StrPath
-    layout: dict[str, Tensor]
-    metadata: dict[str, str]
-    identity: tuple[int, ...]
-
-    @classmethod
-    def at(cls, path: StrPath) -> "_Source":
-        with Path(path).open("rb") as file:
-            layout, metadata = read_header(file, path)
-            own = {name: tensor for name, tensor in layout.items() if not is_state(name)}
-            return cls(path, own, metadata, _identity(file))
-
-    def piece(self, name: str, begin: int) -> np.ndarray:
-        """Read a piece of a tensor, from element `begin` on.
-
-        Raises:
-            ValueError: The file was changed.
-        """
-        tensor = self.layout[name]
-        piece = np.empty(min(_PIECE, tensor.size - begin), tensor.dtype)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(tensor.begin + begin * tensor.dtype.itemsize)
-            if _identity(file) != self.identity or _read_into(file, piece) != piece.nbytes:
-                raise ValueError(f"{self.path} was changed while it was read")
-        return piece
+def _source(path: StrPath) -> Source:
+    """Return a file to average, without the tensors that only an EMA reads."""
+    source = Source.at(path, hold=False)
+    own = {name: tensor for name, tensor in source.layout.items() if not is_state(name)}
+    return replace(source, layout=own)
 
 
-def _identity(file: BufferedReader | FileIO) -> tuple[int, ...]:
-    """Return what changes when the file is changed or replaced."""
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _read_into(file: FileIO, array: np.ndarray) -> int:
-    """Fill an array from where a file is; return how many bytes there were, for one read may bring less."""
-    rest = memoryview(array.view(np.uint8).data)
-    while rest and (count := file.readinto(rest)):
-        rest = rest[count:]
-    return array.nbytes - len(rest)
+def _piece(source: Source, name: str, begin: int) -> np.ndarray:
+    """Read a piece of a tensor, from element `begin` on."""
+    tensor = source.layout[name]
+    piece = np.empty(min(_PIECE, tensor.size - begin), tensor.dtype)
+    source.read(tensor.begin + begin * tensor.dtype.itemsize, piece)
+    return piece
 
 
 def _piece_of_mean(
-    sources: Sequence[_Source], shares: Sequence[float], name: str, begin: int, dtype: np.dtype
+    sources: Sequence[Source], shares: Sequence[float], name: str, begin: int, dtype: np.dtype
 ) -> np.ndarray:
     """Return a piece of a tensor's mean, from element `begin` on; that of the last file if it has no mean."""
     own = sources[0].layout[name].dtype
     if not _has_mean(own):
-        return sources[-1].piece(name, begin)
+        return _piece(sources[-1], name, begin)
     wide = np.result_type(own, np.float64)
     with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
         terms = (
-            np.multiply(source.piece(name, begin), share, dtype=wide)
+            np.multiply(_piece(source, name, begin), share, dtype=wide)
             for source, share in zip(sources, shares, strict=True)
         )
         return narrowed(reduce(np.add, terms) / sum(shares), dtype)
 
 
-def _check_fit(first: _Source, other: _Source) -> None:
+def _check_fit(first: Source, other: Source) -> None:
     """Raise ValueError unless two files have tensors of the same names, shapes and types."""
     for name in sorted(first.layout.keys() ^ other.layout.keys()):
         has, lacks = (first, other) if name in first.layout else (other, first)

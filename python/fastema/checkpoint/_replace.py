@@ -1,49 +1,63 @@
 """Replacing a file so that a crash at any moment leaves the old one or the new one, each whole.
 
-The new one is written beside the old one, under a lock, flushed to the disk and renamed. Nothing else knows
-of locks, flushes and renames.
+The new one is written beside the old one, under a name of its own, flushed to the disk and renamed. Nobody
+waits: of several writers the last to rename wins, and each has written a whole file. Nothing else knows of
+locks, flushes and renames.
 """
 
 import errno
 import fcntl
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
 from io import BufferedWriter
 from pathlib import Path
+from secrets import token_hex
 
 StrPath = str | os.PathLike[str]
 
 _LONG = 100  # bytes: of a name that is not told in another; file systems take 255, some of them 143
+_ANYBODY = 0o666  # the rights of a new file, before the process' umask
 
 
 @contextmanager
 def replacing(path: StrPath) -> Iterator[BufferedWriter]:
     """Open a file that takes the place of the one at `path` when the ``with`` block ends without an error.
 
+    It has the rights of the old one.
+
     Raises:
         ValueError: `path` is there and no file.
-        OSError: The file cannot be written. Whatever is raised, the old one is as it was.
+        OSError: The file cannot be written. The old one is as it was then, unless it was the folder that
+            could not be flushed.
     """
-    target = Path(path).resolve()
-    with suppress(FileNotFoundError, NotADirectoryError):
-        target.stat()  # raises what `exists` may keep to itself, as of a name that is too long
-    if target.exists() and not target.is_file():
+    target = Path(os.path.realpath(path))
+    try:
+        status = target.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        status = None
+    if status is not None and not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} must be a file or not be there")
     if not target.parent.is_dir():  # said of the folder, and not of a file that nobody knows
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
-    beside = _beside(target)
-    with _locked(beside) as file:
-        try:
-            file.truncate(0)  # what a crash left
+    _remove_what_crashes_left(target)
+    rights = _ANYBODY if status is None else stat.S_IMODE(status.st_mode) & 0o777
+    beside = _Beside(target)
+    try:
+        with beside.begun(rights) as file:
+            if status is not None:
+                os.fchmod(file.fileno(), rights)  # whatever the umask is
             yield file
             file.flush()
             os.fsync(file.fileno())
-            beside.replace(target)
-        except BaseException:
-            beside.unlink()
-            raise
+            beside.path.replace(target)
+    except BaseException:
+        beside.path.unlink(missing_ok=True)  # an interrupt may come when it has its new name
+        raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name; without it the old file could be back after a power failure
@@ -51,20 +65,79 @@ def replacing(path: StrPath) -> Iterator[BufferedWriter]:
         os.close(folder)
 
 
-def _beside(target: Path) -> Path:
-    """Return the path of the new file until it is whole: the same for all writers, so that they wait."""
+def _prefix(target: Path) -> str:
+    """Return how the names begin of what is written beside a file until it is whole."""
     name = os.fsencode(target.name)
     text = target.name if len(name) <= _LONG else blake2b(name, digest_size=16).hexdigest()
-    return target.with_name(f".{text}.partial")
+    return f".{text}."
 
 
-def _locked(path: Path) -> BufferedWriter:
-    """Open a file for writing, once no other process or thread has it open by this function."""
-    while True:
-        file = path.open("ab")
-        with suppress(OSError):  # some network file systems have no locks: there, one writer at a time
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+class _Beside:
+    """The path of a new file until it is whole."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._choose()
+
+    def _choose(self) -> None:
+        self.path = self._target.with_name(f"{_prefix(self._target)}{token_hex(8)}.partial")
+
+    def begun(self, rights: int) -> BufferedWriter:
+        """Open the file, which nobody else has, and hold its lock while it is open.
+
+        The lock says that somebody is writing. Nobody waits for it: a child of this process may have it, too.
+        """
+        while True:
+            try:  # "x" follows no link
+                file = open(self.path, "xb", opener=partial(os.open, mode=rights))  # noqa: SIM115
+            except FileExistsError:
+                self._choose()
+                continue
+            if _is_locked(file) and _has_name(file, self.path):
                 return file
-        file.close()  # the writer that had it is done, and has renamed it
+            file.close()  # another writer takes it for what a crash left
+            self._choose()
+
+
+def _is_locked(file: BufferedWriter) -> bool:
+    """Lock a new file; tell whether nobody else has. Where there are no locks, nobody has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # of some network file systems
+        pass
+    return True
+
+
+def _has_name(file: BufferedWriter, path: Path) -> bool:
+    """Tell whether a file that is open is still to be found at a path."""
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _remove_what_crashes_left(target: Path) -> None:
+    """Remove what writers of a target began and never will finish: the files whose lock nobody holds."""
+    name = re.compile(re.escape(_prefix(target)) + r"([0-9a-f]{16}\.)?partial")
+    with suppress(OSError):  # a folder that cannot be listed may well be written to
+        left = [entry for entry in os.listdir(target.parent) if name.fullmatch(entry)]
+        for entry in left:
+            with suppress(OSError):
+                _remove_unless_locked(target.with_name(entry))
+
+
+def _remove_unless_locked(path: Path) -> None:
+    """Remove a file that nobody is writing.
+
+    Raises:
+        OSError: Somebody is, or it is no file, or another user's.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    finally:
+        os.close(descriptor)

@@ -6,15 +6,16 @@ saved where they lie, and loaded by whoever needs a part of them, however it is 
 
 import math
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .._arrays.shards import Block, Shards
+from ._json import shown
+from ._source import Stored
 
 
 class Layout(NamedTuple):
@@ -70,20 +71,37 @@ class Blocks:
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         self._name, self.shape = name, shape
-        self._arrays: dict[Block, np.ndarray] = {}
+        self._arrays: dict[Block, np.ndarray | Stored] = {}
 
-    def add(self, begin: tuple[int, ...], array: np.ndarray) -> None:
-        """Add the block that begins there; one that is added twice is of replicas, and alike."""
+    @property
+    def dtype(self) -> np.dtype:
+        return next(iter(self._arrays.values())).dtype
+
+    def add(self, begin: tuple[int, ...], array: np.ndarray | Stored) -> None:
+        """Add the block that begins there; one that is added twice is of replicas, and alike.
+
+        Raises:
+            ValueError: It is not within the array, or of another type than the others.
+        """
+        called, first = shown(self._name), next(iter(self._arrays.values()), array)
+        if not len(begin) == len(array.shape) == len(self.shape) or any(
+            at + n > whole for at, n, whole in zip(begin, array.shape, self.shape, strict=True)
+        ):
+            raise ValueError(f"{called} must be within {self.shape}, got {array.shape} at {begin}")
+        if first.dtype != array.dtype:
+            raise ValueError(
+                f"{called} must have one dtype in all files, got {first.dtype} and {array.dtype}"
+            )
         self._arrays[Block(self.shape, begin, array.shape)] = array
 
-    def cut(self, block: Block) -> "np.ndarray | Region":
-        """Return the array at a block: a view, where it lies in one file.
+    def cut(self, block: Block) -> "np.ndarray | Stored | Region":
+        """Return the array at a block: what lies in one file as a view of that.
 
         Raises:
             ValueError: The files hold it in part only, or overlap.
         """
         if math.prod(block.shape) == 0:
-            return np.empty(block.shape, next(iter(self._arrays.values())).dtype)
+            return np.empty(block.shape, self.dtype)
         found = [
             (shared, array[shared.within(saved)])
             for saved, array in self._arrays.items()
@@ -98,32 +116,48 @@ class Blocks:
 
 def _tile(blocks: Sequence[Block], whole: Block) -> bool:
     """Tell whether blocks within another fill it, without gaps and without overlap."""
-    edges: list[list[int]] = []
-    for axis, (begin, size) in enumerate(zip(whole.begin, whole.shape, strict=True)):
-        ends = {end for b in blocks for end in (b.begin[axis], b.begin[axis] + b.shape[axis])}
-        edges.append(sorted(ends | {begin, begin + size}))
-    # no edge lies between two neighbours: a cell between them is in a block or out of it as a whole
-    cells = np.zeros([len(along) - 1 for along in edges], np.int64)
-    for b in blocks:
-        spans = zip(edges, b.begin, b.shape, strict=True)
-        cells[tuple(slice(bisect_left(at, a), bisect_left(at, a + n)) for at, a, n in spans)] += 1
-    return bool((cells == 1).all())
+    if sum(math.prod(block.shape) for block in blocks) != math.prod(whole.shape):
+        return False
+    if not whole.shape or len(blocks) == 1:
+        return len(blocks) == 1
+    # of as many elements as the whole, they fill it unless two of them overlap
+    axis = max(range(len(whole.shape)), key=lambda axis: len({block.begin[axis] for block in blocks}))
+    blocks = sorted(blocks, key=lambda block: block.begin[axis])
+    begins = np.array([block.begin for block in blocks])
+    ends = begins + [block.shape for block in blocks]
+    for i, stop in enumerate(np.searchsorted(begins[:, axis], ends[:, axis])):
+        later = slice(i + 1, stop)  # those that begin before this one ends
+        if ((begins[later] < ends[i]) & (begins[i] < ends[later])).all(axis=1).any():
+            return False
+    return True
 
 
 class Region:
     """A block that lies in several files: NumPy puts it together where it is read, and nothing is kept."""
 
-    def __init__(self, shape: tuple[int, ...], found: list[tuple[tuple[slice, ...], np.ndarray]]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], found: list[tuple[tuple[slice, ...], np.ndarray | Stored]]
+    ) -> None:
         self.shape, self.dtype, self._found = shape, found[0][1].dtype, found
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        array = np.empty(self.shape, self.dtype if dtype is None else dtype)
+        array = np.empty(self.shape, self.dtype)
+        self.read_into(array)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def read_into(self, target: np.ndarray) -> None:
+        """Fill an array of this type and shape."""
         for slices, piece in self._found:
-            array[slices] = piece
-        return array
+            if isinstance(piece, Stored):
+                place: tuple[Any, ...] = (*slices, ...)  # a view, also of a single number
+                piece.read_into(target[place])
+            else:
+                target[slices] = piece
 
 
-def cut(source: "np.ndarray | Blocks", block: Block | None, name: str) -> "np.ndarray | Region":
+def cut(
+    source: "np.ndarray | Stored | Blocks", block: Block | None, name: str
+) -> "np.ndarray | Stored | Region":
     """Return an array at a block; None: all of it.
 
     Raises:
@@ -131,9 +165,21 @@ def cut(source: "np.ndarray | Blocks", block: Block | None, name: str) -> "np.nd
     """
     if block is None:
         block = Block.all_of(source.shape)
-    elif block.whole != source.shape:
-        raise ValueError(f"{name!r} must have shape {block.whole} in all, got {source.shape}")
-    return source.cut(block) if isinstance(source, Blocks) else np.asarray(source[block.slices()])
+    check_whole(block, source.shape, name)
+    if isinstance(source, Blocks):
+        return source.cut(block)
+    part = source[block.slices()]
+    return part if isinstance(part, Stored) else np.asarray(part)
+
+
+def check_whole(block: Block, shape: tuple[int, ...], name: str) -> None:
+    """Raise ValueError unless a block is of an array of this shape."""
+    if block.whole != shape:
+        raise ValueError(f"{name!r} must have shape {block.whole} in all, got {shape}")
+
+
+Unread = Stored | Region
+"""What is yet to be read, into an array."""
 
 
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")

@@ -6,24 +6,25 @@ the metadata.
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from .. import schedules
-from ._format import File, write
+from ._format import write
+from ._json import parsed, shown
+from ._plain import STATE, VERSION, Plain, described
 from ._replace import StrPath
 from ._sets import Blocks, Layout, is_numbered, name_of, path_of, set_of
+from ._source import Source, Stored
 
-STATE = "fastema"  # in the metadata, and where names of tensors begin that are for an EMA alone
 _OFFSETS = "DCP_SHARDING_INFO"  # in the metadata; torch.distributed.checkpoint reads it, too
-_VERSION = 1  # of what is written here
 
-_Arrays = Mapping[str, np.ndarray | Blocks]
+_Arrays = Mapping[str, np.ndarray | Stored | Blocks]
 
 
 class PlainState(TypedDict):
@@ -47,8 +48,9 @@ def write_state(
     state: PlainState,
     config: Mapping[str, Any],
     debiased: Sequence[_Arrays],
-    layout: Layout | None = None,
     *,
+    layout: Layout | None = None,
+    save: str | None = None,
     rounded: str | None = None,
 ) -> None:
     """Write the state of an EMA, its first averages under the names of the values.
@@ -59,6 +61,8 @@ def write_state(
         config: Arguments of the constructor, beside those in the state.
         debiased: For each decay the averages as users see them, where they are kept undivided; else nothing.
         layout: Which files of a set hold what. None: a single file holds all.
+        save: Of a set, what is the same in all its files, and in no set that was saved otherwise, as far as
+            processes know without asking each other. None: they know nothing.
         rounded: The type that averages were rounded to, which nothing goes on from. None: they were not.
 
     Raises:
@@ -68,7 +72,7 @@ def write_state(
     decay = config["decay"]
     values = layout.values if layout else {name: name for name in state["copied"]}
     plain: dict[str, Any] = {
-        "version": _VERSION,
+        "version": VERSION,
         "step": state["step"],
         "decay": state["decay"],
         "products": state["products"],
@@ -77,7 +81,7 @@ def write_state(
         "config": {
             **state["config"],
             **config,
-            "decay": [_described(d) for d in decay] if isinstance(decay, list) else _described(decay),
+            "decay": [described(d) for d in decay] if isinstance(decay, list) else described(decay),
         },
     }
     if "clock" in state:
@@ -98,7 +102,12 @@ def write_state(
                 tensors[prefix + value] = array
                 begins[prefix + value] = {"saved_offsets": block.begin}
         shapes = {value: block.whole for value, block in saved.values()}
-        of_set = {"set": [number, layout.total], "shapes": shapes, **plain}
+        of_set = {
+            "set": [number, layout.total],
+            "shapes": shapes,
+            **({"save": save} if save else {}),
+            **plain,
+        }
         write(
             path_of(Path(path), number, layout.total),
             tensors,
@@ -106,14 +115,12 @@ def write_state(
         )
 
 
-def _arrays_of(
-    state: PlainState, debiased: Sequence[_Arrays]
-) -> Iterator[tuple[str, str, np.ndarray | Blocks]]:
+def _arrays_of(state: PlainState, debiased: Sequence[_Arrays]) -> Iterator[tuple[str, str, Any]]:
     """Yield for each array of a state what its name in a file begins with, its own name, and the array."""
     groups = [("", state["copied"])]
-    for k, (kept, shown) in enumerate(zip(state["averages"], debiased, strict=True)):
-        groups.append((f"{STATE}.averages.{k}." if k else "", shown or kept))
-        groups.append((f"{STATE}.kept.{k}.", kept if shown else {}))
+    for k, (kept, seen) in enumerate(zip(state["averages"], debiased, strict=True)):
+        groups.append((f"{STATE}.averages.{k}." if k else "", seen or kept))
+        groups.append((f"{STATE}.kept.{k}.", kept if seen else {}))
     groups += [(f"{STATE}.carries.{k}.", carries) for k, carries in enumerate(state["carries"])]
     groups.append((f"{STATE}.values.0.", state["values"]))
     for prefix, arrays in groups:
@@ -123,134 +130,144 @@ def _arrays_of(
             yield prefix, name, array
 
 
-def read_state(path: StrPath, decay: Any = None) -> tuple[PlainState, dict[str, Any]]:
-    """Return what `write_state` wrote: the state, and all arguments of the constructor.
+@dataclass(frozen=True)
+class Saved:
+    """An EMA's state in a file or a set of files: checked, its arrays yet to be read.
 
-    Args:
-        path: Of the file, or of a set of them, or of one of a set.
-        decay: Takes the place of the file's. None: the file's.
-
-    Returns:
-        The state, whose arrays are views of the mapped file, or `Blocks` of a set's; and the arguments.
-
-    Raises:
-        ValueError: The file holds no state, or one of a later version, or rounded averages alone, or of a
-            schedule only the name; or a set holds files of more than one save.
-        FileNotFoundError: The file, or one of the set, is not there.
+    Attributes:
+        paths: Of the files, and of a set that which it is named by.
+        plain: What is no array.
+        averages, carries: For each decay, by names of values.
+        copied, values: By names of values.
     """
-    path = Path(path)
-    try:
-        members = _members_of(path)
-        state = _state_in(members or [path], is_set=bool(members))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as reason:
-        raise ValueError(f"{path} holds a state that EMA.save() did not write: {reason!r}") from None
-    config = state["config"]
-    if decay is not None:
-        config["decay"] = decay
-    elif isinstance(config["decay"], list):
-        config["decay"] = [_restored(d, path) for d in config["decay"]]
-    else:
-        config["decay"] = _restored(config["decay"], path)
-    return state, config
 
+    paths: Sequence[Path]
+    plain: Plain
+    averages: Sequence[_Arrays]
+    carries: Sequence[_Arrays]
+    copied: _Arrays
+    values: _Arrays
 
-def files_of(path: StrPath) -> list[Path]:
-    """Return the path of a state's file; of a set, those of all its files and that which it is named by."""
-    members = _members_of(Path(path))
-    return [*members, name_of(members[0])] if members else [Path(path)]
+    @classmethod
+    def at(cls, path: StrPath) -> "Saved":
+        """Return what `write_state` wrote.
 
+        Args:
+            path: Of the file, or of a set of them, or of one of a set.
 
-def _members_of(path: Path) -> list[Path]:
-    """Return the files of a set; none where there is a single file."""
-    # a name alone makes no set: a single file may have numbers in it, too
-    is_alone = path.exists() and "set" not in _plain_in(File(path), path)
-    return [] if is_alone and is_numbered(path) else set_of(path)
+        Raises:
+            ValueError: A file holds no state, or one of a later version; or a set holds files of more than
+                one save. No other file was touched, whatever is in it.
+            OSError: A file cannot be read, or one of a set is not there.
+        """
+        path = Path(path)
+        # a name alone makes no set: a single file may have numbers in it, too
+        alone = Source.at(path, hold=True) if path.exists() else None
+        is_single = alone is not None and is_numbered(path) and Plain.in_file(alone).place is None
+        members = [] if is_single else set_of(path)
+        if not members:
+            return cls._in([alone or Source.at(path, hold=True)], None)
+        return cls._in([Source.at(member, hold=False) for member in members], name_of(members[0]))
 
-
-def _state_in(paths: Sequence[Path], *, is_set: bool) -> PlainState:
-    """Return the state in a file, or in all files of a set."""
-    files = [File(path) for path in paths]
-    plains = [_plain_in(file, path) for file, path in zip(files, paths, strict=True)]
-    first = plains[0]
-    found: dict[tuple[str, int], dict[str, np.ndarray | Blocks]] = defaultdict(dict)
-    for number, (path, file, plain) in enumerate(zip(paths, files, plains, strict=True), 1):
-        shapes = plain.pop("shapes", {})
-        if plain.pop("set", None) != ([number, len(paths)] if is_set else None):
-            raise ValueError(f"{path} must have the name that it was saved under")
-        for key in plain:
-            if plain[key] != first[key]:
-                raise ValueError(
-                    f"{paths[0]} and {path} must be of one save, and their {key} is "
-                    f"{first[key]} and {plain[key]}"
-                )
-        begins = json.loads(file.metadata[_OFFSETS]) if is_set else {}
-        for tensor, array in file.items():
-            group, k, name = _parsed(tensor, plain["copied"])
-            whole = Blocks(name, tuple(shapes[name])) if is_set else array
-            whole = found[group, k].setdefault(name, whole)
-            if isinstance(whole, Blocks):
-                whole.add(tuple(begins[tensor]["saved_offsets"]), array)
-    decays, config = range(len(first["products"])), first["config"]
-    state: PlainState = {
-        "averages": [found["kept", k] or found["averages", k] for k in decays],
-        "carries": [found["carries", k] for k in decays if config["rounding"] == "compensated"],
-        "copied": found["copied", 0],
-        "values": found["values", 0],
-        "step": first["step"],
-        "decay": first["decay"],
-        "products": first["products"],
-        "swapped": first["swapped"],
-        "config": config,
-    }
-    if "clock" in first:
-        state["clock"], state["averaged"] = first["clock"], first["averaged"]
-    return state
-
-
-def _plain_in(file: File, path: Path) -> dict[str, Any]:
-    """Return what of a state is no array: a file has it in its metadata."""
-    if STATE not in file.metadata:
-        raise ValueError(f"{path} holds no state of an EMA: EMA.save() did not write it")
-    plain: dict[str, Any] = json.loads(file.metadata[STATE])
-    if plain.pop("version") != _VERSION:
-        raise ValueError(f"{path} was written by a later fastema, in a way that this one does not know")
-    if "rounded" in plain:
-        raise ValueError(
-            f"{path} holds averages rounded to {plain['rounded']} by EMA.save(dtype=), and nothing to go on "
-            "from: load a file that EMA.save() wrote without dtype"
+    @classmethod
+    def _in(cls, sources: Sequence[Source], named: Path | None) -> "Saved":
+        """Return the state in a file; or in all files of a set, which has a name."""
+        plains = [Plain.in_file(source) for source in sources]
+        first, paths = plains[0], [Path(source.path) for source in sources]
+        found: dict[tuple[str, int], dict[str, Stored | Blocks]] = defaultdict(dict)
+        for number, (source, plain) in enumerate(zip(sources, plains, strict=True), 1):
+            if plain.place != ((number, len(sources)) if named else None):
+                raise ValueError(f"{source.path} must have the name that it was saved under")
+            _check_one_save(paths[0], first, source.path, plain)
+            try:
+                _take(source, plain, found)
+            except ValueError as reason:
+                raise ValueError(f"{source.path} holds what EMA.save() did not write: {reason}") from None
+        decays = range(len(first.products))
+        compensated = first.config.rounding == "compensated"
+        saved = cls(
+            [*paths, named] if named else paths,
+            first,
+            [found["kept", k] or found["averages", k] for k in decays],
+            [found["carries", k] for k in decays if compensated],
+            found["copied", 0],
+            found["values", 0],
         )
-    return plain
+        try:
+            saved._check()
+        except ValueError as reason:
+            raise ValueError(f"{named or paths[0]} holds what EMA.save() did not write: {reason}") from None
+        return saved
+
+    def _check(self) -> None:
+        """Raise ValueError unless each decay has averages of the same values, in the type that is said."""
+        dtype = self.plain.config.dtype
+        for k, arrays in enumerate(self.averages):
+            if k > 0 and _shapes(arrays) != _shapes(self.averages[0]):
+                raise ValueError(f"averages of decay {k} must have the names and shapes of those of decay 0")
+            for name, array in arrays.items() if dtype is not None else ():
+                if array.dtype != dtype:
+                    raise ValueError(f"the average of {shown(name)} must be {dtype}, got {array.dtype}")
+        if unknown := self.plain.copied - self.copied.keys():
+            raise ValueError(f"it must have a tensor {shown(min(unknown))}, which is copied")
 
 
-def _parsed(tensor: str, copied: Sequence[str]) -> tuple[str, int, str]:
+def _shapes(arrays: _Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _check_one_save(path: StrPath, first: Plain, other_path: StrPath, other: Plain) -> None:
+    """Raise ValueError unless the states in two files are one, but for the place in the set."""
+    for field in fields(Plain):
+        ours, theirs = getattr(first, field.name), getattr(other, field.name)
+        if field.name not in ("place", "shapes") and ours != theirs:
+            raise ValueError(
+                f"{path} and {other_path} must be of one save, and their {field.name} is "
+                f"{shown(ours)} and {shown(theirs)}"
+            )
+
+
+_TENSOR = re.compile(
+    re.escape(STATE) + r"\.(averages|kept|carries|values)\.(0|[1-9][0-9]{0,8})\.(.*)", re.DOTALL
+)
+
+
+def _take(source: Source, plain: Plain, found: dict[tuple[str, int], dict[str, Stored | Blocks]]) -> None:
+    """Put the tensors of a file to those of others, by group, decay and value."""
+    places = parsed(source.metadata.get(_OFFSETS, "null"), _OFFSETS) if plain.place else None
+    for tensor, entry in source.layout.items():
+        group, k, name = _parsed(tensor, plain)
+        array = Stored(source, entry)
+        if places is None:
+            found[group, k][name] = array
+            continue
+        begin = places.field(tensor).field("saved_offsets").wholes()
+        shape = plain.shapes.get(name)
+        whole = found[group, k].setdefault(name, Blocks(name, shape or ()))
+        if shape is None or whole.shape != shape:
+            raise ValueError(f"{shown(name)} must have one shape in all files, got {whole.shape} and {shape}")
+        if isinstance(whole, Blocks):
+            whole.add(begin, array)
+
+
+def _parsed(tensor: str, plain: Plain) -> tuple[str, int, str]:
     """Return the group of a tensor in a file, the number of its decay and the name of its value."""
-    if is_state(tensor):
-        _, group, k, name = tensor.split(".", 3)
-        return group, int(k), name
-    return "copied" if tensor in copied else "averages", 0, tensor
+    if not is_state(tensor):
+        return "copied" if tensor in plain.copied else "averages", 0, tensor
+    match = _TENSOR.fullmatch(tensor)
+    group, k, name = match.groups() if match else ("", "0", "")
+    every = range(len(plain.products))
+    decays = {
+        "averages": every[1:],
+        "kept": every,
+        "carries": every if plain.config.rounding == "compensated" else (),
+        "values": () if plain.swapped is None else every[:1],
+    }
+    if int(k) not in decays.get(group, ()):
+        raise ValueError(f"it must have no tensor {shown(tensor)}, of a state of {len(every)} decays")
+    return group, int(k), name
 
 
 def is_state(tensor: str) -> bool:
     """Tell by its name whether a tensor is for an EMA alone."""
     return tensor.startswith(f"{STATE}.")
-
-
-def _described(decay: Any) -> Any:
-    """Return a decay as JSON holds it: our own schedules whole, those of users by their name alone."""
-    if not callable(decay):
-        return decay
-    kind = type(decay)
-    if kind.__module__ == schedules.__name__:
-        return {"schedule": kind.__name__, **asdict(decay)}
-    named = decay if hasattr(decay, "__qualname__") else kind
-    return {"schedule": f"{named.__module__}.{named.__qualname__}"}
-
-
-def _restored(description: Any, path: Path) -> Any:
-    """Return the decay that was described."""
-    if not isinstance(description, dict):
-        return description
-    name = description.pop("schedule")
-    if name not in schedules.__all__:
-        raise ValueError(f"decay must be given: of the schedule {name} {path} holds only the name")
-    return getattr(schedules, name)(**description)

@@ -1,0 +1,200 @@
+"""Files that nobody should have written: mutations of safetensors files, and what reads of them must give."""
+
+import json
+import os
+import stat
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+TYPES = {"F32": np.float32, "F64": np.float64, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
+DEEP = "[" * 100_000
+
+# JSON as text, for not all of it can be made by Python's json
+VALUES = [
+    *map(json.dumps, [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1.5, 1e308, "", "x", "victim.txt"]),
+    *map(json.dumps, [2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**400, 1e-320]),
+    *map(json.dumps, ["/etc/passwd", "../victim.txt", "\0", "é" * 500, "float16", "bfloat16", "compensated"]),
+    *map(json.dumps, [[], {}, [[]], [None], [1, 2], [0.5] * 3, [1] * 100, {"a": 1}, [[0]], ["kernel"]]),
+    *["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, DEEP, '{"a":1,"a":2}', '"\\ud800"', "[1e400]"],
+    *map(json.dumps, [{"schedule": x} for x in ("over", "compound", "Schedule", "power", "__all__", "", 3)]),
+    json.dumps({"schedule": "constant", "decay": 0.5, "memory": "victim.txt"}),
+    json.dumps({"schedule": "constant", "decay": True}),
+    json.dumps({"schedule": "dynamic", "decay": 0.5, "start_step": 10**400}),
+    json.dumps({"schedule": "dynamic", "decay": "victim.txt"}),
+    json.dumps({"schedule": "warmup", "decay": 0.5, "gamma": -1}),
+    '{"schedule":"power","sigma_rel":NaN}',
+    json.dumps({"schedule": "compound", "decay": 0.5, "updates": 10**9}),
+]
+
+
+def parts_of(whole):
+    """Return the header and the body of a file's bytes."""
+    length = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+
+def file_of(header, body):
+    """Return a file's bytes; the header may be an object or a text."""
+    text = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def places_in(tree, path=()):
+    """Yield the path of each value in JSON."""
+    yield path
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in pairs:
+        yield from places_in(value, (*path, key))
+
+
+def replaced(tree, path, text):
+    """Return JSON as text, with another text in the place of a value."""
+    mark = "\x01here\x01"
+
+    def put(tree, path):
+        if not path:
+            return mark
+        copy = dict(tree) if isinstance(tree, dict) else list(tree)
+        copy[path[0]] = put(copy[path[0]], path[1:])
+        return copy
+
+    return json.dumps(put(tree, path)).replace(json.dumps(mark), text)
+
+
+def with_metadata(whole, key, text):
+    """Return a file's bytes with another text in its metadata."""
+    header, body = parts_of(whole)
+    header["__metadata__"] = {**header["__metadata__"], key: text}
+    return file_of(header, body)
+
+
+def with_other_bytes(whole, rng):
+    """Return a file's bytes after damage to any of them."""
+    data, kind = bytearray(whole), rng.randrange(7)
+    begin = 8 + int.from_bytes(whole[:8], "little")  # of the body
+    if kind == 0:  # bits, anywhere
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 1:  # bits of the arrays
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(begin, len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 2:  # bytes of the header
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(8, begin)] = rng.choice(b'0123456789{}[],:"\\ aeE.-tfn\0\xff')
+    elif kind == 3:  # its length
+        length = rng.choice([0, 1, begin - 9, begin - 7, len(data), 2**31, 2**63, 2**64 - 1])
+        data[:8] = length.to_bytes(8, "little")
+    elif kind == 4:
+        del data[rng.randrange(len(data)) :]
+    elif kind == 5:
+        data += rng.randbytes(rng.randint(1, 100))
+    else:  # a piece of the header, twice or nowhere
+        first, last = sorted(rng.randrange(begin) for _ in range(2))
+        data[first:last] = data[first:last] * rng.choice([0, 2])
+    return bytes(data)
+
+
+def with_other_json(whole, rng):
+    """Return a file's bytes with another value, or another name of a tensor, somewhere in its JSON."""
+    header, body = parts_of(whole)
+    kind = rng.randrange(5)
+    if kind == 0:
+        return file_of(replaced(header, rng.choice(list(places_in(header))), rng.choice(VALUES)), body)
+    if kind == 1:
+        names = [name for name in header if name != "__metadata__"]
+        group = rng.choice(["averages", "kept", "carries", "values", "other"])
+        k = rng.choice(["0", "1", "2", "-1", "00", "99999999999", "\u0663", ""])
+        special = ["__metadata__", f"fastema.{group}.{k}.{rng.choice(names)}", "fastema.kept.x"]
+        old, new = (json.dumps(rng.choice(each)) for each in (names, names + special))
+        return file_of(json.dumps(header).replace(f"{old}: {{", f"{new}: {{"), body)
+    key = rng.choice([key for key in header["__metadata__"] if key != "format"])
+    tree = json.loads(header["__metadata__"][key])
+    return with_metadata(whole, key, replaced(tree, rng.choice(list(places_in(tree))), rng.choice(VALUES)))
+
+
+def mutated(whole, rng):
+    """Return a file's bytes with a mutation of any kind, chosen by a `random.Random`."""
+    return rng.choice([with_other_bytes, with_other_json])(whole, rng)
+
+
+def attempt(call):
+    """Return what a call returns, and None; or None and the error that a file may be the reason of."""
+    try:
+        return call(), None
+    except (ValueError, OSError, TypeError) as error:
+        return None, error
+
+
+def watched(folder):
+    """Return all that can be told of what is in a folder."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            status = os.lstat(path)
+            with open(path, "rb") as file:
+                contents = file.read() if stat.S_ISREG(status.st_mode) else b""
+            found[path] = (status.st_ino, status.st_mode, status.st_mtime_ns, contents)
+    return found
+
+
+# --- what the package safetensors reads -------------------------------------------------------------------
+
+
+def tensors_of(whole):
+    """Return name -> (type, shape, bytes) of a file's bytes, as the package safetensors reads them."""
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"]))
+        for name, entry in safetensors.deserialize(whole)
+    }
+
+
+def averages_in(files):
+    """Return for each decay the averages that files hold, and what is copied, put together from blocks."""
+    wholes, copied = {}, set()
+    for whole in files:
+        header, _ = parts_of(whole)
+        texts = header["__metadata__"]
+        state = json.loads(texts["fastema"])
+        copied |= set(state["copied"])
+        begins = json.loads(texts["DCP_SHARDING_INFO"]) if "set" in state else None
+        for tensor, (code, shape, data) in tensors_of(whole).items():
+            array = np.frombuffer(data, TYPES[code]).reshape(shape)
+            if begins is None:
+                wholes[tensor] = array
+                continue
+            value = tensor.split(".", 3)[-1] if tensor.startswith("fastema.") else tensor
+            into = wholes.setdefault(tensor, np.zeros(state["shapes"][value], TYPES[code]))
+            offsets = begins[tensor]["saved_offsets"]
+            into[tuple(slice(a, a + n) for a, n in zip(offsets, shape, strict=True))] = array
+    found = []
+    for k in range(len(state["products"])):
+        kept = {x.split(".", 3)[3]: a for x, a in wholes.items() if x.startswith(f"fastema.kept.{k}.")}
+        shown = {
+            name.split(".", 3)[-1] if k else name: array
+            for name, array in wholes.items()
+            if (name.startswith(f"fastema.averages.{k}.") if k else not name.startswith("fastema."))
+            and name not in copied
+        }
+        found.append(kept or shown)
+    return found, {name: wholes[name] for name in copied}
+
+
+def same(ours, theirs):
+    """Tell whether dictionaries of arrays have the same names, types, shapes and bits."""
+    return ours.keys() == theirs.keys() and all(
+        a.dtype == theirs[name].dtype
+        and a.shape == theirs[name].shape
+        and a.tobytes() == theirs[name].tobytes()
+        for name, a in ours.items()
+    )
+
+
+def many(count):
+    """Return the bytes of a file with so many tensors, made quickly."""
+    entries = ",".join(
+        f'"t{i}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(count)
+    )
+    return file_of("{" + entries + "}", bytes(4 * count))

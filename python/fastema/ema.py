@@ -564,17 +564,17 @@ class EMA:
                 sets; or `memory` is a file that is loaded from. Whatever is raised, nothing has changed.
             OSError: A file cannot be read, or is missing in a set.
         """
-        saved = Saved.at(path)
-        arguments = {**saved.plain.config.arguments(decay, path), **options}
-        if options.get("memory") is not None:
-            check_not_loaded_from(options["memory"], saved.paths)
-        values = list(values) if isinstance(values, Iterator) else values
-        state = State.of_saved(saved)
-        with fitting(path):
-            state.check_is_of(values, Selection(arguments["buffers"], options.get("only")))
-            ema = cls(values, **arguments)
-            exchange = ema._parts.exchange
-            state.cut(exchange).fitted(exchange).go_on(exchange, ema._now)
+        with Saved.opened(path) as saved:
+            arguments = {**saved.plain.config.arguments(decay, path), **options}
+            if options.get("memory") is not None:
+                check_not_loaded_from(options["memory"], saved.paths)
+            values = list(values) if isinstance(values, Iterator) else values
+            state = State.of_saved(saved)
+            with fitting(path):
+                state.check_is_of(values, Selection(arguments["buffers"], options.get("only")))
+                ema = cls(values, **arguments)
+                exchange = ema._parts.exchange
+                state.cut(exchange).fitted(exchange).go_on(exchange, ema._now)
         return ema
 
     def _state(self, contents: Callable[[_arrays.Leaf, Array], Array]) -> State:

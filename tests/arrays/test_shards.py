@@ -1,6 +1,7 @@
 """Parts of arrays that are cut from pieces, and the names of the files that hold them."""
 
 import itertools
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -46,18 +47,19 @@ def test_what_is_cut_from_a_file_is_what_is_cut_from_the_array(tmp_path, monkeyp
     monkeypatch.setattr(_source, "_PIECE", piece)
     whole = np.arange(np.prod(shape, dtype=int), dtype=np.int32).reshape(shape)
     checkpoint.write(tmp_path / "a.safetensors", {"w": whole, "other": np.zeros(3)})
-    source = _source.Source.at(tmp_path / "a.safetensors", hold=data.draw(st.booleans()))
-    stored = _source.Stored(source, source.layout["w"])
-    for block in blocks_of(shape, data.draw(st.tuples(*[CUTS] * len(shape)))):
-        part = _sets.cut(stored, block, "w")
-        inner = tuple(slice(min(1, n), n) for n in block.shape)
-        for got, wanted in ((part, whole[block.slices()]), (part[inner], whole[block.slices()][inner])):
-            assert got.shape == wanted.shape
-            assert np.array_equal(np.asarray(got), wanted)
-            for order in "CF":
-                target = np.full((*wanted.shape, 2), -1, np.int32, order)[..., 0]
-                got.read_into(target)
-                assert np.array_equal(target, wanted)
+    with ExitStack() as holder:
+        source = _source.Source.at(tmp_path / "a.safetensors", holder if data.draw(st.booleans()) else None)
+        stored = _source.Stored(source, source.layout["w"])
+        for block in blocks_of(shape, data.draw(st.tuples(*[CUTS] * len(shape)))):
+            part = _sets.cut(stored, block, "w")
+            inner = tuple(slice(min(1, n), n) for n in block.shape)
+            for got, wanted in ((part, whole[block.slices()]), (part[inner], whole[block.slices()][inner])):
+                assert got.shape == wanted.shape
+                assert np.array_equal(np.asarray(got), wanted)
+                for order in "CF":
+                    target = np.full((*wanted.shape, 2), -1, np.int32, order)[..., 0]
+                    got.read_into(target)
+                    assert np.array_equal(target, wanted)
 
 
 @pytest.mark.parametrize(("begin", "size"), [(3, 1), (3, 2), (2, 2), (1, 4), (1, 3)])

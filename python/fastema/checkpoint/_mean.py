@@ -104,7 +104,7 @@ def _has_mean(dtype: np.dtype) -> bool:
 
 def _source(path: StrPath) -> Source:
     """Return a file to average, without the tensors that only an EMA reads."""
-    source = Source.at(path, hold=False)
+    source = Source.at(path)
     own = {name: tensor for name, tensor in source.layout.items() if not is_state(name)}
     return replace(source, layout=own)
 

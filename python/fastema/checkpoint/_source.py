@@ -7,8 +7,8 @@ mapped file that was cut off is a bus error, to read it says so.
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
 
@@ -46,27 +46,35 @@ class Source:
         layout: Its tensors.
         metadata: The header's texts.
         identity: Tells this file, as it is, from what may be there later.
-        held: Keeps the file open: it stays this one where another takes its place. None: it is opened anew
-            for each part, as a process may have no more than 256 open.
+        held: The open file, which stays this one where another takes its place. None: it is opened anew for
+            each part, as a process may have no more than 256 open.
     """
 
     path: StrPath
     layout: dict[str, Tensor]
     metadata: dict[str, str]
     identity: tuple[int, ...]
-    held: "_Held | None"
+    held: FileIO | None
 
     @classmethod
-    def at(cls, path: StrPath, *, hold: bool) -> "Source":
+    def at(cls, path: StrPath, holder: ExitStack | None = None) -> "Source":
         """Open a file and read its header.
+
+        Args:
+            path: Of the file.
+            holder: Keeps it open, until that is closed. None: nothing does.
 
         Raises:
             ValueError: It is no whole safetensors file.
             OSError: It cannot be read.
         """
-        with opened(path) as file, _named(path):
+        with ExitStack() as stack, _named(path):
+            file = stack.enter_context(opened(path))
             layout, metadata = read_header(file, path)
-            return cls(path, layout, metadata, _identity(file.fileno()), _Held(file) if hold else None)
+            source = cls(path, layout, metadata, _identity(file.fileno()), file if holder else None)
+            if holder:
+                holder.push(stack.pop_all())
+            return source
 
     def read(self, begin: int, target: np.ndarray) -> None:
         """Fill a contiguous array with the bytes from one of the file's on.
@@ -90,19 +98,6 @@ def _named(path: StrPath) -> Iterator[None]:
         yield
     except OSError as reason:
         raise OSError(reason.errno, reason.strerror, os.fspath(path)) from None
-
-
-class _Held:
-    """An open file, closed when nobody has it any more."""
-
-    def __init__(self, file: FileIO) -> None:
-        self._descriptor = os.dup(file.fileno())
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os may be gone by then
-        close(self._descriptor)
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:

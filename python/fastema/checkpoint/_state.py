@@ -9,6 +9,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -149,8 +150,9 @@ class Saved:
     values: _Arrays
 
     @classmethod
-    def at(cls, path: StrPath) -> "Saved":
-        """Return what `write_state` wrote.
+    @contextmanager
+    def opened(cls, path: StrPath) -> Iterator["Saved"]:
+        """Open what `write_state` wrote: it can be read until the block ends.
 
         Args:
             path: Of the file, or of a set of them, or of one of a set.
@@ -162,12 +164,14 @@ class Saved:
         """
         path = Path(path)
         # a name alone makes no set: a single file may have numbers in it, too
-        alone = Source.at(path, hold=True) if path.exists() else None
-        is_single = alone is not None and is_numbered(path) and Plain.in_file(alone).place is None
-        members = [] if is_single else set_of(path)
-        if not members:
-            return cls._in([alone or Source.at(path, hold=True)], None)
-        return cls._in([Source.at(member, hold=False) for member in members], name_of(members[0]))
+        with ExitStack() as holder:
+            alone = Source.at(path, holder) if path.exists() else None
+            is_single = alone is not None and is_numbered(path) and Plain.in_file(alone).place is None
+            members = [] if is_single else set_of(path)
+            if members:
+                yield cls._in([Source.at(member) for member in members], name_of(members[0]))
+            else:
+                yield cls._in([alone or Source.at(path, holder)], None)
 
     @classmethod
     def _in(cls, sources: Sequence[Source], named: Path | None) -> "Saved":

@@ -179,6 +179,7 @@ void bind_pairs(py::module_& m) {
       .def("copy", &Pairs::copy, py::arg("threads") = 0)
       .def("first_non_finite", &Pairs::first_non_finite, py::arg("threads") = 0);
   m.def("check", check_alone, averages, values, carries);
+  m.def("shown", shown, py::arg("number"));
   m.def("check_numbers", check_numbers, py::arg("decay"), py::arg("threads") = 0,
         py::arg("seed") = 0, py::arg("step") = 0, py::kw_only(), py::arg("averages_per_value") = 1);
 }

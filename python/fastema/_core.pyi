@@ -58,6 +58,9 @@ def check_numbers(
 ) -> list[float]:
     """Check the numbers of an update, and return its decays, one for each average of a value."""
 
+def shown(number: object) -> str:
+    """Return a number as errors show it, however many digits it has."""
+
 def mixes() -> list[tuple[str, str]]:
     """Return the types of averages and of their values that updates take."""
 

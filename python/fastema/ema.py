@@ -199,7 +199,7 @@ class EMA:
             parts.exchange.check_not_covered("update()")
         if self._background is not None:
             self.wait()
-        before, span = self._count, span if span == 1 else check_span(span)
+        before, span = self._count, check_span(span)
         parts, arrays, later = (parts.bound(), None, None) if values is None else parts.given(values)
         if not self._pace.averages_at(before.step + 1, before.clock + span):
             if not before.decays:

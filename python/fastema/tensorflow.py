@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
@@ -208,10 +208,10 @@ def _check_type(array: Value, name: str) -> None:
 
 def _checked_decay(decay: float | tf.Tensor) -> tf.Tensor:
     """Return a decay as a float64 scalar; checked, if its value is known already."""
-    known = decay
+    known: Any = decay
     if tf.is_tensor(decay):
         _check_type(decay, "decay")
-        shape = tf.TensorShape(decay.shape)
+        shape = tf.TensorShape(known.shape)
         if shape.num_elements() not in (None, 1):
             raise ValueError(f"decay must be a scalar, got shape {shape}")
         decay = tf.cast(decay if shape.rank == 0 else tf.reshape(decay, []), tf.float64)

@@ -1,4 +1,4 @@
-"""What `fastema.tensorflow` refuses: types that lose bits, decays outside their range, other libraries' arrays."""
+"""What `fastema.tensorflow` refuses: types that lose bits, decays out of range, other libraries' arrays."""
 
 import re
 

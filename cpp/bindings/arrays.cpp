@@ -340,6 +340,8 @@ class Checker {
 
 }  // namespace
 
+void know_numpy() { bfloat16_number(); }
+
 std::string Argument::operator[](std::size_t i) const {
   const std::string list = each > 1 ? "[" + std::to_string(i % each) + "]" : "";
   if (!names.is_none()) return name + list + "[" + text(py::repr(names[py::int_(i / each)])) + "]";

@@ -14,6 +14,9 @@ namespace bindings {
 
 namespace py = pybind11;
 
+// Asks NumPy for what is needed of it, once, when the module is loaded: later that takes locks.
+void know_numpy();
+
 // How errors call the arrays of one argument: "averages[3]", "averages['layer.weight']" where the
 // values have names, "averages" where a single array was given, "averages[1][3]" where several
 // averages share a value.

@@ -8,6 +8,7 @@
 #include "arrays.hpp"
 #include "module.hpp"
 #include "numbers.hpp"
+#include "unlocked.hpp"
 
 namespace bindings {
 namespace {
@@ -102,7 +103,7 @@ class Pairs {
   template <class Body>
   void without_lock(const Body& body) const {
     if (checked_.bytes < kBrief) return body();
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     body();
   }
 
@@ -164,6 +165,7 @@ std::vector<double> check_numbers(const py::handle& decay, const py::handle& thr
 }  // namespace
 
 void bind_pairs(py::module_& m) {
+  know_numpy();
   const auto averages = py::arg("averages"), values = py::arg("values");
   const auto carries = py::arg("carries") = py::list();
   const auto terms = py::arg("terms") = py::dict();  // faster than keywords, by half a microsecond

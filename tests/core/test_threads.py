@@ -107,6 +107,29 @@ def test_other_python_threads_run_during_a_call():
     assert after > before
 
 
+@pytest.mark.parametrize("call", ["update(0.5)", "swap()", "first_non_finite()"])
+def test_a_daemon_thread_within_a_call_lets_the_interpreter_end(call):
+    """Python ends such threads when they want its lock back: every such process was aborted."""
+    code = f"""
+        import threading, time
+        import numpy as np
+        import fastema
+
+        pairs = fastema.Pairs(np.zeros(50_000), np.ones(50_000))
+        begun = threading.Event()
+
+        def go_on():
+            while True:
+                pairs.{call}
+                begun.set()
+
+        threading.Thread(target=go_on, daemon=True).start()
+        begun.wait()
+        print("fine")
+    """
+    assert [output_of(code) for _ in range(4)] == ["fine"] * 4
+
+
 def test_threadpoolctl_is_respected():
     threadpoolctl = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
     if not fastema.build_config()["openmp"]:

@@ -22,9 +22,9 @@ class Pairs {
     const std::size_t each = terms_.averages_per_value;
     held_.reserve(2 * averages.size() + carries.size());
     for (std::size_t i = 0; i < averages.size(); ++i) {
-      hold(item(averages, i), {&terms_.averages, i});
-      hold(item(values, i / each), {&terms_.values, i / each});
-      if (!carries.empty()) hold(item(carries, i), {&terms_.carries, i});
+      hold(item(averages, i), {&terms_.averages, i}, true);
+      hold(item(values, i / each), {&terms_.values, i / each}, terms_.verb == Verb::swap);
+      if (!carries.empty()) hold(item(carries, i), {&terms_.carries, i}, true);
     }
   }
   Pairs(const Pairs&) = delete;  // labels point into it
@@ -73,6 +73,15 @@ class Pairs {
     without_lock([&] { fastema::copy(checked_.pairs, threads); });
   }
 
+  // Arrays can be resized in place, which frees their memory, and made read-only.
+  void check_unmoved() const {
+    for (const Held& held : held_) {
+      check_held(held);
+      if (held.written && !held.array.writeable()) throw py::value_error(held.label + kReadOnly);
+    }
+    for (const Held& owner : owners_) check_held(owner);
+  }
+
   // The number of the first value that is not finite, or None.
   py::object first_non_finite(const py::handle& threads_object) const {
     const int threads = threads_of(threads_object);
@@ -92,11 +101,16 @@ class Pairs {
     const void* data;
     py::ssize_t size;
     Label label;
+    bool written;
   };
 
-  void hold(const py::handle& object, const Label& label) {
+  void hold(const py::handle& object, const Label& label, bool written) {
     const auto array = py::reinterpret_borrow<py::array>(object);
-    held_.push_back({array, array.data(), array.size(), label});
+    held_.push_back({array, array.data(), array.size(), label, written});
+    for (const py::array& owner : owners_of(array)) {
+      if (!owners_.empty() && owners_.back().array.is(owner)) break;  // as of packed averages
+      owners_.push_back({owner, owner.data(), owner.size(), label, false});
+    }
   }
 
   // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
@@ -126,24 +140,21 @@ class Pairs {
       }
       if (pair.carry != nullptr) throw py::type_error(a + kWithoutCarry);
       if (!held_[2 * i + 1].array.writeable()) {
-        throw py::value_error(b + " must be writable, and is read-only");
+        throw py::value_error(b + kReadOnly);
       }
     }
     if (!checked_.overlap_if_swapped.empty()) throw py::value_error(checked_.overlap_if_swapped);
   }
 
-  // Arrays can be resized in place, which frees their memory.
-  void check_unmoved() const {
-    for (const Held& held : held_) {
-      if (held.array.data() != held.data || held.array.size() != held.size) {
-        throw py::value_error(held.label + " was resized after it was paired; make the pairs anew");
-      }
-    }
+  static void check_held(const Held& held) {
+    if (held.array.data() == held.data && held.array.size() == held.size) return;
+    throw py::value_error(held.label + " was resized after it was paired; make the pairs anew");
   }
 
   const Terms terms_;
   const Checked checked_;
-  std::vector<Held> held_;  // average, value and carry of each pair
+  std::vector<Held> held_;    // average, value and carry of each pair
+  std::vector<Held> owners_;  // those that these are views of
   static constexpr std::size_t kBrief = 16 << 10;
 };
 
@@ -179,6 +190,7 @@ void bind_pairs(py::module_& m) {
            py::arg("seed"), py::arg("step"))
       .def("swap", &Pairs::swap, py::arg("threads") = 0)
       .def("copy", &Pairs::copy, py::arg("threads") = 0)
+      .def("check_unmoved", &Pairs::check_unmoved)
       .def("first_non_finite", &Pairs::first_non_finite, py::arg("threads") = 0);
   m.def("check", check_alone, averages, values, carries);
   m.def("shown", shown, py::arg("number"));

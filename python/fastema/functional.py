@@ -149,7 +149,7 @@ class Pairs:
 
     The arrays are kept alive, never copied. An array whose memory moved since (NumPy's ``resize``,
     torch's ``tensor.data = ...``) is noticed at the next call: in CPU memory that is an error, on a CUDA
-    device the pairs go on with the tensor's new memory.
+    device the pairs go on with the tensor's new memory. So is one that was made read-only.
 
     On a CUDA device each call is one kernel launch in the current stream of the averages' library, and
     returns before the device is done. It allocates nothing and can be captured in a CUDA graph.
@@ -234,6 +234,12 @@ class Pairs:
         elif self._watched.moved():
             self._native.follow()
             self._watched.accept()
+
+    def _check(self) -> None:
+        """Raise what an update would raise of arrays that were given other memory, or made read-only."""
+        self._check_unmoved()
+        if isinstance(self._native, _core.Pairs):
+            self._native.check_unmoved()
 
     def __len__(self) -> int:
         return len(self._native)

@@ -14,10 +14,12 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from . import _formula
+from ._arrays import unmasked
 from ._build import OP_LIBRARY
 from ._types import MIXES, check_choice, check_share
 
@@ -201,6 +203,8 @@ def _check_variables(arrays: list[tf.Variable], name: str, for_others: str) -> N
 def _check_type(array: Value, name: str) -> None:
     if not hasattr(array, "dtype"):
         raise TypeError(f"{name} must be a tf.Variable or a tensor, got {type(array).__name__}")
+    if isinstance(array, np.ndarray):
+        unmasked(array, name)
     dtype = tf.as_dtype(array.dtype)
     if not dtype.is_floating:
         raise TypeError(f"{name} must be of a floating-point type, got {dtype.name}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import fastema
 import fastema.tensorflow as engines
 from modes import run
 
@@ -110,6 +111,16 @@ def test_numpy_arrays_are_refused_by_the_name_of_what_averages_them(engine):
     with pytest.raises(TypeError, match=words):
         engines.swap([tf.Variable([1.0, 2.0])], [average])
     assert average.tolist() == [1.0, 1.0]
+
+
+def test_a_value_with_a_mask_is_refused():
+    """TensorFlow drops it."""
+    masked, average = np.ma.array([1.0, 2.0], np.float32, mask=[False, True]), tf.Variable([0.0, 0.0])
+    with pytest.raises(TypeError, match=re.escape("values[0] must be an array without a mask")):
+        engines.update([average], [masked], 0.5)
+    with pytest.raises(TypeError, match="values must be an array without a mask"):
+        fastema.EMA([average]).update([masked])
+    assert average.numpy().tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("counts", [(3, 1), (1, 3), (2, 1), (1, 2)])

@@ -141,8 +141,6 @@ def check_span(span: object, name: str = "span") -> float:
         TypeError: It is no number.
         ValueError: It is not above 0, or not finite.
     """
-    if type(span) is int and 0 < span < 2**64:
-        return span
     number = as_number(span, f"{name} must be a number above 0")
     if not 0.0 < number < math.inf:
         raise ValueError(f"{name} must be above 0 and finite, got {shown(span)}")

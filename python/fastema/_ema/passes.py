@@ -193,8 +193,9 @@ class Passes:
             over.wait()
         decays, threads = count.decays, self._threads
         decay = decays if len(decays) > 1 else decays[0]
-        for pairs in over.pairs[1:]:  # before the first moves
-            pairs._check_unmoved()
+        if over.copies or len(over.pairs) > 1:  # before the first moves
+            for pairs in (*over.pairs[1:], *over.copies):
+                pairs._check()
         for pairs in over.pairs:
             if self._seed is None:
                 pairs.update(decay, threads)

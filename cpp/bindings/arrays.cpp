@@ -184,7 +184,7 @@ void check_memory(const Array& array, const Label& label, bool written, bool ali
                           listed(array.strides) + " for shape " + listed(array.shape));
   }
   if (written && !array.writable) {
-    throw py::value_error(label + " must be writable, and is read-only");
+    throw py::value_error(label + kReadOnly);
   }
 }
 
@@ -340,6 +340,8 @@ class Checker {
 
 }  // namespace
 
+void know_numpy() { bfloat16_number(); }
+
 std::string Argument::operator[](std::size_t i) const {
   const std::string list = each > 1 ? "[" + std::to_string(i % each) + "]" : "";
   if (!names.is_none()) return name + list + "[" + text(py::repr(names[py::int_(i / each)])) + "]";
@@ -379,6 +381,16 @@ void Terms::read(const py::dict& terms) {
       throw py::type_error("unknown keyword " + text(py::repr(key)));
     }
   }
+}
+
+std::vector<py::array> owners_of(const py::array& array) {
+  std::vector<py::array> owners;
+  py::object base = array.base();
+  for (int step = 0; base && !base.is_none() && step < 16; ++step) {  // whatever has a base
+    if (py::isinstance<py::array>(base)) owners.push_back(py::reinterpret_borrow<py::array>(base));
+    base = py::getattr(base, "base", py::none());
+  }
+  return owners;
 }
 
 Checked check(const py::list& averages, const py::list& values, const py::list& carries,

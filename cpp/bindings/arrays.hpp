@@ -14,6 +14,9 @@ namespace bindings {
 
 namespace py = pybind11;
 
+// Asks NumPy for what is needed of it, once, when the module is loaded: later that takes locks.
+void know_numpy();
+
 // How errors call the arrays of one argument: "averages[3]", "averages['layer.weight']" where the
 // values have names, "averages" where a single array was given, "averages[1][3]" where several
 // averages share a value.
@@ -68,6 +71,10 @@ struct Checked {
 Checked check(const py::list& averages, const py::list& values, const py::list& carries,
               const Terms& terms, bool described);
 
+// The arrays that one is a view of, if any, through whatever else has a base.
+std::vector<py::array> owners_of(const py::array& array);
+
+inline constexpr const char* kReadOnly = " must be writable, and is read-only";
 inline constexpr const char* kWithoutCarry =
     " is compensated, and cannot be swapped without its carry";
 

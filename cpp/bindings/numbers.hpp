@@ -26,40 +26,67 @@ inline void check_length(const std::string& a, std::size_t a_length, const std::
                         " and " + std::to_string(b_length));
 }
 
+// Clears the error that Python has raised if it is of this kind.
+inline bool caught(PyObject* kind) {
+  if (PyErr_ExceptionMatches(kind) == 0) return false;
+  PyErr_Clear();
+  return true;
+}
+
+// A number as errors show it. Python writes no integers of more than 4,300 digits.
+inline std::string shown(const py::handle& object) {
+  if (PyObject* repr = PyObject_Repr(object.ptr())) {
+    return text(py::reinterpret_steal<py::object>(repr));
+  }
+  if (!caught(PyExc_ValueError)) throw py::error_already_set();
+  return "a number of more digits than Python writes";
+}
+
+// What it is as an int, if it is whole and says so; else nothing.
+inline py::object whole(const py::handle& object) {
+  if (PyLong_CheckExact(object.ptr())) return py::reinterpret_borrow<py::object>(object);
+  py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
+  if (!index && !caught(PyExc_TypeError)) throw py::error_already_set();
+  return index;
+}
+
 inline double decay_of(const py::handle& object) {
   const double decay = PyFloat_AsDouble(object.ptr());
-  if (PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    throw py::type_error("decay must be a number from 0 to 1, got " + type_name(object));
+  if (decay == -1.0 && PyErr_Occurred() != nullptr) {
+    if (caught(PyExc_TypeError)) {
+      throw py::type_error("decay must be a number from 0 to 1, got " + type_name(object));
+    }
+    if (!caught(PyExc_OverflowError)) throw py::error_already_set();
   }
   if (!(decay >= 0.0 && decay <= 1.0)) {
-    throw py::value_error("decay must be from 0 to 1, got " + text(py::repr(object)));
+    throw py::value_error("decay must be from 0 to 1, got " + shown(object));
   }
   return decay;
 }
 
 inline int threads_of(const py::handle& object) {
-  const long threads = PyLong_AsLong(object.ptr());
-  if (PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
+  const py::object number = whole(object);
+  if (!number) {
     throw py::type_error("threads must be a whole number, 0 for OpenMP's choice, got " +
-                         text(py::repr(object)));
+                         shown(object));
   }
-  if (threads < 0) {
-    throw py::value_error("threads must be 0 (OpenMP's choice) or more, got " +
-                          std::to_string(threads));
+  int overflow = 0;
+  const long threads = PyLong_AsLongAndOverflow(number.ptr(), &overflow);
+  if (overflow < 0 || (overflow == 0 && threads < 0)) {
+    throw py::value_error("threads must be 0 (OpenMP's choice) or more, got " + shown(number));
   }
-  return static_cast<int>(std::min(threads, long{std::numeric_limits<int>::max()}));
+  constexpr int kMost = std::numeric_limits<int>::max();
+  return overflow > 0 ? kMost : static_cast<int>(std::min(threads, long{kMost}));
 }
 
 inline std::uint64_t count_of(const py::handle& object, const char* name) {
-  const unsigned long long count = PyLong_AsUnsignedLongLong(object.ptr());
-  if (PyErr_Occurred() != nullptr) {
+  if (const py::object number = whole(object)) {
+    const unsigned long long count = PyLong_AsUnsignedLongLong(number.ptr());
+    if (PyErr_Occurred() == nullptr) return count;
     PyErr_Clear();
-    throw py::value_error(std::string(name) + " must be a whole number from 0 below 2**64, got " +
-                          text(py::repr(object)));
   }
-  return count;
+  throw py::value_error(std::string(name) + " must be a whole number from 0 below 2**64, got " +
+                        shown(object));
 }
 
 // Of as many averages as share a value: a number, or a sequence of them.

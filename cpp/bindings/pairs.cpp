@@ -8,6 +8,7 @@
 #include "arrays.hpp"
 #include "module.hpp"
 #include "numbers.hpp"
+#include "unlocked.hpp"
 
 namespace bindings {
 namespace {
@@ -21,9 +22,9 @@ class Pairs {
     const std::size_t each = terms_.averages_per_value;
     held_.reserve(2 * averages.size() + carries.size());
     for (std::size_t i = 0; i < averages.size(); ++i) {
-      hold(item(averages, i), {&terms_.averages, i});
-      hold(item(values, i / each), {&terms_.values, i / each});
-      if (!carries.empty()) hold(item(carries, i), {&terms_.carries, i});
+      hold(item(averages, i), {&terms_.averages, i}, true);
+      hold(item(values, i / each), {&terms_.values, i / each}, terms_.verb == Verb::swap);
+      if (!carries.empty()) hold(item(carries, i), {&terms_.carries, i}, true);
     }
   }
   Pairs(const Pairs&) = delete;  // labels point into it
@@ -79,6 +80,15 @@ class Pairs {
     without_lock([&] { fastema::copy(checked_.pairs, threads); });
   }
 
+  // Arrays can be resized in place, which frees their memory, and made read-only.
+  void check_unmoved() const {
+    for (const Held& held : held_) {
+      check_held(held);
+      if (held.written && !held.array.writeable()) throw py::value_error(held.label + kReadOnly);
+    }
+    for (const Held& owner : owners_) check_held(owner);
+  }
+
   // The number of the first value that is not finite, or None.
   py::object first_non_finite(const py::handle& threads_object) const {
     const int threads = threads_of(threads_object);
@@ -99,18 +109,23 @@ class Pairs {
     py::ssize_t size;
     const void* type;  // its object, which the array itself or NumPy keeps alive
     Label label;
+    bool written;
   };
 
-  void hold(const py::handle& object, const Label& label) {
+  void hold(const py::handle& object, const Label& label, bool written) {
     const auto array = py::reinterpret_borrow<py::array>(object);
-    held_.push_back({array, array.data(), array.size(), type_of(array), label});
+    held_.push_back({array, array.data(), array.size(), type_of(array), label, written});
+    for (const py::array& owner : owners_of(array)) {
+      if (!owners_.empty() && owners_.back().array.is(owner)) break;  // as of packed averages
+      owners_.push_back({owner, owner.data(), owner.size(), type_of(owner), label, false});
+    }
   }
 
   // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
   template <class Body>
   void without_lock(const Body& body) const {
     if (checked_.bytes < kBrief) return body();
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     body();
   }
 
@@ -145,20 +160,17 @@ class Pairs {
       }
       if (pair.carry != nullptr) throw py::type_error(a + kWithoutCarry);
       if (!held_[2 * i + 1].array.writeable()) {
-        throw py::value_error(b + " must be writable, and is read-only");
+        throw py::value_error(b + kReadOnly);
       }
     }
     if (!checked_.overlap_if_swapped.empty()) throw py::value_error(checked_.overlap_if_swapped);
   }
 
-  // Arrays can be resized in place, which frees their memory, or be taken for another type.
-  void check_unmoved() const {
-    for (const Held& held : held_) {
-      const bool resized = held.array.data() != held.data || held.array.size() != held.size;
-      if (!resized && type_of(held.array) == held.type) continue;
-      throw py::value_error(held.label + (resized ? " was resized" : " was given another type") +
-                            " after it was paired; make the pairs anew (an EMA: rebind)");
-    }
+  static void check_held(const Held& held) {
+    const bool resized = held.array.data() != held.data || held.array.size() != held.size;
+    if (!resized && type_of(held.array) == held.type) return;
+    throw py::value_error(held.label + (resized ? " was resized" : " was given another type") +
+                          " after it was paired; make the pairs anew (an EMA: rebind)");
   }
 
   static const void* type_of(const py::array& array) {
@@ -167,7 +179,8 @@ class Pairs {
 
   const Terms terms_;
   const Checked checked_;
-  std::vector<Held> held_;  // average, value and carry of each pair
+  std::vector<Held> held_;    // average, value and carry of each pair
+  std::vector<Held> owners_;  // those that these are views of
   static constexpr std::size_t kBrief = 16 << 10;
 };
 
@@ -189,6 +202,7 @@ std::vector<double> check_numbers(const py::handle& decay, const py::handle& thr
 }  // namespace
 
 void bind_pairs(py::module_& m) {
+  know_numpy();
   const auto averages = py::arg("averages"), values = py::arg("values");
   const auto carries = py::arg("carries") = py::list();
   const auto decay = py::arg("decay");
@@ -205,8 +219,10 @@ void bind_pairs(py::module_& m) {
            py::arg("stochastic"), py::arg("seed"), py::arg("step"))
       .def("swap", &Pairs::swap, threads)
       .def("copy", &Pairs::copy, threads)
+      .def("check_unmoved", &Pairs::check_unmoved)
       .def("first_non_finite", &Pairs::first_non_finite, threads);
   m.def("check", check_alone, averages, values, carries);
+  m.def("shown", shown, py::arg("number"));
   m.def("check_numbers", check_numbers, decay, threads, py::arg("seed") = 0, py::arg("step") = 0,
         py::kw_only(), py::arg("averages_per_value") = 1);
 }

@@ -50,6 +50,17 @@ void wait(const std::atomic<std::uint32_t>& word, std::uint32_t old) noexcept {
   }
 }
 
+// How many processors the caller may use.
+std::size_t processors() noexcept {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+    return static_cast<std::size_t>(CPU_COUNT(&allowed));
+  }
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
 // A thread that has work for half a millisecond must not wait for one that only spins, as other
 // libraries' threads do between their own jobs. Linux, since 6.12, lets those go first who ask for
 // less at a time.
@@ -126,9 +137,14 @@ class Team {
     for (; seats > 0; --seats) bell_.notify_one();
   }
 
-  // Sees to it that there are so many helpers, and returns how many there are to be of use.
+  // Sees to it that there are so many helpers, if there are processors for them, and returns how
+  // many there are to be of use.
   std::uint32_t hire(std::uint32_t wanted) noexcept {
     wanted = std::min(wanted, kInside);
+    if (helpers_.size() < wanted) {
+      const std::size_t useful = std::max(helpers_.size(), processors() - 1);
+      wanted = static_cast<std::uint32_t>(std::min<std::size_t>(wanted, useful));
+    }
     while (helpers_.size() < wanted) {
       // Signals are for the threads of the program.
       sigset_t all, before;

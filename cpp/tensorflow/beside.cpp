@@ -19,8 +19,10 @@ constexpr std::size_t kLarge = std::size_t{1} << 20;
 
 // Whether one kernel's large new averages get memory of our own: so after TensorFlow's was fresh
 // several times in a row.
-class Outputs {
+class Outputs : public Kept {
  public:
+  using Kept::Kept;
+
   bool own() const noexcept { return fresh_calls_ >= 3; }
   void note(std::size_t bytes, std::size_t fresh) noexcept {
     if (bytes >= kLarge) fresh_calls_ = 2 * fresh > bytes ? fresh_calls_ + 1 : 0;
@@ -32,8 +34,10 @@ class Outputs {
 
 class BesideCall : public Call {
  public:
-  BesideCall(tf::OpKernelContext* context, void* outputs)
-      : Call(context), outputs_(*static_cast<Outputs*>(outputs)) {}
+  using Kept = Outputs;
+
+  BesideCall(tf::OpKernelContext* context, Outputs& outputs)
+      : Call(context, outputs), outputs_(outputs) {}
 
   bool take_pairs() {
     std::vector<const tf::Tensor*> averages;
@@ -106,8 +110,8 @@ bool register_beside() {
                       .averages = "averages: A",
                       .output = "updated: A",
                       .compute = compute<BesideCall>,
-                      .create = [](tf::OpKernelConstruction*) -> void* { return new Outputs; },
-                      .destroy = [](void* outputs) { delete static_cast<Outputs*>(outputs); }});
+                      .create = create<Outputs>,
+                      .destroy = destroy<Outputs>});
 }
 
 }  // namespace fastema

@@ -37,7 +37,8 @@ bool same_shape(const tf::Tensor* x, const tf::Tensor* y) {
 
 class InPlaceCall : public Call {
  public:
-  InPlaceCall(tf::OpKernelContext* context, void*) : Call(context) {}
+  using Kept = fastema::Kept;
+  using Call::Call;
 
   bool take_pairs() {
     std::vector<int> averages(static_cast<std::size_t>(count_));
@@ -68,7 +69,9 @@ bool register_in_place() {
                       .attribute = "N: int >= 1",
                       .averages = "averages: N * resource",
                       .output = nullptr,
-                      .compute = compute<InPlaceCall>});
+                      .compute = compute<InPlaceCall>,
+                      .create = create<Kept>,
+                      .destroy = destroy<Kept>});
 }
 
 // TensorFlow collects what registers itself while it loads a library; Python sees which ops it
@@ -82,9 +85,21 @@ Shape::Shape(const tf::Tensor* tensor) : count(tf::NumDims(tensor)) {
   for (int d = 0; d < count; ++d) dims[d] = tf::Dim(tensor, d);
 }
 
-Call::Call(tf::OpKernelContext* context)
-    : context_(context), status_(tf::NewStatus()), count_((tf::NumInputs(context) - 1) / 2) {
+Kept::Kept(tf::OpKernelConstruction* construction) : values(0) {
+  const StatusPtr status(tf::NewStatus());
+  std::int32_t total;
+  tf::OpKernelConstruction_GetAttrSize(construction, "V", &values, &total, status.get());
+}
+
+Call::Call(tf::OpKernelContext* context, const Kept& kept)
+    : context_(context), status_(tf::NewStatus()), count_(kept.values) {
   pairs_.reserve(static_cast<std::size_t>(count_));
+}
+
+bool Call::check_lengths() {
+  const int averages = tf::NumInputs(context_) - 1 - count_;
+  return averages == count_ || refuse("averages and values must have one length, got " +
+                                      std::to_string(averages) + " and " + std::to_string(count_));
 }
 
 bool Call::take_decay() {
@@ -117,8 +132,8 @@ bool Call::add(const tf::Tensor* average, const tf::Tensor* value) {
   return true;
 }
 
-bool Call::refuse(const char* why) {
-  tf::SetStatus(status_.get(), tf::kInvalidArgument, why);
+bool Call::refuse(const std::string& why) {
+  tf::SetStatus(status_.get(), tf::kInvalidArgument, why.c_str());
   return false;
 }
 

@@ -30,12 +30,21 @@ struct Shape {
   std::int64_t dims[254];  // TensorFlow's own limit
 };
 
+// What an op's kernel keeps between its calls.
+struct Kept {
+  int values;  // how many there are
+
+  explicit Kept(tf::OpKernelConstruction* construction);
+};
+
 // A call of an op, whose inputs are the decay, the averages and as many values. Everything is asked
 // for and checked before the first element changes: what returns false has set the status.
 class Call {
  public:
-  explicit Call(tf::OpKernelContext* context);
+  Call(tf::OpKernelContext* context, const Kept& kept);
 
+  // As many averages as values: the op's definition leaves that open.
+  bool check_lengths();
   bool take_decay();
   // Updates the pairs that were added, or fails.
   void finish(bool ready);
@@ -49,24 +58,34 @@ class Call {
 
   tf::OpKernelContext* const context_;
   const StatusPtr status_;
-  const int count_;  // of averages
+  const int count_;  // of values, and of averages once that is checked
   LocksPtr locks_;   // released last: the next writer would copy a buffer that is still held
   std::vector<Pair> pairs_;
 
  private:
   const tf::Tensor* input(int i);
-  bool refuse(const char* why);
+  bool refuse(const std::string& why);
 
   double decay_ = 0.0;
   std::vector<TensorPtr> held_;
 };
 
+template <class Kept>
+void* create(tf::OpKernelConstruction* construction) {
+  return new Kept(construction);
+}
+
+template <class Kept>
+void destroy(void* kept) {
+  delete static_cast<Kept*>(kept);
+}
+
 // A call that makes itself ready for the update. No exception may leave through C.
 template <class OneCall>
 void compute(void* kept, tf::OpKernelContext* context) {
   try {
-    OneCall call(context, kept);
-    call.finish(call.take_decay() && call.take_pairs());
+    OneCall call(context, *static_cast<typename OneCall::Kept*>(kept));
+    call.finish(call.check_lengths() && call.take_decay() && call.take_pairs());
   } catch (const std::bad_alloc&) {
     const StatusPtr status(tf::NewStatus());
     tf::SetStatus(status.get(), tf::kResourceExhausted, "no memory for the list of averages");
@@ -83,8 +102,8 @@ struct Op {
 
   // A kernel's calls, and what it keeps between them.
   void (*compute)(void*, tf::OpKernelContext*);
-  void* (*create)(tf::OpKernelConstruction*) = nullptr;
-  void (*destroy)(void*) = nullptr;
+  void* (*create)(tf::OpKernelConstruction*);
+  void (*destroy)(void*);
 };
 
 constexpr const char* kTypes = "list({half, bfloat16, float, double}) >= 1";

@@ -47,6 +47,9 @@ class Pairs:
     ) -> None: ...
     def swap(self, threads: int = 0) -> None: ...
     def copy(self, threads: int = 0) -> None: ...
+    def check_unmoved(self) -> None:
+        """Raise if an array was given other memory, or may not be written any more."""
+
     def first_non_finite(self, threads: int = 0) -> int | None: ...
 
 class Scope:
@@ -89,6 +92,9 @@ def check_numbers(
     averages_per_value: int = 1,
 ) -> list[float]:
     """Check the numbers of an update, and return its decays, one for each average of a value."""
+
+def shown(number: object) -> str:
+    """Return a number as errors show it, however many digits it has."""
 
 def mixes() -> list[tuple[str, str]]:
     """Return the types of averages and of their values that updates take."""

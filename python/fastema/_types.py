@@ -3,6 +3,8 @@
 Which types go together is asked of the core.
 """
 
+import contextlib
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
@@ -117,6 +119,41 @@ def narrowed(x: np.ndarray, dtype: DType) -> np.ndarray:
     return near.astype(dtype)
 
 
+shown = _core.shown
+"""Return a number as errors show it, however many digits it has."""
+
+
+def as_number(number: object, needed: str) -> float:
+    """Return what says that it is a number as Python's own; an int if it is whole and says so.
+
+    Args:
+        number: What was given.
+        needed: What an error begins with, as ``"decay must be a number"``.
+
+    Returns:
+        An infinity for what no float can hold.
+
+    Raises:
+        TypeError: It is no number.
+    """
+    if not isinstance(number, str | bytes | bytearray):  # float() would read them
+        with contextlib.suppress(TypeError, ValueError):
+            return _python_number(number)
+    raise TypeError(f"{needed}, got {shown(number)}")
+
+
+def _python_number(number: Any) -> float:
+    try:
+        whole = operator.index(number)
+    except TypeError:
+        whole = None
+    try:
+        real = float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+    return real if whole is None else whole
+
+
 def check_share(number: object, name: str, also: str = "") -> float:
     """Return a number from 0 to 1.
 
@@ -129,13 +166,10 @@ def check_share(number: object, name: str, also: str = "") -> float:
         TypeError: It is no number.
         ValueError: It is out of range.
     """
-    try:
-        share = float(number)  # type: ignore[arg-type] # anything that says it is a number
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number from 0 to 1{also}, got {number!r}") from None
+    share = as_number(number, f"{name} must be a number from 0 to 1{also}")
     if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{name} must be from 0 to 1, got {number!r}")
-    return share
+        raise ValueError(f"{name} must be from 0 to 1, got {shown(number)}")
+    return float(share)
 
 
 def check_decay(decay: Decay, name: str = "decay") -> Decay:
@@ -144,18 +178,20 @@ def check_decay(decay: Decay, name: str = "decay") -> Decay:
 
 
 def check_count(number: object, name: str, least: int = 0) -> int:
-    """Return a whole number that is not below another.
+    """Return a whole number that is not below another, and fits into 64 bits.
 
     Raises:
         TypeError: It is no whole number.
-        ValueError: It is below.
+        ValueError: It is below, or too large.
     """
     try:
         count = operator.index(number)  # type: ignore[arg-type] # anything that says it is a number
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {number!r}") from None
     if count < least:
-        raise ValueError(f"{name} must be {least} or more, got {number!r}")
+        raise ValueError(f"{name} must be {least} or more, got {shown(number)}")
+    if count >= 2**64:
+        raise ValueError(f"{name} must be below 2**64, got {shown(number)}")
     return count
 
 

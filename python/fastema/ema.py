@@ -77,8 +77,8 @@ class EMA:
             meanwhile: JAX's, which must not be donated to that step.
         threads: How many threads to use at most; 0: as many as OpenMP would.
         memory: The path of a file to keep the averages in, mapped, for more averages than memory. It is made
-            anew, whatever was there, and holds no checkpoint; none that is loaded from, and none that values
-            are mapped from. Averages on a CUDA device need ``device="cpu"`` for it.
+            anew, whatever was there, and is none that is loaded from or that values are mapped from. A forked
+            child cannot use them. Averages on a CUDA device need ``device="cpu"`` for it.
         only: Which arrays are meant: patterns of names, as ``["*.lora_?.*"]``, or a function of name, value
             as ``lambda name, value: value.requires_grad``. What is left out costs nothing: it is not kept,
             copied, swapped or saved, and `averages` has no such name (None in a sequence or a tree of JAX).
@@ -199,7 +199,7 @@ class EMA:
             parts.exchange.check_not_covered("update()")
         if self._background is not None:
             self.wait()
-        before, span = self._settled(), span if span == 1 else check_span(span)
+        before, span = self._settled(), 1 if type(span) is int and span == 1 else check_span(span)
         parts, arrays, later = (parts.bound(), None, None) if values is None else parts.given(values)
         passes, now = parts.passes, self._now
         try:

@@ -41,9 +41,9 @@ def update(
             Of the averages' types, or float16 or bfloat16 beside float32 averages, or any of these
             beside float64 ones, or float32 beside float16 or bfloat16 ones.
         decay: From 0 to 1; towards 1 is slower.
-        threads: How many threads to use at most. 0: as many as OpenMP would (``OMP_NUM_THREADS``,
-            threadpoolctl). Each takes 512 KiB of averages at a time, so small lists have one. Has no
-            meaning on a CUDA device.
+        threads: How many threads to use at most, and never more than processors. 0: as many as OpenMP
+            would (``OMP_NUM_THREADS``, threadpoolctl). Each takes 512 KiB of averages at a time, so
+            small lists have one. Has no meaning on a CUDA device.
         rounding: ``"nearest"``, or ``"stochastic"``: 16-bit averages are rounded up or down at
             random, without a bias, so that they move where rounding to nearest stands still (a
             bfloat16 average does with a decay of .999).
@@ -84,8 +84,9 @@ def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
             ``__cuda_array_interface__``; all in CPU memory, or all on one CUDA device. float16, bfloat16,
             float32 or float64, any shape, dense, writable.
         b: As `a`, in shapes, types and order in memory.
-        threads: How many threads to use at most. 0: as many as OpenMP would (``OMP_NUM_THREADS``,
-            threadpoolctl). Each takes 512 KiB of averages at a time, so small lists have one.
+        threads: How many threads to use at most, and never more than processors. 0: as many as OpenMP
+            would (``OMP_NUM_THREADS``, threadpoolctl). Each takes 512 KiB of averages at a time, so
+            small lists have one.
 
     Raises:
         ImportError: As for `update`.
@@ -148,7 +149,7 @@ class Pairs:
 
     The arrays are kept alive, never copied. An array whose memory moved since (NumPy's ``resize``,
     torch's ``tensor.data = ...``) is noticed at the next call: in CPU memory that is an error, on a CUDA
-    device the pairs go on with the tensor's new memory.
+    device the pairs go on with the tensor's new memory. So is one that was made read-only.
 
     On a CUDA device each call is one kernel launch in the current stream of the averages' library, and
     returns before the device is done. It allocates nothing and can be captured in a CUDA graph.
@@ -233,6 +234,12 @@ class Pairs:
         elif self._watched.moved():
             self._native.follow()
             self._watched.accept()
+
+    def _check(self) -> None:
+        """Raise what an update would raise of arrays that were given other memory, or made read-only."""
+        self._check_unmoved()
+        if isinstance(self._native, _core.Pairs):
+            self._native.check_unmoved()
 
     def __len__(self) -> int:
         return len(self._native)

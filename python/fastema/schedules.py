@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ._types import Decay, check_share
+from ._types import Decay, as_number, check_share, shown
 
 __all__ = [
     "Schedule",
@@ -132,6 +132,10 @@ class _Started(Schedule):
 
     start_step: int
 
+    def __post_init__(self) -> None:
+        for name, number in list(vars(self).items()):  # as Python's own, which JSON can hold
+            object.__setattr__(self, name, as_number(number, f"{name} must be a number"))
+
     def at(self, step: _Scalar, xp: _Library) -> _Scalar:
         # tensors come first: TensorFlow takes the others' type from them
         k = xp.maximum(step - self.start_step, 0)
@@ -152,7 +156,8 @@ class _Limited(_Started):
         return self.decay
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "decay", check_share(self.decay, "decay"))  # a float, which JSON can hold
+        object.__setattr__(self, "decay", check_share(self.decay, "decay"))
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,7 @@ class equal_weights(_Started):  # noqa: N801 - used as a function
     start_step: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.start_step >= 1:
             raise ValueError(f"start_step must be at least 1, the first step, got {self.start_step!r}")
 
@@ -299,9 +305,10 @@ def half_life(updates: float) -> constant:
         >>> round(schedules.half_life(1000)(1) ** 1000, 12)
         0.5
     """
-    if not 0.0 < updates < math.inf:
-        raise ValueError(f"updates must be above 0 and finite, got {updates!r}")
-    return constant(0.5 ** (1.0 / updates))
+    number = as_number(updates, "updates must be a number above 0")
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"updates must be above 0 and finite, got {shown(updates)}")
+    return constant(0.5 ** (1.0 / number))
 
 
 @dataclass(frozen=True)
@@ -333,6 +340,8 @@ class power(Schedule):  # noqa: N801 - used as a function
     sigma_rel: float
 
     def __post_init__(self) -> None:
+        number = as_number(self.sigma_rel, "sigma_rel must be a number")
+        object.__setattr__(self, "sigma_rel", number)
         if not 0.0 < self.sigma_rel <= 12**-0.5:
             raise ValueError(
                 "sigma_rel must be above 0 and at most 0.288675 (12 ** -0.5, equal weights), "

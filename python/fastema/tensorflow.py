@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from . import _formula
+from ._arrays import unmasked
 from ._build import OP_LIBRARY
 from ._types import MIXES, check_choice, check_share
 
@@ -45,8 +47,10 @@ def update(
 
     Args:
         averages: tf.Variables of any floating type and shape. Assigned.
-        values: tf.Variables or tensors of the same shapes. Read.
-        decay: From 0 to 1; a float or a scalar floating-point tensor, better of float64.
+        values: tf.Variables or tensors of floating types and the same shapes. Read.
+        decay: From 0 to 1; a float or a scalar floating-point tensor, better of float64. A tensor in a graph
+            is checked when the graph runs. XLA leaves that out: there a decay outside counts as 1, and
+            the averages stay.
         when: A boolean tensor: where it is false, nothing changes. None: always.
         engine: ``"native"``: the C++ core, with NumPy's bits; ``"graph"``: TensorFlow's operations,
             which XLA may fuse, then one unit in the last place may differ; ``"auto"``: native where
@@ -60,8 +64,11 @@ def update(
         What did it, ``"native"`` or ``"graph"``; in a ``tf.function``, what will.
 
     Raises:
+        TypeError: An average is no tf.Variable, an average, a value or the decay of another than a
+            floating type. Nothing has changed then.
         ValueError: The lists differ in length, two shapes differ, an average is listed twice or
             also as a value, or an argument is outside of its range. Nothing has changed then.
+        tf.errors.InvalidArgumentError: A graph finds that when it runs. Nothing has changed then.
         RuntimeError: `engine` is ``"native"`` and native code cannot run here; the message says why.
 
     Example:
@@ -76,6 +83,10 @@ def update(
     """
     averages, values = list(averages), list(values)
     check_choice(engine, "engine", ("auto", "native", "graph"))
+    _check_variables(averages, "averages", "fastema.update")
+    for name, arrays in (("averages", averages), ("values", values)):
+        for i, array in enumerate(arrays):
+            _check_type(array, f"{name}[{i}]")
     _check_pairs(averages, values, ("averages", "values"))
     _check_distinct(averages, "averages")
     places = {id(average): i for i, average in enumerate(averages)}
@@ -84,14 +95,12 @@ def update(
             raise ValueError(f"values[{i}] must be no average, got averages[{places[id(value)]}]")
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes!r}")
-    if not tf.is_tensor(decay):
-        check_share(decay, "decay")
+    decay = _checked_decay(decay)
     obstacle = "engine='graph' was asked for" if engine == "graph" else _obstacle(averages, values)
     if obstacle and engine == "native":
         raise RuntimeError(f"engine='native' cannot run here: {obstacle}")
-    decay = tf.cast(decay, tf.float64) if tf.is_tensor(decay) else tf.constant(decay, tf.float64)
     if obstacle:
-        _update_by_framework(averages, values, decay, when)
+        _update_by_framework(averages, values, _asserted(decay), when)
         return "graph"
     _do(lambda: _update_natively(averages, values, decay, bucket_bytes), when)
     return "native"
@@ -115,6 +124,7 @@ def swap(a: Sequence[tf.Variable], b: Sequence[tf.Variable]) -> None:
         b: tf.Variables of the same types and shapes.
 
     Raises:
+        TypeError: One is no tf.Variable.
         ValueError: The lists differ in length, two shapes or types differ, or a variable is listed twice.
         RuntimeError: Called in a replica context.
 
@@ -127,6 +137,8 @@ def swap(a: Sequence[tf.Variable], b: Sequence[tf.Variable]) -> None:
         (array([2.], dtype=float32), array([1.], dtype=float32))
     """
     a, b = list(a), list(b)
+    _check_variables(a, "a", "fastema.swap")
+    _check_variables(b, "b", "fastema.swap")
     _check_pairs(a, b, ("a", "b"))
     _check_distinct(a + b, "a and b together")
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -179,6 +191,46 @@ def _bytes(variable: Value) -> int:
 
 def _under_xla() -> bool:
     return not tf.executing_eagerly() and bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def _check_variables(arrays: list[tf.Variable], name: str, for_others: str) -> None:
+    for i, array in enumerate(arrays):
+        if not isinstance(array, tf.Variable):
+            kind = type(array).__name__
+            raise TypeError(f"{name}[{i}] must be a tf.Variable, got {kind}; {for_others} takes other arrays")
+
+
+def _check_type(array: Value, name: str) -> None:
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{name} must be a tf.Variable or a tensor, got {type(array).__name__}")
+    if isinstance(array, np.ndarray):
+        unmasked(array, name)
+    dtype = tf.as_dtype(array.dtype)
+    if not dtype.is_floating:
+        raise TypeError(f"{name} must be of a floating-point type, got {dtype.name}")
+
+
+def _checked_decay(decay: float | tf.Tensor) -> tf.Tensor:
+    """Return a decay as a float64 scalar; checked, if its value is known already."""
+    known: Any = decay
+    if tf.is_tensor(decay):
+        _check_type(decay, "decay")
+        shape = tf.TensorShape(known.shape)
+        if shape.num_elements() not in (None, 1):
+            raise ValueError(f"decay must be a scalar, got shape {shape}")
+        decay = tf.cast(decay if shape.rank == 0 else tf.reshape(decay, []), tf.float64)
+        known = tf.get_static_value(decay)
+    return decay if known is None else tf.constant(check_share(known, "decay"), tf.float64)
+
+
+def _asserted(decay: tf.Tensor) -> tf.Tensor:
+    """Return a decay, once a graph has found it to be from 0 to 1; as 1 otherwise, where XLA drops that."""
+    if tf.get_static_value(decay) is not None:
+        return decay
+    fine = (decay >= 0.0) & (decay <= 1.0)
+    refusal = tf.raw_ops.Assert(condition=fine, data=["decay must be from 0 to 1"])
+    with tf.control_dependencies([refusal]):
+        return tf.where(fine, decay, tf.ones([], tf.float64))
 
 
 def _check_pairs(a: list[Value], b: list[Value], names: tuple[str, str]) -> None:

@@ -14,6 +14,8 @@ import oracle
 from processes import output_of
 
 LARGE = 3_000_000
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+TWO = min(2, PROCESSORS)  # threads, where there are processors for them
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
@@ -35,7 +37,7 @@ def test_a_forked_child_has_threads_of_its_own_and_does_not_hang(parent_uses_thr
             fastema.update(a, v, 0.5, threads=2)
             fastema.swap(a, v)
             right = (v == before + np.float32(0.5) * (1 - before)).all() and (a == 1).all()
-            os._exit(0 if right and len(os.listdir("/proc/self/task")) == 2 else 1)
+            os._exit(0 if right and len(os.listdir("/proc/self/task")) == {TWO} else 1)
         status = os.waitpid(child, 0)[1]
         assert status == 0, status
         fastema.update(a, v, 0.5, threads=2)  # the parent still has its threads
@@ -105,12 +107,55 @@ def test_other_python_threads_run_during_a_call():
     assert after > before
 
 
+@pytest.mark.parametrize("call", ["update(0.5)", "swap()", "first_non_finite()"])
+def test_a_daemon_thread_within_a_call_lets_the_interpreter_end(call):
+    """Python ends such threads when they want its lock back: every such process was aborted."""
+    code = f"""
+        import threading, time
+        import numpy as np
+        import fastema
+
+        pairs = fastema.Pairs(np.zeros(50_000), np.ones(50_000))
+        begun = threading.Event()
+
+        def go_on():
+            while True:
+                pairs.{call}
+                begun.set()
+
+        threading.Thread(target=go_on, daemon=True).start()
+        begun.wait()
+        print("fine")
+    """
+    assert [output_of(code) for _ in range(4)] == ["fine"] * 4
+
+
 def test_threadpoolctl_is_respected():
     threadpoolctl = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
     if not fastema.build_config()["openmp"]:
         pytest.skip("this build has no OpenMP")
     with threadpoolctl.threadpool_limits(1):
         assert fastema.build_config()["threads"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("processors", sorted({1, PROCESSORS}))
+@pytest.mark.parametrize(("threads", "default"), [(10**6, "1"), (10**30, "1"), (0, "1000")])
+def test_a_million_threads_are_no_more_than_the_processors(threads, default, processors):
+    """They were 764, which lay about until the process ended."""
+    code = f"""
+        import os
+        import numpy as np
+        import fastema
+
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{processors}])
+        before = len(os.listdir("/proc/self/task"))
+        a, v = np.zeros(80 * {LARGE}, np.uint8).view(np.float32), np.ones(20 * {LARGE}, np.float32)
+        fastema.update(a, v, 0.5, threads={threads})
+        assert (a == 0.5).all()
+        print(len(os.listdir("/proc/self/task")) - before)
+    """
+    assert int(output_of(code, OMP_NUM_THREADS=default)) == processors - 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
@@ -121,13 +166,17 @@ def test_threads_stay_on_the_processors_of_their_caller():
         import numpy as np
         import fastema
 
-        allowed = {{min(os.sched_getaffinity(0))}}
-        os.sched_setaffinity(0, allowed)
+        def update():
+            fastema.update(np.zeros({LARGE}), np.ones({LARGE}), 0.5, threads=2)
+
         before = set(os.listdir("/proc/self/task"))
-        fastema.update(np.zeros({LARGE}), np.ones({LARGE}), 0.5, threads=3)
+        update()
         helpers = set(os.listdir("/proc/self/task")) - before
-        assert len(helpers) == 2, helpers
-        assert all(os.sched_getaffinity(int(helper)) == allowed for helper in helpers)
+        assert len(helpers) == {TWO} - 1, helpers
+        for processor in sorted(os.sched_getaffinity(0))[:2]:
+            os.sched_setaffinity(0, {{processor}})
+            update()
+        assert all(os.sched_getaffinity(int(helper)) == {{processor}} for helper in helpers)
         print("fine")
     """
     assert output_of(code) == "fine"

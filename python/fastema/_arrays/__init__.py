@@ -5,7 +5,7 @@ file, and put its `library` in the list below. No library is imported before the
 """
 
 from . import dispatch, flax, interfaces, jax, keras, numpy, tensorflow, torch
-from .base import Addresses, Carried, Descriptor, Leaf, Location
+from .base import Addresses, Carried, Descriptor, Leaf, Location, unmasked
 from .complex import ComplexLeaf
 from .dispatch import (
     agreed,
@@ -38,7 +38,7 @@ from .dispatch import (
     watch,
     write,
 )
-from .numpy import plain, unmasked
+from .numpy import plain
 from .packing import packed, packed_copies
 from .tensorflow import Reader
 

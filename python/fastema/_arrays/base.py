@@ -348,6 +348,23 @@ class Library(ABC):
         return self.view(array, name)
 
 
+def unmasked(array: np.ndarray, name: str) -> np.ndarray:
+    """Return an array, or one of a class derived from NumPy's, as NumPy's own: so that no class interferes.
+
+    Raises:
+        TypeError: It has a mask, which would be dropped.
+    """
+    kind = type(array)
+    if kind is np.ndarray:
+        return array
+    if hasattr(kind, "mask") and hasattr(kind, "filled"):  # NumPy's, and astropy's
+        raise TypeError(
+            f"{name} must be an array without a mask, which would be dropped, got {kind.__name__}; give what "
+            "its .filled() returns, or its .data"
+        )
+    return np.asarray(array)
+
+
 def _not_viewed(array: AnyArray, name: str, memory: str, reason: Exception) -> TypeError:
     kind = type(array).__name__
     return TypeError(f"{name} must be an array whose {memory} memory can be viewed, got {kind}: {reason}")

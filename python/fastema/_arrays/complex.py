@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .._types import AnyArray
-from .base import Leaf
+from .base import Leaf, unmasked
 
 
 class ComplexLeaf(Leaf):
@@ -47,6 +47,7 @@ def _parts_of(array: AnyArray, name: str) -> np.ndarray:
     """Return a view of a complex array that has an axis of its parts."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must lie in host memory, as it is complex: leave it out with only=")
+    array = unmasked(array, name)
     if array.dtype.kind != "c":
         raise TypeError(f"{name} must be complex, as it was at first, got {array.dtype}")
     real = array.real.dtype

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._types import AnyArray
-from .base import CPU, CUDA, Carried, Descriptor, Leaf, Library, Location, is_loaded
+from .base import CPU, CUDA, Carried, Descriptor, Leaf, Library, Location, is_loaded, unmasked
 from .dispatch import cast
 from .interfaces import c_strides
 from .shards import Block, Shards
@@ -54,6 +54,8 @@ class JaxLeaf(Leaf):
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         if value is None:
             raise ValueError("values must be given: JAX arrays do not change")
+        if isinstance(value, np.ndarray):
+            value = unmasked(value, "values")
         try:
             if not self._copies and getattr(value, "is_fully_replicated", True):
                 return [np.asarray(value)]

@@ -5,25 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .._types import AnyArray, DType, compute_type
-from .base import Descriptor, Leaf, Library, Storage
+from .base import Descriptor, Leaf, Library, Storage, unmasked
 from .dispatch import write
-
-
-def unmasked(array: np.ndarray, name: str) -> np.ndarray:
-    """Return an array, or one of a class derived from NumPy's, as NumPy's own: so that no class interferes.
-
-    Raises:
-        TypeError: It has a mask, which would be dropped.
-    """
-    kind = type(array)
-    if kind is np.ndarray:
-        return array
-    if hasattr(kind, "mask") and hasattr(kind, "filled"):  # NumPy's, and astropy's
-        raise TypeError(
-            f"{name} must be an array without a mask, which would be dropped, got {kind.__name__}; give what "
-            "its .filled() returns, or its .data"
-        )
-    return np.asarray(array)
 
 
 def plain(array: np.ndarray, name: str) -> np.ndarray:
@@ -45,7 +28,12 @@ class HostLeaf(Leaf):
     """A NumPy array, or something else with NumPy's view of its memory."""
 
     def __init__(self, given: AnyArray, array: np.ndarray) -> None:
-        self._given, self._array = given, array
+        self._given, self._viewed = given, array
+
+    @property
+    def _array(self) -> np.ndarray:
+        # a view of an array of a derived class would stay behind where that is resized
+        return np.asarray(self._given) if isinstance(self._given, np.ndarray) else self._viewed
 
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         return [self._array if value is None else value]

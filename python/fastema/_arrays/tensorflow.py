@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from .._types import AnyArray
-from .base import Leaf, Library, is_loaded
+from .base import Leaf, Library, is_loaded, unmasked
 from .dispatch import cast
 from .keras import unwrapped
 
@@ -29,6 +29,7 @@ class VariableLeaf(Leaf):
 
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         tf = _outside_of_graphs()
+        value = unmasked(value, "values") if isinstance(value, np.ndarray) else value
         tensor = tf.convert_to_tensor(self.variable if value is None else value)
         if tensor.dtype == tf.bfloat16:
             return [np.from_dlpack(tf.bitcast(tensor, tf.uint16)).view(ml_dtypes.bfloat16)]

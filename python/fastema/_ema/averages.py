@@ -1,6 +1,7 @@
 """What is kept of the values: averages, carries and copies; of which types, where, and how it is shown."""
 
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Literal, NamedTuple, SupportsIndex
@@ -54,6 +55,7 @@ class Averages:
         alone: Those of the copied that are copied one by one, and never exchanged: with gaps in memory, or on
             a device and of single bytes, which no kernel moves.
         by_decay: For each decay, the arrays of each leaf. Those of what is copied are the same in all.
+        process: Where they lie in memory that forked processes share, the process that they are of.
         carries: For each decay, what rounding would lose of each averaged leaf; none but with
             ``rounding="compensated"``.
         on_host: Whether those of values on a CUDA device are in host memory.
@@ -67,6 +69,7 @@ class Averages:
         before: tuple[Values, "Averages"] | None = None,
     ) -> None:
         self.on_host = form.on_host
+        self.process = None if form.memory is None else os.getpid()
         self.averaged: list[int] = []
         self.copied: dict[int, None] = {}
         self.carried: set[int] = set()

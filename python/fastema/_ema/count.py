@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 from .. import schedules
-from .._types import Decay, check_count, check_decay, check_share
+from .._types import Decay, as_number, check_count, check_decay, check_share, shown
 
 
 class Pace(NamedTuple):
@@ -33,7 +33,7 @@ class Pace(NamedTuple):
             TypeError: One is no number.
             ValueError: One is outside of its range, or there is no decay.
         """
-        several = isinstance(decay, Sequence) and not isinstance(decay, str)
+        several = isinstance(decay, Sequence) and not isinstance(decay, str | bytes)
         decays = tuple(map(check_decay, cast(Sequence[Decay], decay if several else [decay])))
         if not decays:
             raise ValueError("decay must hold one decay or more, got none")
@@ -159,12 +159,7 @@ def check_span(span: object, name: str = "span") -> float:
         TypeError: It is no number.
         ValueError: It is not above 0, or not finite.
     """
-    try:
-        if isinstance(span, str | bytes):  # which float() would read
-            raise TypeError
-        number = float(span)  # type: ignore[arg-type] # anything that says it is a number
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number above 0, got {span!r}") from None
+    number = as_number(span, f"{name} must be a number above 0")
     if not 0.0 < number < math.inf:
-        raise ValueError(f"{name} must be above 0 and finite, got {span!r}")
-    return int(number) if number.is_integer() else number
+        raise ValueError(f"{name} must be above 0 and finite, got {shown(span)}")
+    return int(number) if number % 1 == 0 else number

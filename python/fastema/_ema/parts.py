@@ -1,5 +1,6 @@
 """The parts of an EMA: made for certain arrays, and made anew together when others take their place."""
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ class Parts(NamedTuple):
         """
         values, local = Values.of(given, options.selection, unchanging=options.unchanging)
         if before is not None:
+            before._check_process()
             before.passes.wait()
             values.check_follows(before.values, call=call)
         elif options.form.memory is not None:
@@ -71,12 +73,29 @@ class Parts(NamedTuple):
         passes = Passes(values, averages, local, seed=options.seed, threads=options.threads)
         return cls(values, averages, exchange, passes, options)
 
+    def _check_process(self) -> None:
+        """Raise in a child whose averages its parent has as well: both would change one file.
+
+        Raises:
+            RuntimeError: This is one.
+        """
+        process = self.averages.process
+        if process not in (None, os.getpid()):
+            raise RuntimeError(
+                "averages that are mapped from a file (memory=) must be used in the process that made them "
+                f"({process}), and this is a child forked from it ({os.getpid()}): each would change "
+                "the other's; save() them there and load() them here, or make the EMA in the child"
+            )
+
     def followed(self) -> "Parts":
         """Return parts for what holds the values by now; these, if it holds the same.
 
         Raises:
-            RuntimeError: It holds arrays that cannot take the place of those that it held.
+            RuntimeError: It holds arrays that cannot take the place of those that it held, or another
+                process has these averages.
         """
+        if self.averages.process is not None:
+            self._check_process()
         values = self.values
         if self.exchange.swapped is not None or values.later is not None:
             return self
@@ -108,6 +127,8 @@ class Parts(NamedTuple):
             RuntimeError: They cannot take the place of the values.
             ValueError: They are shaped otherwise.
         """
+        if self.averages.process is not None:
+            self._check_process()
         values = self.values
         if isinstance(others, Iterator):
             others = list(others)

@@ -48,7 +48,7 @@ class Pass:
         self.wait()
         acts = (*self.pairs, *self.copies)
         for pairs in acts[1:] if self.pairs else acts:
-            pairs._check_unmoved()
+            pairs._check()
 
     def fence(self) -> None:
         """See `EMA.fence`."""

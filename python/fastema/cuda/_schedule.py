@@ -1,11 +1,12 @@
 """Decays computed on the device, so that a captured graph replays with another decay each time."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
 from .. import _core
+from .._types import check_count, check_share
 from . import _driver
 from ._driver import Stream
 from ._source import ADVANCE, LISTS, SCHEDULE, SCHEDULES, STATE
@@ -42,9 +43,10 @@ class Schedule:
         given = [schedules] if self._single else list(schedules)
         if not 0 < len(given) <= LISTS:
             raise ValueError(f"schedules must be from 1 to {LISTS}, got {len(given)}")
-        if not 0 < every < 2**32:
-            raise ValueError(f"every must be 1 or more, below 2**32, got {every!r}")
         _core.check_numbers(0.0, step=step)
+        step, every = check_count(step, "step"), check_count(every, "every")
+        if not 0 < every < 2**32:
+            raise ValueError(f"every must be 1 or more, below 2**32, got {every}")
         self._arguments = np.zeros(1, _ADVANCE)
         self._arguments["lists"] = len(given)
         for i, schedule in enumerate(given):
@@ -115,9 +117,8 @@ class Schedule:
 
 def _parameters(schedule: Any, name: str, every: int) -> tuple[Any, ...]:
     kind = type(schedule).__name__
-    if isinstance(schedule, int | float):
-        _core.check_numbers(schedule)
-        return SCHEDULES["constant"], every, 0, float(schedule), 1.0, 1.0, 0.0
+    if isinstance(schedule, SupportsFloat) and not callable(schedule):
+        return SCHEDULES["constant"], every, 0, check_share(schedule, "decay"), 1.0, 1.0, 0.0
     if type(schedule).__module__ != "fastema.schedules" or kind not in SCHEDULES:
         raise TypeError(
             f"{name} must be a number or a schedule that a device computes ({', '.join(SCHEDULES)}), "

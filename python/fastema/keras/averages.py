@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from .. import schedules
-from .._types import FLOATS, average_type, check_choice, check_share, float_type
+from .._types import FLOATS, average_type, check_choice, check_count, check_share, float_type, shown
 from .backends import Backend, dtype_of, is_floating, name_of
 from .kinds import Carrier, Engine, Key, Model, Operation, Tensor, Variable
 
@@ -33,11 +33,15 @@ class Settings:
     engine: Engine
 
     def __post_init__(self) -> None:
-        check_share(self.average_decay, "average_decay")
+        share = check_share(self.average_decay, "average_decay")
+        object.__setattr__(self, "average_decay", share)  # Python's own numbers, which JSON can hold
         for name, least in (("start_step", 0), ("update_every", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
+            try:
+                object.__setattr__(self, name, check_count(value, name, least))
+            except (TypeError, ValueError):
+                words = f"{name} must be a whole number from {least}, got {shown(value)}"
+                raise ValueError(words) from None
         check_choice(self.initial_average, "initial_average", ("zeros", "weights"))
         check_choice(self.engine, "engine", ("auto", "native", "graph"))
         if self.average_dtype is not None and self.average_dtype not in map(str, FLOATS):

@@ -386,9 +386,15 @@ void Terms::read(const py::dict& terms) {
 std::vector<py::array> owners_of(const py::array& array) {
   std::vector<py::array> owners;
   py::object base = array.base();
-  for (int step = 0; base && !base.is_none() && step < 16; ++step) {  // whatever has a base
-    if (py::isinstance<py::array>(base)) owners.push_back(py::reinterpret_borrow<py::array>(base));
-    base = py::getattr(base, "base", py::none());
+  for (int step = 0; base && step < 16; ++step) {
+    if (py::isinstance<py::array>(base)) {
+      owners.push_back(py::reinterpret_borrow<py::array>(base));
+      base = owners.back().base();
+    } else if (std::string_view(Py_TYPE(base.ptr())->tp_name) == "DummyArray") {
+      base = base.attr("base");  // of `as_strided`
+    } else {
+      break;  // to ask whatever it is for a base would cost a microsecond
+    }
   }
   return owners;
 }

@@ -2,6 +2,7 @@
 // that raises has changed nothing.
 #include <pybind11/stl.h>
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,33 +34,26 @@ class Pairs {
   std::size_t size() const { return checked_.pairs.size() / terms_.averages_per_value; }
 
   // `decay`: a number, or a sequence of as many as averages share a value.
-  // `done`: see `store`.
+  // `done`: see `store`. `copies`: pairs that are copied in the same act; null: none.
   void update(const py::handle& decay, const py::handle& threads, const py::object& done,
-              const py::object& now, bool stochastic, const py::handle& seed,
+              const py::object& now, const Pairs* copies, bool stochastic, const py::handle& seed,
               const py::handle& step) const {
     check_verb(Verb::update, "update");
     const std::vector<double> decays = decays_of(decay, terms_.averages_per_value);
-    const fastema::Options options{threads_of(threads), stochastic, count_of(seed, "seed"),
-                                   count_of(step, "step")};
-    check_unmoved();
-    check_storable(done);
-    without_lock([&] { fastema::update(checked_.pairs, decays, options); });
-    store(done, now);
+    update(decays,
+           {threads_of(threads), stochastic, count_of(seed, "seed"), count_of(step, "step")}, done,
+           now, copies);
   }
 
   // The same for what most calls are, without what that does not need.
   void update_to_nearest(const py::handle& decay, const py::handle& threads, const py::object& done,
-                         const py::object& now) const {
+                         const py::object& now, const Pairs* copies) const {
     if (terms_.averages_per_value != 1) {
-      return update(decay, threads, done, now, false, py::int_(0), py::int_(0));
+      return update(decay, threads, done, now, copies, false, py::int_(0), py::int_(0));
     }
     check_verb(Verb::update, "update");
     const double one = decay_of(decay);
-    const fastema::Options options{.threads = threads_of(threads)};
-    check_unmoved();
-    check_storable(done);
-    without_lock([&] { fastema::update(checked_.pairs, {&one, 1}, options); });
-    store(done, now);
+    update({&one, 1}, {.threads = threads_of(threads)}, done, now, copies);
   }
 
   void swap(const py::handle& threads_object) const {
@@ -70,14 +64,14 @@ class Pairs {
       check_verb(Verb::swap, "swap");
     }
     check_unmoved();
-    without_lock([&] { fastema::swap(checked_.pairs, threads); });
+    without_lock(checked_.bytes, [&] { fastema::swap(checked_.pairs, threads); });
   }
 
   void copy(const py::handle& threads_object) const {
     const int threads = threads_of(threads_object);
     check_verb(Verb::copy, "copy");
     check_unmoved();
-    without_lock([&] { fastema::copy(checked_.pairs, threads); });
+    without_lock(checked_.bytes, [&] { fastema::copy(checked_.pairs, threads); });
   }
 
   // Arrays can be resized in place, which frees their memory, and made read-only.
@@ -95,13 +89,29 @@ class Pairs {
     check_verb(Verb::update, "update");
     check_unmoved();
     std::size_t found = 0;
-    without_lock([&] {
+    without_lock(checked_.bytes, [&] {
       found = fastema::first_non_finite(checked_.pairs, terms_.averages_per_value, threads);
     });
     return found == size() ? py::object(py::none()) : py::object(py::int_(found));
   }
 
  private:
+  void update(std::span<const double> decays, const fastema::Options& options,
+              const py::object& done, const py::object& now, const Pairs* copies) const {
+    check_unmoved();
+    check_storable(done);
+    if (copies != nullptr) {
+      copies->check_verb(Verb::copy, "copy");
+      copies->check_unmoved();
+    }
+    const std::size_t bytes = checked_.bytes + (copies != nullptr ? copies->checked_.bytes : 0);
+    without_lock(bytes, [&] {
+      fastema::update(checked_.pairs, decays, options);
+      if (copies != nullptr) fastema::copy(copies->checked_.pairs, options.threads);
+    });
+    store(done, now);
+  }
+
   // An array, and where it was when it was checked.
   struct Held {
     py::array array;
@@ -123,8 +133,8 @@ class Pairs {
 
   // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
   template <class Body>
-  void without_lock(const Body& body) const {
-    if (checked_.bytes < kBrief) return body();
+  static void without_lock(std::size_t bytes, const Body& body) {
+    if (bytes < kBrief) return body();
     const Unlocked unlocked;
     body();
   }
@@ -208,15 +218,20 @@ void bind_pairs(py::module_& m) {
   const auto decay = py::arg("decay");
   const auto threads = py::arg("threads") = 0;
   const auto done = py::arg("done") = py::none(), now = py::arg("now") = py::none();
+  const auto copies = py::arg("copies") = py::none();
   const auto terms = py::arg("terms") = py::dict();  // faster than keywords, by half a microsecond
   py::class_<Pairs>(m, "Pairs")
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::dict&,
                     const py::kwargs&>(),
            averages, values, carries, terms)
       .def("__len__", &Pairs::size)
-      .def("update", &Pairs::update_to_nearest, decay, threads, done, now)
-      .def("update", &Pairs::update, decay, threads, done, now, py::kw_only(),
-           py::arg("stochastic"), py::arg("seed"), py::arg("step"))
+      .def("update", &Pairs::update_to_nearest, decay, threads, done, now, copies)
+      .def("update",
+           py::overload_cast<const py::handle&, const py::handle&, const py::object&,
+                             const py::object&, const Pairs*, bool, const py::handle&,
+                             const py::handle&>(&Pairs::update, py::const_),
+           decay, threads, done, now, copies, py::kw_only(), py::arg("stochastic"), py::arg("seed"),
+           py::arg("step"))
       .def("swap", &Pairs::swap, threads)
       .def("copy", &Pairs::copy, threads)
       .def("check_unmoved", &Pairs::check_unmoved)

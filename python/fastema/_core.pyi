@@ -30,8 +30,9 @@ class Pairs:
         threads: int = 0,
         done: list[Any] | None = None,
         now: object = None,
+        copies: Pairs | None = None,
     ) -> None:
-        """Move averages, and make `now` the only item of `done` if they have moved, and only then."""
+        """Move averages, make copies, and make `now` the only item of `done`: all three, or nothing."""
 
     @overload
     def update(
@@ -40,6 +41,7 @@ class Pairs:
         threads: int = 0,
         done: list[Any] | None = None,
         now: object = None,
+        copies: Pairs | None = None,
         *,
         stochastic: bool,
         seed: int,

@@ -312,7 +312,15 @@ class Pairs:
         return self._native.first_non_finite(threads)
 
     def _move(
-        self, decay: Any, threads: int, done: list[Any], now: object, *, seed: int | None, step: int
+        self,
+        decay: Any,
+        threads: int,
+        done: list[Any],
+        now: object,
+        copies: "Pairs | None" = None,
+        *,
+        seed: int | None,
+        step: int,
     ) -> None:
         """Update as `EMA` does.
 
@@ -321,15 +329,19 @@ class Pairs:
             threads: As for `update`.
             done: A list of one item, which becomes `now` if averages have moved, and only then.
             now: That item.
+            copies: Pairs that are copied in the same act, all of them in host memory. None: there are none.
             seed: Of stochastic rounding. None: averages are rounded to nearest.
             step: As for `update`.
         """
         if self._watched is not None:
             self._check_unmoved()
+        if copies is not None:
+            copies._check_unmoved()
+        native: Any = None if copies is None else copies._native
         if seed is None:
-            self._native.update(decay, threads, done, now)
+            self._native.update(decay, threads, done, now, native)
         else:
-            self._native.update(decay, threads, done, now, stochastic=True, seed=seed, step=step)
+            self._native.update(decay, threads, done, now, native, stochastic=True, seed=seed, step=step)
 
     @property
     def _is_on_host(self) -> bool:

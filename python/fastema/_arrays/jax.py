@@ -54,17 +54,21 @@ class JaxLeaf(Leaf):
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         if value is None:
             raise ValueError("values must be given: JAX arrays do not change")
-        if isinstance(value, np.ndarray):
-            value = unmasked(value, "values")
         try:
-            if not self._copies and getattr(value, "is_fully_replicated", True):
+            is_whole = getattr(value, "is_fully_replicated", None)
+            if is_whole is None and isinstance(value, np.ndarray):
+                value = unmasked(value, "values")
+            if not self._copies and is_whole is not False:
                 return [np.asarray(value)]
             sharding = getattr(value, "sharding", None)
             # NumPy would gather what is sharded otherwise
             if sharding is None or not sharding.is_equivalent_to(self._sharding, len(self._shape)):
                 raise ValueError(f"values must be sharded as at first, by {self._sharding}, got {sharding}")
             return [np.asarray(value.addressable_data(first)) for first in self._firsts]
-        except TypeError:  # of JAX's tracers
+        except TypeError:
+            if isinstance(value, np.ndarray):  # it has a mask
+                raise
+            # JAX's tracers have no contents
             raise RuntimeError("values of JAX arrays can be read only outside of jax.jit") from None
         except RuntimeError as error:
             raise RuntimeError(

@@ -28,24 +28,22 @@ class HostLeaf(Leaf):
     """A NumPy array, or something else with NumPy's view of its memory."""
 
     def __init__(self, given: AnyArray, array: np.ndarray) -> None:
-        self._given, self._viewed = given, array
-
-    @property
-    def _array(self) -> np.ndarray:
-        # a view of an array of a derived class would stay behind where that is resized
-        return np.asarray(self._given) if isinstance(self._given, np.ndarray) else self._viewed
+        self._given, self._array = given, array
+        self._is_derived = isinstance(given, np.ndarray) and type(given) is not np.ndarray
 
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
+        if self._is_derived:  # a view of it would stay behind where it is resized
+            self._array = np.asarray(self._given)
         return [self._array if value is None else value]
 
     def obstacle(self) -> str | None:
-        return None if self._array.flags.writeable else "is read-only"
+        return None if self.local_arrays()[0].flags.writeable else "is read-only"
 
     def in_place(self) -> bool:
         return True
 
     def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
-        write(arrays[0], self._array)
+        write(arrays[0], self.local_arrays()[0])
         return self._given
 
     def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:

@@ -29,7 +29,7 @@ class Pass:
         offloads: Averages in host memory of values on devices.
         copies: Values that are copied, by device.
         copied_alone: Values that are copied one by one, behind where they are copied to.
-    only: The pairs, if they are all there is to do.
+    act: The pairs and copies, if they are all there is to do and native code does it at once.
     """
 
     pairs: list[Pairs] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Pass:
     offloads: list["Offload"] = field(default_factory=list)
     copies: list[Pairs] = field(default_factory=list)
     copied_alone: list[tuple[Array, Array]] = field(default_factory=list)
-    only: Pairs | None = None
+    act: tuple[Pairs, Pairs | None] | None = None
 
     def check(self) -> None:
         """Wait for the update before, and raise if something was given other memory; the first pairs do so.
@@ -243,10 +243,11 @@ class Passes:
         Raises:
             Exception: Nothing has changed then, but by an offload.
         """
-        if over.only is not None and over is self._stable:
+        if over.act is not None and not before.has_zeros:
+            pairs, copies = over.act
             decays = count.decays
             decay = decays[0] if len(decays) == 1 else decays
-            over.only._move(decay, self._threads, now, count, seed=self._seed, step=count.step)
+            pairs._move(decay, self._threads, now, count, copies, seed=self._seed, step=count.step)
             return
         over.check()
         cleared = count.started_since(before)
@@ -316,9 +317,17 @@ class Passes:
             over.copies.append(paired(targets, values, names=named, verb="copy"))
         for i in kept.alone:
             over.copied_alone += zip(copies[i], local_arrays[i], strict=True)
-        if len(over.pairs) == 1 and not (over.offloads or over.copies or over.copied_alone):
-            over.only = over.pairs[0]
+        over.act = _at_once(over)
         return over
+
+
+def _at_once(over: Pass) -> tuple[Pairs, Pairs | None] | None:
+    if len(over.pairs) != 1 or len(over.copies) > 1 or over.offloads or over.copied_alone:
+        return None
+    if not over.copies:
+        return over.pairs[0], None
+    are_on_host = over.pairs[0]._is_on_host and over.copies[0]._is_on_host
+    return (over.pairs[0], over.copies[0]) if are_on_host else None
 
 
 def _first_non_finite(array: Array) -> str:

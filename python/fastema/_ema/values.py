@@ -399,11 +399,12 @@ def by_device(
     leaves: Iterable[int], local_arrays: Sequence[Locals] | Mapping[int, Locals]
 ) -> list[list[int]]:
     """Return leaves whose values lie in one memory together; those in host memory come first."""
+    on_host: list[int] = []
     groups: dict[int, list[int]] = {}
     for i in leaves:
         device = _arrays.device(local_arrays[i][0])
-        groups.setdefault(-1 if device is None else device, []).append(i)
-    return [groups[device] for device in sorted(groups)]
+        (on_host if device is None else groups.setdefault(device, [])).append(i)
+    return [together for together in (on_host, *(groups[device] for device in sorted(groups))) if together]
 
 
 def _memory_of(array: Array) -> object:

@@ -122,12 +122,14 @@ class DevicePairs:
         threads: int = 0,
         done: list[Any] | None = None,
         now: object = None,
+        copies: None = None,
         *,
         stochastic: bool = False,
         seed: int = 0,
         step: int = 0,
     ) -> None:
         """As `_core.Pairs.update`; `decay` may be a `Schedule`."""
+        assert copies is None
         with self._lock:
             self._update(decay, threads, stochastic, seed, step)
             if done is not None:

@@ -69,7 +69,7 @@ class _Exporter(HostLeaf):
 
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         if value is None:
-            self._viewed = library.view(self._given, "values")
+            self._array = library.view(self._given, "values")
         return [self._array if value is None else library.view(value, "values")]
 
 

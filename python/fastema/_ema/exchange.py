@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, suppress
 from functools import partial
 from threading import RLock, get_ident
 from typing import NamedTuple
@@ -57,7 +57,8 @@ def any_swapped() -> bool:
 def _forget_the_gone() -> None:
     for covering in [*_stack]:
         if covering.exchange() is None:
-            _stack.remove(covering)
+            with suppress(ValueError):  # another thread was first
+                _stack.remove(covering)
 
 
 class Swapping(_core.Scope, ContextDecorator):

@@ -341,9 +341,9 @@ class EMA:
 
         Raises:
             TypeError: A value never changes, as JAX arrays. Evaluate with `averages` there.
-            RuntimeError: A value is of another shape or type by now, FSDP holds the parameters gathered, another
-                EMA's or thread's averages are in the way, or values were replaced while averages were in
-                their place.
+            RuntimeError: A value is of another shape or type by now, FSDP holds the parameters gathered,
+                averages of another EMA or thread are in the way, or values were replaced while averages were
+                in their place.
             ValueError: A value is read-only, or shares memory with another. Nothing has changed then.
         """
         self.wait()

@@ -1,5 +1,6 @@
 """fastema.EMA with variables of TensorFlow, and of Keras on every backend."""
 
+import numpy as np
 import pytest
 
 import fastema
@@ -106,3 +107,11 @@ def test_new_values_are_read_in_place_of_variables_one_or_all():
     ema.update([tf.constant([4.0]), variables[1]])
     ema.update([tf.constant([4.0]), tf.constant([0.5])])
     assert [average.numpy().tolist() for average in ema.averages] == [[3.0], [1.0]]
+
+
+def test_a_new_value_with_a_mask_is_refused():
+    tf = pytest.importorskip("tensorflow")
+    ema = fastema.EMA([tf.Variable([0.0, 0.0])], 0.5)
+    with pytest.raises(TypeError, match="values must be an array without a mask"):
+        ema.update([np.ma.array([1.0, 2.0], np.float32, mask=[False, True])])
+    assert ema.step == 0

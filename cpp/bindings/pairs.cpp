@@ -230,8 +230,8 @@ void bind_pairs(py::module_& m) {
            py::overload_cast<const py::handle&, const py::handle&, const py::object&,
                              const py::object&, const Pairs*, bool, const py::handle&,
                              const py::handle&>(&Pairs::update, py::const_),
-           decay, threads, done, now, copies, py::kw_only(), py::arg("stochastic"), py::arg("seed"),
-           py::arg("step"))
+           decay, threads, done, now, copies, py::kw_only(), py::arg("stochastic") = false,
+           py::arg("seed") = 0, py::arg("step") = 0)
       .def("swap", &Pairs::swap, threads)
       .def("copy", &Pairs::copy, threads)
       .def("check_unmoved", &Pairs::check_unmoved)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from threading import RLock
-from typing import Any, TypeVar, Unpack, overload
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 
@@ -23,18 +23,6 @@ class Pairs:
         **keywords: Unpack[Terms],
     ) -> None: ...
     def __len__(self) -> int: ...
-    @overload
-    def update(
-        self,
-        decay: float | Sequence[float],
-        threads: int = 0,
-        done: list[Any] | None = None,
-        now: object = None,
-        copies: Pairs | None = None,
-    ) -> None:
-        """Move averages, make copies, and make `now` the only item of `done`: all three, or nothing."""
-
-    @overload
     def update(
         self,
         decay: float | Sequence[float],
@@ -43,10 +31,12 @@ class Pairs:
         now: object = None,
         copies: Pairs | None = None,
         *,
-        stochastic: bool,
-        seed: int,
-        step: int,
-    ) -> None: ...
+        stochastic: bool = False,
+        seed: int = 0,
+        step: int = 0,
+    ) -> None:
+        """Move averages, make copies, and make `now` the only item of `done`: all three, or nothing."""
+
     def swap(self, threads: int = 0) -> None: ...
     def copy(self, threads: int = 0) -> None: ...
     def check_unmoved(self) -> None:

@@ -87,21 +87,23 @@ def just(pairs):
     return [pytest.param(pair.values[1], id=pair.id) for pair in pairs]
 
 
+def assert_alike(use, given, plain):
+    made, needed = use(given), use(plain)
+    if not isinstance(needed, fastema.EMA):
+        assert made == needed
+
+
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("use", just(uses(DECAYS) + uses(SPANS)))
 def test_whatever_is_a_number_is_taken_for_it(use, half):
-    given, plain = use(HALVES[half]), use(0.5)
-    if not isinstance(plain, fastema.EMA):
-        assert given == plain
+    assert_alike(use, HALVES[half], 0.5)
 
 
 @pytest.mark.parametrize("three", THREES)
 @pytest.mark.parametrize("use", just(uses(COUNTS) + uses(SPANS)))
 def test_whatever_is_a_whole_number_is_taken_for_it(use, three):
     """A step of np.int64(3) was "no whole number"."""
-    given, plain = use(THREES[three]), use(3)
-    if not isinstance(plain, fastema.EMA):
-        assert given == plain
+    assert_alike(use, THREES[three], 3)
 
 
 @pytest.mark.parametrize("huge", HUGE)

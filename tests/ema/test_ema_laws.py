@@ -83,18 +83,19 @@ def averaged(library, values, spans, *options, **more):
     return weight.shown(ema)
 
 
+def each_once(library, **options):
+    """Return what averages values by an update for each."""
+    return lambda schedule, every, values: averaged(
+        library, values, [1] * len(values), schedule, every=every, **options
+    )
+
+
 @every_library
 @every_kind
 @settings(max_examples=25)
 @given(every=laws.steps_at_once, start=laws.starts, held=laws.held_values)
 def test_every_so_many_updates_is_an_update_at_each(library, kind, every, start, held):
-    laws.assert_every_is_each(
-        lambda schedule, every, values: averaged(library, values, [1] * len(values), schedule, every=every),
-        kind,
-        every,
-        start,
-        held,
-    )
+    laws.assert_every_is_each(each_once(library), kind, every, start, held)
 
 
 @every_library
@@ -116,15 +117,7 @@ def test_updates_of_spans_are_so_many_updates(library, kind, start, held, data):
 @given(every=laws.steps_at_once, start=laws.starts, own=laws.starts, held=laws.held_values)
 def test_the_start_of_an_ema_counts_beside_that_of_its_schedule(kind, every, start, own, held):
     late = laws.Kind(kind.ours, lambda step, start: kind.decay(step, start) if step >= own else 0.0)
-    laws.assert_every_is_each(
-        lambda schedule, every, values: averaged(
-            NumPys, values, [1] * len(values), schedule, every=every, start_step=own
-        ),
-        late,
-        every,
-        start,
-        held,
-    )
+    laws.assert_every_is_each(each_once(NumPys, start_step=own), late, every, start, held)
 
 
 @every_library

@@ -71,7 +71,7 @@ struct Checked {
 Checked check(const py::list& averages, const py::list& values, const py::list& carries,
               const Terms& terms, bool described);
 
-// The arrays that one is a view of, if any, through whatever else has a base.
+// The arrays that one is a view of, if any.
 std::vector<py::array> owners_of(const py::array& array);
 
 inline constexpr const char* kReadOnly = " must be writable, and is read-only";

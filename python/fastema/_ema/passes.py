@@ -29,7 +29,7 @@ class Pass:
         offloads: Averages in host memory of values on devices.
         copies: Values that are copied, by device.
         copied_alone: Values that are copied one by one, behind where they are copied to.
-    act: The pairs and copies, if they are all there is to do and native code does it at once.
+        act: The pairs and copies, if they are all there is to do and native code does it at once.
     """
 
     pairs: list[Pairs] = field(default_factory=list)
@@ -163,7 +163,7 @@ class Passes:
             held: The count after it if that keeps averages from moving.
         """
         over = self.over_sources(sources)
-        if self.holds(over, non_finite):
+        if non_finite != "average" and self.holds(over, non_finite):
             now[0] = held
         else:
             self.move(over, before, count, now)
@@ -190,8 +190,6 @@ class Passes:
         Raises:
             FloatingPointError: One does, and `non_finite` is ``"raise"``.
         """
-        if non_finite == "average":
-            return False
         for pairs, (names, values) in zip(over.pairs, over.named, strict=True):
             found = pairs.first_non_finite(self._threads)
             if found is None:

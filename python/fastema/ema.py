@@ -12,7 +12,7 @@ from ._arrays.torch import copied_state
 from ._ema.averages import Form
 from ._ema.background import Background, Task
 from ._ema.count import Count, Now, Pace, check_span, settled
-from ._ema.exchange import Swapping, any_swapped
+from ._ema.exchange import Swapping, any_swapped, to_the_end
 from ._ema.mapping import check_not_loaded_from
 from ._ema.parts import Options, Parts
 from ._ema.passes import NonFinite
@@ -498,7 +498,8 @@ class EMA:
         self.wait()
         self._parts.exchange.check_not_swapped("load_state_dict()")
         exchange = self._followed().exchange
-        State.from_dict(state).local(exchange).fitted(exchange).go_on_to_the_end(exchange, self._now)
+        fitted = State.from_dict(state).local(exchange).fitted(exchange)
+        to_the_end(fitted.go_on, exchange, self._now)
 
     def save(self, path: StrPath, dtype: DTypeLike | None = None) -> None:
         """Write all that is needed to go on into a safetensors file; a crash leaves the old one or the new.

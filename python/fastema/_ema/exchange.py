@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ContextDecorator, suppress
 from functools import partial
 from threading import RLock, get_ident
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -17,6 +17,8 @@ from .averages import Averages, shown
 from .count import Count
 from .tree import Nested
 from .values import Locals, Values, by_device, check_writable
+
+T = TypeVar("T")
 
 
 class Swapped(NamedTuple):
@@ -54,11 +56,26 @@ def any_swapped() -> bool:
     return bool(_stack)
 
 
-def _forget_the_gone() -> None:
+def _coverings() -> "list[tuple[Exchange, int]]":
+    """Return whose averages are in the place of weights, the last at the end, and the thread of each."""
+    found = []
     for covering in [*_stack]:
-        if covering.exchange() is None:
+        exchange = covering.exchange()
+        if exchange is None:
             with suppress(ValueError):  # another thread was first
                 _stack.remove(covering)
+        elif exchange.swapped is not None:
+            found.append((exchange, covering.thread))
+    return found
+
+
+def to_the_end(act: Callable[..., T], *arguments: object) -> T:
+    """Call what can be called again from wherever it was interrupted; if so, again, and raise that then."""
+    try:
+        return act(*arguments)
+    except BaseException:  # an interrupt comes once; what else is raised, is again
+        act(*arguments)
+        raise
 
 
 class Swapping(_core.Scope, ContextDecorator):
@@ -116,16 +133,14 @@ class Exchange:
         Raises:
             RuntimeError: They are.
         """
-        for covering in _stack[::-1]:
-            exchange = covering.exchange()
+        for exchange, _ in _coverings()[::-1]:
             if exchange is self:
                 return  # those below are covered by these
-            if exchange is not None and exchange.swapped is not None and self._meets(exchange):
+            if self._meets(exchange):
                 raise RuntimeError(
                     f"{call} needs these values, and another EMA's averages are in the place of some: "
                     "call its swap() first"
                 )
-        _forget_the_gone()
 
     def _check_thread(self) -> None:
         """Raise if another thread has put averages in the place of some weights.
@@ -133,11 +148,8 @@ class Exchange:
         Raises:
             RuntimeError: It has.
         """
-        for covering in _stack:
-            exchange = covering.exchange()
-            if exchange is None or exchange.swapped is None or covering.thread == get_ident():
-                continue
-            if self._meets(exchange):
+        for exchange, thread in _coverings():
+            if thread != get_ident() and self._meets(exchange):
                 raise RuntimeError(
                     "swap() needs these values, and another thread has put another EMA's averages in the "
                     "place of some: evaluate one after the other"
@@ -205,7 +217,7 @@ class Exchange:
             return
         if len(_stack) > 1:
             self.check_not_covered("swap()")
-        self._put_weights_back()
+        to_the_end(self._undo)
         self.values.check_kept()
 
     def enter(self, k: int, count: Count, begun: list[bool]) -> None:
@@ -251,15 +263,13 @@ class Exchange:
                 _check_fits(target.name, target.local_arrays, averages[target.place])
             if not target.leaf.immutable:
                 check_writable(target.leaf, target.name, "copy_to()")
-        try:
+
+        def write() -> list[Array]:
             written = [target.leaf.assign(averages[target.place]) for target in targets]
             self.values.exchanged()
-        except BaseException:  # in part, but by no interrupt
-            for target in targets:
-                target.leaf.assign(averages[target.place])
-            self.values.exchanged()
-            raise
-        return self.values.build_given(written)
+            return written
+
+        return self.values.build_given(to_the_end(write))
 
     def _put_averages(self, k: int, count: Count) -> None:
         leaves = self.values.leaves
@@ -281,18 +291,11 @@ class Exchange:
             self._exchange(k)
             self.values.exchanged()
         except BaseException:
-            self._put_weights_back()
-            raise
-
-    def _put_weights_back(self) -> None:
-        """Undo `_put_averages`, from wherever it was interrupted, and this, too."""
-        try:
-            self._undo()
-        except BaseException:  # an interrupt comes once
-            self._undo()
+            to_the_end(self._undo)
             raise
 
     def _undo(self) -> None:
+        """Undo `_put_averages`, from wherever it was interrupted, and this, too."""
         if self.swapped is not None:
             self._exchange(self.swapped.k, back=True)
             for i, weights in self.swapped.saved_weights.items():

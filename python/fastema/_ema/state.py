@@ -130,23 +130,15 @@ class State:
         layout, save = _sets.layout(_local_shapes(exchange)), token_hex(16)
         is_all = layout is None or len(layout.files) == layout.total  # else others write the rest
         agreed = save if is_all else _arrays.agreed(save)
-        if chosen is None:
-            write_state(path, self.to_dict(), config, shown, layout=layout, save=agreed)
-            return
-        rounded = [
-            {name: _rounded(x, chosen, name) for name, x in (own or kept).items()}
-            for own, kept in zip(shown, self.averages, strict=True)
-        ]
-        alone = replace(self, averages=rounded, carries=[], values={})
-        write_state(
-            path,
-            alone.to_dict(),
-            config,
-            [{}] * len(rounded),
-            layout=layout,
-            save=agreed,
-            rounded=chosen.name,
-        )
+        state = self
+        if chosen is not None:
+            rounded = [
+                {name: _rounded(x, chosen, name) for name, x in (own or kept).items()}
+                for own, kept in zip(shown, self.averages, strict=True)
+            ]
+            state, shown = replace(self, averages=rounded, carries=[], values={}), [{} for _ in rounded]
+        name = None if chosen is None else chosen.name
+        write_state(path, state.to_dict(), config, shown, layout=layout, save=agreed, rounded=name)
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "State":
@@ -328,14 +320,6 @@ class Fitted(NamedTuple):
         now[0] = self.state.count
         if self.state.swapped is not None:
             exchange.resume(self.state.swapped, self.weights, self.state.count)
-
-    def go_on_to_the_end(self, exchange: Exchange, now: Now) -> None:
-        """Have the EMA go on from there, also where an interrupt comes up, which is raised then."""
-        try:
-            self.go_on(exchange, now)
-        except BaseException:
-            self.go_on(exchange, now)
-            raise
 
 
 def _rounded(average: np.ndarray, dtype: DType, name: str) -> np.ndarray:

@@ -34,10 +34,10 @@ class Pairs {
   std::size_t size() const { return checked_.pairs.size() / terms_.averages_per_value; }
 
   // `decay`: a number, or a sequence of as many as averages share a value.
-  // `done`: see `store`. `copies`: pairs that are copied in the same act; null: none.
+  // `done`: see `store`. `copies`: pairs that are copied in the same act, or None.
   void update(const py::handle& decay, const py::handle& threads, const py::object& done,
-              const py::object& now, const Pairs* copies, bool stochastic, const py::handle& seed,
-              const py::handle& step) const {
+              const py::object& now, const py::object& copies, bool stochastic,
+              const py::handle& seed, const py::handle& step) const {
     check_verb(Verb::update, "update");
     const std::vector<double> decays = decays_of(decay, terms_.averages_per_value);
     update(decays,
@@ -47,7 +47,7 @@ class Pairs {
 
   // The same for what most calls are, without what that does not need.
   void update_to_nearest(const py::handle& decay, const py::handle& threads, const py::object& done,
-                         const py::object& now, const Pairs* copies) const {
+                         const py::object& now, const py::object& copies) const {
     if (terms_.averages_per_value != 1) {
       return update(decay, threads, done, now, copies, false, py::int_(0), py::int_(0));
     }
@@ -97,7 +97,9 @@ class Pairs {
 
  private:
   void update(std::span<const double> decays, const fastema::Options& options,
-              const py::object& done, const py::object& now, const Pairs* copies) const {
+              const py::object& done, const py::object& now, const py::object& also) const {
+    // pybind11 would take None for a pointer only when no overload takes it as it is
+    const Pairs* const copies = also.is_none() ? nullptr : &also.cast<const Pairs&>();
     check_unmoved();
     check_storable(done);
     if (copies != nullptr) {
@@ -228,7 +230,7 @@ void bind_pairs(py::module_& m) {
       .def("update", &Pairs::update_to_nearest, decay, threads, done, now, copies)
       .def("update",
            py::overload_cast<const py::handle&, const py::handle&, const py::object&,
-                             const py::object&, const Pairs*, bool, const py::handle&,
+                             const py::object&, const py::object&, bool, const py::handle&,
                              const py::handle&>(&Pairs::update, py::const_),
            decay, threads, done, now, copies, py::kw_only(), py::arg("stochastic") = false,
            py::arg("seed") = 0, py::arg("step") = 0)

@@ -33,6 +33,18 @@ void use_instruction_set(const std::string& name) {
   }
 }
 
+std::vector<py::dict> tuned() {
+  using namespace py::literals;
+  std::vector<py::dict> all;
+  for (const fastema::Tuned& loop : fastema::tuned()) {
+    all.push_back(py::dict("average"_a = fastema::name_of(loop.mix.average),
+                           "value"_a = fastema::name_of(loop.mix.value),
+                           "rounding"_a = loop.rounding, "together"_a = loop.together,
+                           "ahead"_a = loop.ahead));
+  }
+  return all;
+}
+
 py::dict build_config() {
   using namespace py::literals;
   return py::dict("version"_a = FASTEMA_VERSION, "compiler"_a = FASTEMA_COMPILER,
@@ -47,6 +59,9 @@ void bind_build(py::module_& m) {
   m.def("mixes", mixes);
   m.def("instruction_sets", instruction_sets);
   m.def("use_instruction_set", use_instruction_set, py::arg("name"));
+  m.def("tuned", tuned);
+  m.def("tune", fastema::tune, py::arg("ahead"));
+  m.attr("USUAL_AHEAD") = fastema::kUsualAhead;
   m.def("build_config", build_config);
 }
 

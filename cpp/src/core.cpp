@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstring>
+#include <iterator>
 
 #include "dispatch.hpp"
 #include "formula.hpp"
 #include "kernels.hpp"
 #include "team.hpp"
+#include "tuning.hpp"
 
 namespace fastema {
 namespace {
@@ -100,12 +103,31 @@ void* at(const Span& span, std::size_t first) noexcept {
   return static_cast<std::byte*>(span.data) + first * size_of(span.dtype);
 }
 
+// What a loop does to a pair, beside copying: each waits for memory in its own way.
+enum class Way : std::uint8_t { nearest, stochastic, compensated };
+constexpr const char* kWays[] = {"nearest", "stochastic", "compensated"};
+
+// A tuner for each loop that runs beyond the caches, alone or on several threads.
+struct Tuners {
+  using ByThreads = std::array<Tuner, 2>;
+  using ByWay = std::array<ByThreads, std::size(kWays)>;
+  std::array<std::array<ByWay, std::size(kFloats)>, std::size(kFloats)> by_mix;
+
+  Tuner& of(const Pair& pair, Way way, bool together) noexcept {
+    ByWay& ways = by_mix[index_of(pair.average.dtype)][index_of(pair.value.dtype)];
+    return ways[static_cast<std::size_t>(way)][together ? 1 : 0];
+  }
+};
+Tuners tuners;
+
 struct Updater {
   const Kernels& kernels;
   std::span<const Pair> pairs;
   std::span<const double> decays;
   const Options& options;
   bool beyond_caches;
+  bool together;
+  std::uint32_t call;
 
   void operator()(std::size_t group, std::size_t first, std::size_t size) const noexcept {
     for (std::size_t k = 0; k < decays.size(); ++k) {
@@ -125,7 +147,8 @@ struct Updater {
             .size = size,
             .decay = decay,
             .noise = {},
-            .beyond_caches = beyond_caches};
+            .beyond_caches = beyond_caches,
+            .ahead = 0};
     if (pair.into != nullptr) {
       run.output = static_cast<std::byte*>(pair.into) + first * size_of(pair.average.dtype);
     }
@@ -134,16 +157,28 @@ struct Updater {
     if (pair.carry != nullptr) {
       const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
       run.carry = static_cast<std::byte*>(pair.carry) + first * element;
-      if (!exact) return loops.compensated(run);
+      if (!exact) return run_tuned(loops.compensated, run, Way::compensated, pair);
       std::memset(run.carry, 0, size * element);
     }
     if (exact || !options.stochastic || loops.stochastic == nullptr) {
-      return copies(decay) ? loops.copy(run) : loops.update(run);
+      return copies(decay) ? loops.copy(run) : run_tuned(loops.update, run, Way::nearest, pair);
     }
     // a piece never crosses a multiple of 2^32 elements, so one key serves all of a part
     run.noise = {key_of(options.seed, options.step, index, first),
                  static_cast<std::uint32_t>(first)};
-    loops.stochastic(run);
+    run_tuned(loops.stochastic, run, Way::stochastic, pair);
+  }
+
+  void run_tuned(Kernel loop, Run& run, Way way, const Pair& pair) const noexcept {
+    if (!beyond_caches) return loop(run);
+    Tuner& tuner = tuners.of(pair, way, together);
+    const std::size_t bytes = run.size * size_of(pair.average.dtype);
+    const Tuner::Trial trial = tuner.trial(call, run.average, bytes);
+    run.ahead = trial.ahead;
+    if (!trial.timed) return loop(run);
+    const auto begun = std::chrono::steady_clock::now();
+    loop(run);
+    tuner.took(trial, bytes, std::chrono::steady_clock::now() - begun);
   }
 };
 
@@ -184,7 +219,36 @@ void update(std::span<const Pair> pairs, std::span<const double> decays,
             const Options& options) noexcept {
   const Groups groups{pairs, decays.size()};
   const bool beyond_caches = count_pieces(groups) > kCached / kPiece;
-  run(groups, options.threads, Updater{active(), pairs, decays, options, beyond_caches});
+  const bool together = (options.threads > 0 ? options.threads : default_threads()) > 1;
+  const std::uint32_t call = beyond_caches ? next_call() : 0;
+  run(groups, options.threads,
+      Updater{active(), pairs, decays, options, beyond_caches, together, call});
+}
+
+std::vector<Tuned> tuned() {
+  std::vector<Tuned> all;
+  for (const Mix& mix : mixes()) {
+    const auto& ways = tuners.by_mix[index_of(mix.average)][index_of(mix.value)];
+    for (std::size_t way = 0; way < std::size(kWays); ++way) {
+      for (const bool together : {false, true}) {
+        const int found = ways[way][together ? 1 : 0].found();
+        if (found >= 0) all.push_back({mix, kWays[way], together, found});
+      }
+    }
+  }
+  return all;
+}
+
+void tune(int ahead) noexcept {
+  fix_distance(ahead);
+  if (ahead >= 0) return;
+  for (auto& by_value : tuners.by_mix) {
+    for (auto& ways : by_value) {
+      for (auto& by_threads : ways) {
+        for (Tuner& tuner : by_threads) tuner.forget();
+      }
+    }
+  }
 }
 
 void swap(std::span<const Pair> pairs, int threads) noexcept {

@@ -19,13 +19,11 @@ size_t head_of(const T* data, size_t size) {
   return head < size ? head : size;
 }
 
-// How far ahead memory is asked for, in bytes. Hardware stops at pages; this does not.
-constexpr size_t kAhead = 2048;
-
+// Asks for memory so many bytes ahead. Hardware stops at pages; this does not.
 template <size_t kBytes, class T>
-inline void ask_for(const T* data) {
+inline void ask_for(const T* data, size_t ahead) {
   for (size_t byte = 0; byte < kBytes; byte += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(data) + kAhead + byte);
+    __builtin_prefetch(reinterpret_cast<const char*>(data) + ahead + byte);
   }
 }
 
@@ -39,13 +37,13 @@ constexpr size_t group_of() {
 // Calls step(a, v, i) for blocks of kBlock elements from the i-th on, while there are whole ones;
 // returns where it stopped.
 template <size_t kBlock, class A, class V, class Step>
-inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool beyond_caches,
+inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, size_t ahead,
                            const Step& step) {
-  if (beyond_caches) {
+  if (ahead > 0) {
     constexpr size_t kGroup = group_of<kBlock, A, V>();
     for (; size - i >= kGroup; i += kGroup) {
-      ask_for<kGroup * sizeof(A)>(a + i);
-      ask_for<kGroup * sizeof(V)>(v + i);
+      ask_for<kGroup * sizeof(A)>(a + i, ahead);
+      ask_for<kGroup * sizeof(V)>(v + i, ahead);
 #pragma GCC unroll 8
       for (size_t j = 0; j < kGroup; j += kBlock) step(a + i + j, v + i + j, i + j);
     }
@@ -56,8 +54,9 @@ inline size_t whole_blocks(A* a, const V* v, size_t i, size_t size, bool beyond_
 
 // The same, but the new averages go to `output`: each block is copied, changed and then written.
 template <size_t kBlock, class A, class V, class Step>
-inline size_t whole_blocks_beside(A* output, const A* a, const V* v, size_t i, size_t size,
-                                  bool beyond_caches, const Step& step) {
+inline size_t whole_blocks_beside(A* output, const A* a, const V* v, size_t i, const Run& run,
+                                  const Step& step) {
+  const size_t size = run.size;
   const auto one_block = [&] {
     alignas(kLine) A block[kBlock];
     __builtin_memcpy(block, a + i, sizeof block);
@@ -65,12 +64,14 @@ inline size_t whole_blocks_beside(A* output, const A* a, const V* v, size_t i, s
     __builtin_memcpy(output + i, block, sizeof block);
     i += kBlock;
   };
-  if (beyond_caches) {
+  if (run.beyond_caches) {
     while (size - i >= kBlock && head_of(output + i, kLine) > 0) one_block();
     constexpr size_t kGroup = group_of<kBlock, A, V>();
     for (; size - i >= kGroup; i += kGroup) {
-      ask_for<kGroup * sizeof(A)>(a + i);
-      ask_for<kGroup * sizeof(V)>(v + i);
+      if (run.ahead > 0) {
+        ask_for<kGroup * sizeof(A)>(a + i, run.ahead);
+        ask_for<kGroup * sizeof(V)>(v + i, run.ahead);
+      }
       alignas(kLine) A group[kGroup];
       __builtin_memcpy(group, a + i, sizeof group);
 #pragma GCC unroll 8
@@ -108,12 +109,12 @@ void update(const Run& run) noexcept {
     A* output = static_cast<A*>(run.output);
     size_t i = head_of(output, run.size);
     update_beside(output, a, v, i, w);
-    i = whole_blocks_beside<kBlock>(output, a, v, i, run.size, run.beyond_caches, step);
+    i = whole_blocks_beside<kBlock>(output, a, v, i, run, step);
     return update_beside(output + i, a + i, v + i, run.size - i, w);
   }
   size_t i = head_of(a, run.size);
   update_all(a, v, i, w);
-  if (run.beyond_caches) i = whole_blocks<kBlock>(a, v, i, run.size, true, step);
+  if (run.ahead > 0) i = whole_blocks<kBlock>(a, v, i, run.size, run.ahead, step);
   update_all(a + i, v + i, run.size - i, w);
 }
 
@@ -155,9 +156,8 @@ inline void all_blocks(const Run& run, size_t odd, const Step& step) {
   size_t i = head_of(output, run.size) % kBlock;
   if (odd != kAnyPlace && i % 2 != odd) i = odd < run.size ? odd : run.size;
   if (i > 0) partial(0, i, odd == kAnyPlace ? 0 : odd);
-  i = run.output == nullptr
-          ? whole_blocks<kBlock>(a, v, i, run.size, run.beyond_caches, step)
-          : whole_blocks_beside<kBlock>(output, a, v, i, run.size, run.beyond_caches, step);
+  i = run.output == nullptr ? whole_blocks<kBlock>(a, v, i, run.size, run.ahead, step)
+                            : whole_blocks_beside<kBlock>(output, a, v, i, run, step);
   if (i < run.size) partial(i, run.size - i, 0);
 }
 
@@ -344,7 +344,7 @@ inline void all_blocks_with_carry(const Run& run, const Step& step) {
   C* c = static_cast<C*>(run.carry);
   const V* v = static_cast<const V*>(run.value);
   const size_t i =
-      whole_blocks<kBlock>(a, v, 0, run.size, run.beyond_caches,
+      whole_blocks<kBlock>(a, v, 0, run.size, run.ahead,
                            [&](A* to, const V* from, size_t at) { step(to, c + at, from); });
   if (i == run.size) return;
   A a_block[kBlock] = {};

@@ -24,7 +24,8 @@ struct Run {
   size_t size;
   double decay;
   Noise noise;         // of stochastic rounding
-  bool beyond_caches;  // the list is larger: read ahead of its use, write `output` past them
+  bool beyond_caches;  // the list is larger: `output` is written past them
+  size_t ahead;        // bytes by which memory is asked for before its use; 0: not at all
 };
 
 using Kernel = void (*)(const Run& run) noexcept;

@@ -13,7 +13,7 @@ from . import build_config, checkpoint
 def info() -> None:
     """Print the build configuration, a line each."""
     for name, value in build_config().items():
-        text = ", ".join(value) if isinstance(value, list) else value
+        text = (", ".join(value) or "none yet") if isinstance(value, list) else value
         print(f"{name.replace('_', ' '):<17}{text}")
 
 

@@ -50,6 +50,21 @@ if _wanted := os.environ.get("FASTEMA_ISA"):
         raise ImportError(f"the environment variable FASTEMA_ISA cannot be followed: {error}") from None
 
 
+if (_tuning := os.environ.get("FASTEMA_TUNE", "1")) == "0":
+    _core.tune(_core.USUAL_AHEAD)
+elif _tuning != "1":
+    raise ImportError(f"the environment variable FASTEMA_TUNE must be 0 or 1, got {_tuning!r}")
+
+
+def _found() -> list[str]:
+    """Name the loops that were tuned, and how far ahead of its use they ask for memory."""
+    return [
+        f"{loop['average']} <- {loop['value']}, {loop['rounding']}, "
+        f"{'several threads' if loop['together'] else 'one thread'}: {loop['ahead']} bytes ahead"
+        for loop in _core.tuned()
+    ]
+
+
 def _installed(*distributions: str) -> str | None:
     """Name the first of these distributions that is installed, and its version, without importing it."""
     for name in distributions:
@@ -82,11 +97,13 @@ def build_config() -> dict[str, Any]:
     Returns:
         A dictionary with ``version``, ``compiler``, ``instruction_set`` (in use),
         ``instruction_sets`` (to choose from, best first), ``openmp`` (its specification's date as
-        yyyymm; 0: built without), ``threads`` (what ``threads=0`` means here and now), ``cupy`` and
-        ``tensorflow`` (name and version, or None where not installed) and ``tensorflow_op`` (the
-        tier of our op: ``"locked"`` averages in place under TensorFlow's locks, ``"functional"`` makes
-        new averages beside the old, where TensorFlow does not export what the other needs; None: no
-        op, or no TensorFlow).
+        yyyymm; 0: built without), ``threads`` (what ``threads=0`` means here and now), ``tuning`` (how far
+        ahead of its use updates of large lists ask for memory, as this process' calls have found it to be
+        fastest so far; no bit depends on it, and ``FASTEMA_TUNE=0`` in the environment turns it off at
+        import), ``cupy`` and ``tensorflow`` (name and version, or None where not installed) and
+        ``tensorflow_op`` (the tier of our op: ``"locked"`` averages in place under TensorFlow's locks,
+        ``"functional"`` makes new averages beside the old, where TensorFlow does not export what the other
+        needs; None: no op, or no TensorFlow).
 
     Example:
         >>> import fastema
@@ -95,6 +112,7 @@ def build_config() -> dict[str, Any]:
     """
     return {
         **_core.build_config(),
+        "tuning": _found(),
         "cupy": _installed("cupy-cuda13x", "cupy-cuda12x", "cupy"),
         "tensorflow": _installed("tensorflow", "tensorflow-cpu", "tf-nightly"),
         "tensorflow_op": _tensorflow_op(),

@@ -94,3 +94,11 @@ def mixes() -> list[tuple[str, str]]:
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> None: ...
 def build_config() -> dict[str, Any]: ...
+
+USUAL_AHEAD: int
+
+def tune(ahead: int) -> None:
+    """Have updates of large lists ask for memory so many bytes ahead; < 0: as they find best, anew."""
+
+def tuned() -> list[dict[str, Any]]:
+    """Return what they found, a dictionary for each loop: average, value, rounding, together, ahead."""

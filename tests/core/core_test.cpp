@@ -15,6 +15,7 @@
 
 #include "formula.hpp"
 #include "team.hpp"
+#include "tuning.hpp"
 
 namespace {
 
@@ -371,10 +372,57 @@ void check_helpers() {
   expect(begun == 2, "any", "the number of threads that came", {2, 0, 2});
 }
 
+// Does one call of so many parts, each of which takes `times[candidate]` nanoseconds a byte.
+void do_call(Tuner& tuner, std::uint32_t call, const std::vector<double>& times) {
+  constexpr std::size_t kPart = std::size_t{1} << 20;
+  for (std::size_t part = 0; part < 192; ++part) {
+    const Tuner::Trial trial = tuner.trial(call, reinterpret_cast<void*>(part * kPart), kPart);
+    if (!trial.timed) continue;
+    const auto time = static_cast<std::int64_t>(times[trial.candidate] * double{kPart});
+    tuner.took(trial, kPart, std::chrono::nanoseconds(time));
+  }
+}
+
+void check_tuner() {
+  Tuner tuner;
+  const auto found = [&](const char* what, int distance) {
+    expect(tuner.found() == distance, "any", what, {0, 0, 1});
+  };
+  found("a distance before any look", -1);
+  expect(!tuner.trial(0, nullptr, Tuner::kLeast - 1).timed, "any", "a look at small parts", {});
+  expect(tuner.trial(0, nullptr, 1).ahead == kUsualAhead, "any", "the usual distance", {});
+  std::uint32_t call = 0;
+  while (call < 10) do_call(tuner, call++, {5, 4, 3, 2, 3, 4});
+  found("the fastest distance", 1024);
+  expect(tuner.trial(call, nullptr, 1).ahead == 1024, "any", "the distance in use", {});
+  while (call < 100) do_call(tuner, call++, {5, 4, 3, 2, 1.99, 4});
+  found("a distance that is hardly better", 1024);
+  while (call < 200) do_call(tuner, call++, {5, 1, 3, 2, 1.99, 4});
+  found("a distance that became better", 256);
+  int looks = 0;
+  for (; call < 20'000; ++call) {
+    looks += tuner.trial(call, nullptr, Tuner::kLeast).timed ? 1 : 0;
+    do_call(tuner, call, {1, 1, 1, 1, 1, 1});
+  }
+  expect(looks > 0 && looks < 100, "any", "the share of calls with looks", {});
+  tuner.forget();
+  found("a distance after it was forgotten", -1);
+
+  std::vector<std::thread> threads;
+  for (std::uint32_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (std::uint32_t i = 0; i < 50; ++i) do_call(tuner, call + 4 * i + t, {5, 4, 3, 2, 3, 4});
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  found("the fastest distance, looked at by several threads", 1024);
+}
+
 }  // namespace
 
 int main() {
   check_helpers();
+  check_tuner();
   for (const char* name : instruction_sets()) {
     use_instruction_set(name);
     for (const std::size_t offset : {0, 1, 5}) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
+#include <vector>
 
 namespace fastema {
 
@@ -74,6 +75,21 @@ void copy(std::span<const Pair> pairs, int threads) noexcept;
 // infinity or a NaN; as many as there are values, where all are finite.
 std::size_t first_non_finite(std::span<const Pair> pairs, std::size_t pairs_per_value,
                              int threads) noexcept;
+
+// How far ahead update() asks for memory, once a list is larger than caches, which changes no bit:
+// it finds out by the speed of its own calls (tuning.hpp). Of loops that have been looked at:
+struct Tuned {
+  Mix mix;
+  const char* rounding;  // "nearest", "stochastic" or "compensated"
+  bool together;         // on several threads
+  int ahead;             // bytes
+};
+std::vector<Tuned> tuned();
+
+// Has it ask so far ahead, in bytes, in all loops; < 0: as it finds out, from the start.
+void tune(int ahead) noexcept;
+
+constexpr int kUsualAhead = 2048;  // before anything is found out
 
 // The instruction sets that this build holds and this machine runs, best first; the last is
 // "baseline". The best is used unless another is chosen, for all threads; false, and nothing

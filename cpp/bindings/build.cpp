@@ -60,6 +60,7 @@ void bind_build(py::module_& m) {
   m.def("instruction_sets", instruction_sets);
   m.def("use_instruction_set", use_instruction_set, py::arg("name"));
   m.def("tuned", tuned);
+  m.def("calls_by_openmp", fastema::calls_by_openmp);
   m.def("tune", fastema::tune, py::arg("ahead"));
   m.attr("USUAL_AHEAD") = fastema::kUsualAhead;
   m.def("build_config", build_config);

@@ -14,18 +14,16 @@
 #include <cstdint>
 #include <exception>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "environment.hpp"
 #include "fastema/core.hpp"
+#include "openmp.hpp"
 
 namespace fastema {
 namespace {
@@ -40,14 +38,18 @@ void pause() noexcept {
 #endif
 }
 
-// Waits until `word` is no longer `old`: awake at first, then asleep.
-void wait(const std::atomic<std::uint32_t>& word, std::uint32_t old) noexcept {
+// Waits until `word` is no longer `old`: awake at first, then asleep. Returns whether it slept.
+bool wait(const std::atomic<std::uint32_t>& word, std::uint32_t old) noexcept {
   using std::chrono::steady_clock;
   const steady_clock::time_point end = steady_clock::now() + kPatience;
   while (word.load(std::memory_order_acquire) == old) {
     for (int i = 0; i < 16; ++i) pause();
-    if (steady_clock::now() > end) return word.wait(old, std::memory_order_acquire);
+    if (steady_clock::now() > end) {
+      word.wait(old, std::memory_order_acquire);
+      return true;
+    }
   }
+  return false;
 }
 
 // How many processors the caller may use.
@@ -108,21 +110,25 @@ class Team {
     return *team;
   }
 
-  // Returns false, with nothing done, while another caller's job has the team.
-  bool run(const Job& job, std::uint32_t helpers) noexcept {
-    if (busy_.test_and_set(std::memory_order_acquire)) return false;
+  enum class Ran { no, yes, late };
+
+  // `no`, with nothing done, while another caller's job has the team; `late` if the caller had to
+  // wait for a helper that was kept from its work.
+  Ran run(const Job& job, std::uint32_t helpers) noexcept {
+    if (busy_.test_and_set(std::memory_order_acquire)) return Ran::no;
     job_ = job;
     const std::uint32_t seats = hire(helpers);
     keep_off_the_callers_processor();
     state_.store(kOpen | seats * kSeat, std::memory_order_release);
     ring(seats);
     job.run();
+    bool late = false;
     for (std::uint32_t state = state_.fetch_and(kInside, std::memory_order_acq_rel) & kInside;
          state != 0; state = state_.load(std::memory_order_acquire)) {
-      wait(state_, state);
+      late |= wait(state_, state);
     }
     busy_.clear(std::memory_order_release);
-    return true;
+    return late ? Ran::late : Ran::yes;
   }
 
  private:
@@ -215,30 +221,23 @@ const int Team::registered_ = pthread_atfork(nullptr, nullptr, [] { current_ = n
 
 }  // namespace
 
-int default_threads() noexcept {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-#endif
-}
-
-int openmp_version() noexcept {
-#ifdef _OPENMP
-  return _OPENMP;
-#else
-  return 0;
-#endif
-}
-
 void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void*) noexcept,
                 const void* context) noexcept {
   if (count == 0) return;
   Pieces pieces(count);
   const Job job{work, &pieces, context};
-  const int wanted = threads > 0 ? threads : default_threads();
+  const int all = default_threads();
+  const int wanted = threads > 0 ? threads : all;
   const std::size_t team = std::min<std::size_t>(static_cast<std::size_t>(wanted), count);
-  if (team == 1 || !Team::current().run(job, static_cast<std::uint32_t>(team - 1))) job.run();
+  if (team == 1) return job.run();
+  thread_local bool was_late = false;  // so that somebody else's threads may spin
+  if (wanted == all &&
+      (openmp_spins() || (std::exchange(was_late, false) && openmp_is_worth_a_look()))) {
+    return run_by_openmp([](const void* of) noexcept { static_cast<const Job*>(of)->run(); }, &job);
+  }
+  const Team::Ran ran = Team::current().run(job, static_cast<std::uint32_t>(team - 1));
+  if (ran == Team::Ran::no) job.run();
+  was_late = ran == Team::Ran::late;
 }
 
 }  // namespace fastema

@@ -24,7 +24,8 @@ class Pieces {
 // Calls work(pieces, context) on the caller and on as many other threads as wake in time, which
 // makes at most `threads`, at most `count`, and no more than there are processors for; 0 threads
 // means default_threads(). While another
-// caller has the other threads, this one works alone. Every call runs in the default floating-point
+// caller has the other threads, this one works alone. Threads of OpenMP that spin are taken instead
+// (openmp.hpp). Every call runs in the default floating-point
 // environment, whatever the caller's thread was set to.
 void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void*) noexcept,
                 const void* context) noexcept;

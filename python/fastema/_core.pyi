@@ -102,3 +102,6 @@ def tune(ahead: int) -> None:
 
 def tuned() -> list[dict[str, Any]]:
     """Return what they found, a dictionary for each loop: average, value, rounding, together, ahead."""
+
+def calls_by_openmp() -> int:
+    """Return how many calls another library's spinning threads carried out."""

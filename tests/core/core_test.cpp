@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "formula.hpp"
+#include "openmp.hpp"
 #include "team.hpp"
 #include "tuning.hpp"
 
@@ -418,11 +419,50 @@ void check_tuner() {
   found("the fastest distance, looked at by several threads", 1024);
 }
 
+// The team that OpenMP has for this thread, as another library would have used it.
+void check_openmp() {
+#if defined(_OPENMP) && defined(__linux__)
+  expect(!openmp_spins(), "any", "a team that nobody used", {});
+  const auto use = [] {
+    std::atomic<int> threads{0};
+#pragma omp parallel
+    ++threads;
+    return threads.load();
+  };
+  if (use() < 2) return;
+  std::atomic<int> threads{0};
+  run_by_openmp(
+      [](const void* count) noexcept {
+        ++*static_cast<std::atomic<int>*>(const_cast<void*>(count));
+      },
+      &threads);
+  expect(threads == default_threads(), "any", "the threads of OpenMP's team", {});
+  bool spun = false, slept = false;
+  for (int i = 0; i < 1000 && !spun; ++i) {
+    use();
+    spun = openmp_spins();
+  }
+  expect(spun, "any", "a team right after its work", {});
+  for (int i = 0; i < 1000 && !slept; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    slept = !openmp_spins();
+  }
+  expect(slept, "any", "a team after a while", {});
+  std::thread([] {
+    run_by_openmp([](const void*) noexcept {}, nullptr);
+    expect(!openmp_spins(), "any", "a team that only we use", {});
+  }).join();
+#pragma omp parallel
+  expect(!openmp_spins(), "any", "a team at work", {});
+#endif
+}
+
 }  // namespace
 
 int main() {
   check_helpers();
   check_tuner();
+  check_openmp();
   for (const char* name : instruction_sets()) {
     use_instruction_set(name);
     for (const std::size_t offset : {0, 1, 5}) {

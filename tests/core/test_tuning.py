@@ -1,5 +1,7 @@
 """How far ahead memory is asked for: found out by the calls themselves, and no bit depends on it."""
 
+import os
+import sys
 import threading
 
 import numpy as np
@@ -9,7 +11,7 @@ import fastema
 import mixes
 import oracle
 from fastema import _core
-from processes import output_of, python
+from processes import output_of, python, skip_without
 
 BEYOND = 4_500_003  # elements: of 16 bits, too, more than caches may hold
 DISTANCES = [0, 256, 2048, 10**6]
@@ -117,3 +119,60 @@ def test_the_environment_turns_it_off():
     assert output_of(LOOK, FASTEMA_TUNE="1").startswith("['float32 <- float32, nearest, one thread: ")
     assert "FASTEMA_TUNE must be 0 or 1, got 'no'" in python("import fastema", FASTEMA_TUNE="no").stderr
 
+
+AFTER_TORCH = f"""
+    import os, signal, time
+    import numpy as np
+    import torch
+    import fastema
+    from fastema import _core
+
+    a, v = np.zeros({BEYOND}, np.float32), np.ones({BEYOND}, np.float32)
+    expected, x = a.copy(), torch.ones(400, 400)
+    w = np.float32(1 - 0.9)
+    threads = lambda: len(os.listdir("/proc/self/task"))
+    x @ x
+    fastema.update(a, v, 0.9)
+    expected += w * (v - expected)
+    before, end = threads(), time.monotonic() + 60
+    while _core.calls_by_openmp() < 10 and time.monotonic() < end:
+        for _ in range(3):
+            x @ x
+        fastema.update(a, v, 0.9)
+        expected += w * (v - expected)
+    assert (a == expected).all()
+    assert threads() == before
+    child = os.fork()
+    if child == 0:  # where OpenMP would hang
+        signal.alarm(60)
+        for _ in range(3):
+            fastema.update(a, v, 0.9)
+            expected += w * (v - expected)
+        os._exit(0 if (a == expected).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    print(_core.calls_by_openmp())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_threads_that_torch_left_spinning_do_the_work():
+    skip_without("torch")
+    if not fastema.build_config()["openmp"]:
+        pytest.skip("this build has no OpenMP")
+    calls = int(output_of(AFTER_TORCH, OMP_NUM_THREADS="2"))
+    if len(os.sched_getaffinity(0)) == 2:  # with more of them ours may not have to give way
+        assert calls == 10
+
+
+def test_without_torch_no_thread_of_openmp_is_made():
+    code = f"""
+        import numpy as np
+        import fastema
+        from fastema import _core
+
+        a, v = np.zeros({BEYOND}, np.float32), np.ones({BEYOND}, np.float32)
+        for _ in range(100):
+            fastema.update(a, v, 0.9)
+        print(_core.calls_by_openmp())
+    """
+    assert output_of(code) == "0"

@@ -102,6 +102,9 @@ bool use_instruction_set(std::string_view name) noexcept;
 // machine has.
 int default_threads() noexcept;
 
+// How many calls were carried out by another library's threads, as they spun anyway (openmp.hpp).
+unsigned long calls_by_openmp() noexcept;
+
 // The OpenMP this was built with (yyyymm), 0 for none.
 int openmp_version() noexcept;
 

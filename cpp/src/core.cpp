@@ -52,14 +52,22 @@ struct Groups {
   const Pair& operator[](std::size_t i) const noexcept { return pairs[i * each]; }
 };
 
-// Calls body(group, first, size) for every part of every group that lies in the pieces it takes.
+// What of a group lies in one piece.
+struct Part {
+  std::size_t group;
+  std::size_t first, size;  // elements
+  std::size_t turn;         // the thread took so many pieces before
+};
+
+// Calls body(part) for every part of every group that lies in the pieces it takes.
 template <class Body>
-void for_each_part(const Groups& groups, Pieces& pieces, const Body& body) noexcept {
+void for_each_part(const Groups& groups, Pieces::Walk& walk, const Body& body) noexcept {
   std::size_t index = 0;  // the group being walked, and where it begins
   std::size_t begin = 0;
-  for (std::size_t piece; pieces.take(piece);) {
+  for (std::size_t piece; walk.take(piece);) {
     const std::size_t from = piece * kPiece;
     const std::size_t to = from + kPiece;
+    if (from < begin) index = begin = 0;
     for (; index < groups.size(); ++index) {
       const Span& average = groups[index].average;
       const std::size_t end = begin + bytes_of(average);
@@ -68,7 +76,7 @@ void for_each_part(const Groups& groups, Pieces& pieces, const Body& body) noexc
       const std::size_t last = std::min(to, end);
       if (first < last) {
         const std::size_t element = size_of(average.dtype);
-        body(index, (first - begin) / element, (last - first) / element);
+        body(Part{index, (first - begin) / element, (last - first) / element, walk.taken() - 1});
       }
       if (next > to) break;  // the next piece continues here
       begin = next;
@@ -87,9 +95,9 @@ struct Job {
   Groups groups;
   Body body;
 
-  static void work(Pieces& pieces, const void* job) noexcept {
+  static void work(Pieces::Walk& walk, const void* job) noexcept {
     const auto& self = *static_cast<const Job*>(job);
-    for_each_part(self.groups, pieces, self.body);
+    for_each_part(self.groups, walk, self.body);
   }
 };
 
@@ -129,15 +137,14 @@ struct Updater {
   bool together;
   std::uint32_t call;
 
-  void operator()(std::size_t group, std::size_t first, std::size_t size) const noexcept {
+  void operator()(const Part& part) const noexcept {
     for (std::size_t k = 0; k < decays.size(); ++k) {
-      const std::size_t index = group * decays.size() + k;
-      update_one(index, decays[k], first, size);
+      update_one(part.group * decays.size() + k, decays[k], part);
     }
   }
 
-  void update_one(std::size_t index, double decay, std::size_t first,
-                  std::size_t size) const noexcept {
+  void update_one(std::size_t index, double decay, const Part& part) const noexcept {
+    const std::size_t first = part.first, size = part.size;
     const Pair& pair = pairs[index];
     const Loops& loops = loops_of(kernels, pair.average.dtype, pair.value.dtype);
     Run run{.average = at(pair.average, first),
@@ -157,23 +164,25 @@ struct Updater {
     if (pair.carry != nullptr) {
       const std::size_t element = carry_size(pair.average.dtype, pair.value.dtype);
       run.carry = static_cast<std::byte*>(pair.carry) + first * element;
-      if (!exact) return run_tuned(loops.compensated, run, Way::compensated, pair);
+      if (!exact) return run_tuned(loops.compensated, run, Way::compensated, pair, part.turn);
       std::memset(run.carry, 0, size * element);
     }
     if (exact || !options.stochastic || loops.stochastic == nullptr) {
-      return copies(decay) ? loops.copy(run) : run_tuned(loops.update, run, Way::nearest, pair);
+      return copies(decay) ? loops.copy(run)
+                           : run_tuned(loops.update, run, Way::nearest, pair, part.turn);
     }
     // a piece never crosses a multiple of 2^32 elements, so one key serves all of a part
     run.noise = {key_of(options.seed, options.step, index, first),
                  static_cast<std::uint32_t>(first)};
-    run_tuned(loops.stochastic, run, Way::stochastic, pair);
+    run_tuned(loops.stochastic, run, Way::stochastic, pair, part.turn);
   }
 
-  void run_tuned(Kernel loop, Run& run, Way way, const Pair& pair) const noexcept {
+  void run_tuned(Kernel loop, Run& run, Way way, const Pair& pair,
+                 std::size_t turn) const noexcept {
     if (!beyond_caches) return loop(run);
     Tuner& tuner = tuners.of(pair, way, together);
     const std::size_t bytes = run.size * size_of(pair.average.dtype);
-    const Tuner::Trial trial = tuner.trial(call, run.average, bytes);
+    const Tuner::Trial trial = tuner.trial(call, turn, bytes);
     run.ahead = trial.ahead;
     if (!trial.timed) return loop(run);
     const auto begun = std::chrono::steady_clock::now();
@@ -253,9 +262,9 @@ void tune(int ahead) noexcept {
 
 void swap(std::span<const Pair> pairs, int threads) noexcept {
   const Swap exchange = active().swap;
-  run({pairs, 1}, threads, [&](std::size_t i, std::size_t first, std::size_t size) noexcept {
-    const Pair& pair = pairs[i];
-    exchange(at(pair.average, first), at(pair.value, first), size * size_of(pair.average.dtype));
+  run({pairs, 1}, threads, [&](const Part& part) noexcept {
+    const auto& [average, value, carry, into] = pairs[part.group];
+    exchange(at(average, part.first), at(value, part.first), part.size * size_of(average.dtype));
   });
 }
 
@@ -264,12 +273,13 @@ std::size_t first_non_finite(std::span<const Pair> pairs, std::size_t pairs_per_
   const Groups groups{pairs, pairs_per_value};
   const Kernels& kernels = active();
   std::atomic<std::size_t> found{groups.size()};
-  run(groups, threads, [&](std::size_t i, std::size_t first, std::size_t size) noexcept {
+  run(groups, threads, [&](const Part& part) noexcept {
+    const std::size_t i = part.group;
     std::size_t before = found.load(std::memory_order_relaxed);
     if (i >= before) return;  // those behind do not matter, and those before are all looked at
     const Span& value = groups[i].value;
     const Finite all_finite = kernels.all_finite[index_of(value.dtype)];
-    if (all_finite(at(value, first), size)) return;
+    if (all_finite(at(value, part.first), part.size)) return;
     while (i < before && !found.compare_exchange_weak(before, i, std::memory_order_relaxed)) {
     }
   });
@@ -277,9 +287,9 @@ std::size_t first_non_finite(std::span<const Pair> pairs, std::size_t pairs_per_
 }
 
 void copy(std::span<const Pair> pairs, int threads) noexcept {
-  run({pairs, 1}, threads, [&](std::size_t i, std::size_t first, std::size_t size) noexcept {
-    const Pair& pair = pairs[i];
-    std::memcpy(at(pair.average, first), at(pair.value, first), size * size_of(pair.average.dtype));
+  run({pairs, 1}, threads, [&](const Part& part) noexcept {
+    const auto& [average, value, carry, into] = pairs[part.group];
+    std::memcpy(at(average, part.first), at(value, part.first), part.size * size_of(average.dtype));
   });
 }
 

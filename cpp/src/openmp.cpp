@@ -98,13 +98,13 @@ bool openmp_is_worth_a_look() noexcept {
   return known.worker == 0 && usable() && torch_is_loaded();
 }
 
-void run_by_openmp(void (*work)(const void*) noexcept, const void* context) noexcept {
+void run_by_openmp(void (*work)(const void*, std::size_t) noexcept, const void* context) noexcept {
   const unsigned long threads = known.worker == 0 ? threads_of_process() : 0;
   std::atomic<pid_t> worker{0};
 #pragma omp parallel
   {
     if (omp_get_thread_num() == 1) worker = static_cast<pid_t>(syscall(SYS_gettid));
-    work(context);
+    work(context, static_cast<std::size_t>(omp_get_thread_num()));
   }
   if (known.worker == 0) known.ours = threads_of_process() > threads;
   known.worker = worker;
@@ -117,8 +117,8 @@ unsigned long calls_by_openmp() noexcept { return calls.load(std::memory_order_r
 
 bool openmp_spins() noexcept { return false; }
 bool openmp_is_worth_a_look() noexcept { return false; }
-void run_by_openmp(void (*work)(const void*) noexcept, const void* context) noexcept {
-  work(context);
+void run_by_openmp(void (*work)(const void*, std::size_t) noexcept, const void* context) noexcept {
+  work(context, 0);
 }
 unsigned long calls_by_openmp() noexcept { return 0; }
 

@@ -2,6 +2,8 @@
 // awake anyway.
 #pragma once
 
+#include <cstddef>
+
 namespace fastema {
 
 // A library that has just computed with OpenMP, as torch does, leaves its threads spinning for
@@ -15,7 +17,7 @@ bool openmp_spins() noexcept;
 // Whether a call would be well spent on getting to know that team.
 bool openmp_is_worth_a_look() noexcept;
 
-// Calls work(context) on all threads of that team, and gets to know it.
-void run_by_openmp(void (*work)(const void*) noexcept, const void* context) noexcept;
+// Calls work(context, thread) on all threads of that team, and gets to know it.
+void run_by_openmp(void (*work)(const void*, std::size_t) noexcept, const void* context) noexcept;
 
 }  // namespace fastema

@@ -83,13 +83,14 @@ void take_short_slices() noexcept {
 }
 
 struct Job {
-  void (*work)(Pieces&, const void*) noexcept;
+  void (*work)(Pieces::Walk&, const void*) noexcept;
   Pieces* pieces;
   const void* context;
 
-  void run() const noexcept {
+  void run(std::size_t thread) const noexcept {  // the caller is 0
     const DefaultEnvironment environment;
-    work(*pieces, context);
+    Pieces::Walk walk(*pieces, thread);
+    work(walk, context);
   }
 };
 
@@ -121,7 +122,7 @@ class Team {
     keep_off_the_callers_processor();
     state_.store(kOpen | seats * kSeat, std::memory_order_release);
     ring(seats);
-    job.run();
+    job.run(0);
     bool late = false;
     for (std::uint32_t state = state_.fetch_and(kInside, std::memory_order_acq_rel) & kInside;
          state != 0; state = state_.load(std::memory_order_acquire)) {
@@ -158,7 +159,8 @@ class Team {
       pthread_sigmask(SIG_SETMASK, &all, &before);
       try {
         helpers_.reserve(wanted);
-        std::thread helper([this, seen = bell_.load(std::memory_order_relaxed)] { help(seen); });
+        std::thread helper([this, thread = helpers_.size() + 1,
+                            seen = bell_.load(std::memory_order_relaxed)] { help(thread, seen); });
         helpers_.push_back(helper.native_handle());
         helper.detach();
         avoided_ = -1;
@@ -186,13 +188,13 @@ class Team {
 #endif
   }
 
-  [[noreturn]] void help(std::uint32_t seen) noexcept {
+  [[noreturn]] void help(std::size_t thread, std::uint32_t seen) noexcept {
     take_short_slices();
     for (;;) {
       wait(bell_, seen);
       seen = bell_.load(std::memory_order_acquire);
       if (!join()) continue;
-      job_.run();
+      job_.run(thread);
       if (state_.fetch_sub(1, std::memory_order_acq_rel) == 1) state_.notify_one();
     }
   }
@@ -221,22 +223,26 @@ const int Team::registered_ = pthread_atfork(nullptr, nullptr, [] { current_ = n
 
 }  // namespace
 
-void run_pieces(std::size_t count, int threads, void (*work)(Pieces&, const void*) noexcept,
+void run_pieces(std::size_t count, int threads, void (*work)(Pieces::Walk&, const void*) noexcept,
                 const void* context) noexcept {
   if (count == 0) return;
-  Pieces pieces(count);
-  const Job job{work, &pieces, context};
   const int all = default_threads();
   const int wanted = threads > 0 ? threads : all;
   const std::size_t team = std::min<std::size_t>(static_cast<std::size_t>(wanted), count);
-  if (team == 1) return job.run();
+  Pieces pieces(count, team);
+  const Job job{work, &pieces, context};
+  if (team == 1) return job.run(0);
   thread_local bool was_late = false;  // so that somebody else's threads may spin
   if (wanted == all &&
       (openmp_spins() || (std::exchange(was_late, false) && openmp_is_worth_a_look()))) {
-    return run_by_openmp([](const void* of) noexcept { static_cast<const Job*>(of)->run(); }, &job);
+    return run_by_openmp(
+        [](const void* of, std::size_t thread) noexcept {
+          static_cast<const Job*>(of)->run(thread);
+        },
+        &job);
   }
   const Team::Ran ran = Team::current().run(job, static_cast<std::uint32_t>(team - 1));
-  if (ran == Team::Ran::no) job.run();
+  if (ran == Team::Ran::no) job.run(0);
   was_late = ran == Team::Ran::late;
 }
 

@@ -25,9 +25,9 @@ class Tuner {
     bool timed;
   };
 
-  // How to do the part of a call that begins at this address. Neighbours go one way, since threads
-  // that work side by side share the way to memory.
-  Trial trial(std::uint32_t call, const void* part, std::size_t bytes) const noexcept;
+  // How a thread that has taken so many pieces of a call does a part of the next. All threads of a
+  // call go the same way at about the same time, for they share the way to memory.
+  Trial trial(std::uint32_t call, std::size_t turn, std::size_t bytes) const noexcept;
 
   void took(const Trial& trial, std::size_t bytes, std::chrono::nanoseconds time) noexcept;
 

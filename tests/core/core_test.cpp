@@ -360,10 +360,10 @@ void check_helpers() {
   std::atomic<int> begun{0};
   run_pieces(
       2, 2,
-      [](Pieces& pieces, const void* context) noexcept {
+      [](Pieces::Walk& walk, const void* context) noexcept {
         auto& count = *static_cast<std::atomic<int>*>(const_cast<void*>(context));
         const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
-        for (std::size_t piece; pieces.take(piece);) {
+        for (std::size_t piece; walk.take(piece);) {
           ++count;
           while (count < 2 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
           if (count < 2) count = 3;  // nobody came: the next piece must not look like a helper's
@@ -373,11 +373,32 @@ void check_helpers() {
   expect(begun == 2, "any", "the number of threads that came", {2, 0, 2});
 }
 
+// Each thread begins in a part of its own, the same one at each call, and all pieces are taken
+// once.
+void check_parts() {
+  for (const std::size_t threads : {1, 2, 3, 64, 100}) {
+    for (const std::size_t count : {100, 101, 1000}) {
+      std::vector<std::size_t> first(threads), taken(count);
+      Pieces pieces(count, threads);
+      std::vector<Pieces::Walk> walks;
+      for (std::size_t t = 0; t < threads; ++t) walks.emplace_back(pieces, t);
+      for (std::size_t t = 0; t < threads; ++t) walks[t].take(first[t]);
+      for (const std::size_t piece : first) ++taken[piece];
+      for (std::size_t piece; walks[0].take(piece);) ++taken[piece];  // the others do not go on
+      expect(std::ranges::all_of(taken, [](std::size_t n) { return n == 1; }), "any",
+             "how often a piece is taken", {count, 0, static_cast<int>(threads)});
+      expect(
+          first[0] == 0 && (threads > 64 || first[threads - 1] == count * (threads - 1) / threads),
+          "any", "where a thread begins", {count, 0, static_cast<int>(threads)});
+    }
+  }
+}
+
 // Does one call of so many parts, each of which takes `times[candidate]` nanoseconds a byte.
 void do_call(Tuner& tuner, std::uint32_t call, const std::vector<double>& times) {
   constexpr std::size_t kPart = std::size_t{1} << 20;
   for (std::size_t part = 0; part < 192; ++part) {
-    const Tuner::Trial trial = tuner.trial(call, reinterpret_cast<void*>(part * kPart), kPart);
+    const Tuner::Trial trial = tuner.trial(call, part, kPart);
     if (!trial.timed) continue;
     const auto time = static_cast<std::int64_t>(times[trial.candidate] * double{kPart});
     tuner.took(trial, kPart, std::chrono::nanoseconds(time));
@@ -390,19 +411,19 @@ void check_tuner() {
     expect(tuner.found() == distance, "any", what, {0, 0, 1});
   };
   found("a distance before any look", -1);
-  expect(!tuner.trial(0, nullptr, Tuner::kLeast - 1).timed, "any", "a look at small parts", {});
-  expect(tuner.trial(0, nullptr, 1).ahead == kUsualAhead, "any", "the usual distance", {});
+  expect(!tuner.trial(0, 0, Tuner::kLeast - 1).timed, "any", "a look at small parts", {});
+  expect(tuner.trial(0, 0, 1).ahead == kUsualAhead, "any", "the usual distance", {});
   std::uint32_t call = 0;
   while (call < 10) do_call(tuner, call++, {5, 4, 3, 2, 3, 4});
   found("the fastest distance", 1024);
-  expect(tuner.trial(call, nullptr, 1).ahead == 1024, "any", "the distance in use", {});
+  expect(tuner.trial(call, 0, 1).ahead == 1024, "any", "the distance in use", {});
   while (call < 100) do_call(tuner, call++, {5, 4, 3, 2, 1.99, 4});
   found("a distance that is hardly better", 1024);
   while (call < 200) do_call(tuner, call++, {5, 1, 3, 2, 1.99, 4});
   found("a distance that became better", 256);
   int looks = 0;
   for (; call < 20'000; ++call) {
-    looks += tuner.trial(call, nullptr, Tuner::kLeast).timed ? 1 : 0;
+    looks += tuner.trial(call, 0, Tuner::kLeast).timed ? 1 : 0;
     do_call(tuner, call, {1, 1, 1, 1, 1, 1});
   }
   expect(looks > 0 && looks < 100, "any", "the share of calls with looks", {});
@@ -432,7 +453,7 @@ void check_openmp() {
   if (use() < 2) return;
   std::atomic<int> threads{0};
   run_by_openmp(
-      [](const void* count) noexcept {
+      [](const void* count, std::size_t) noexcept {
         ++*static_cast<std::atomic<int>*>(const_cast<void*>(count));
       },
       &threads);
@@ -449,7 +470,7 @@ void check_openmp() {
   }
   expect(slept, "any", "a team after a while", {});
   std::thread([] {
-    run_by_openmp([](const void*) noexcept {}, nullptr);
+    run_by_openmp([](const void*, std::size_t) noexcept {}, nullptr);
     expect(!openmp_spins(), "any", "a team that only we use", {});
   }).join();
 #pragma omp parallel
@@ -461,6 +482,7 @@ void check_openmp() {
 
 int main() {
   check_helpers();
+  check_parts();
   check_tuner();
   check_openmp();
   for (const char* name : instruction_sets()) {

@@ -1,13 +1,24 @@
 """The lists of arrays that are measured, as shapes."""
 
 import math
+import mmap
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import ml_dtypes
 import numpy as np
 
 Shapes = Sequence[tuple[int, ...]]
+ALIGNMENT = 64  # elements, a cache line or more of any type
+
+
+@dataclass(frozen=True)
+class Block:
+    """Arrays of a list, and all of the memory that they lie in."""
+
+    flat: np.ndarray
+    arrays: list[np.ndarray]
 
 
 def resnet50() -> Shapes:
@@ -92,8 +103,32 @@ def elements(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
+def block(shapes: Shapes, dtype: str, seed: int, *, huge_pages: bool = False) -> Block:
+    """Make the arrays of a list, one after the other in memory that begins with a page.
+
+    They are weights, N(0, .02), so that nothing is a special number. Each begins with a cache line, as
+    torch's tensors do, and pages are what the system gives without being asked, again as torch's: NumPy
+    asks for huge ones where an array has 4 MiB.
+
+    Args:
+        shapes: Of the arrays.
+        dtype: One of `DTYPES`.
+        seed: Of the numbers.
+        huge_pages: Whether to ask for huge pages (Linux).
+    """
+    starts = [0, *accumulate(-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes)]
+    memory = mmap.mmap(-1, starts[-1] * itemsize(dtype))
+    if huge_pages:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    flat = np.frombuffer(memory, DTYPES[dtype])
+    pool = (0.02 * np.random.default_rng(seed).standard_normal(1 << 16)).astype(DTYPES[dtype])
+    for start in range(0, flat.size, pool.size):
+        part = flat[start : start + pool.size]
+        part[:] = pool[: part.size]
+    parts = zip(starts, shapes, strict=False)
+    return Block(flat, [flat[start : start + math.prod(s)].reshape(s) for start, s in parts])
+
+
 def arrays(shapes: Shapes, dtype: str, seed: int) -> list[np.ndarray]:
-    """Make the arrays of a list: weights, N(0, .02), so that nothing is a special number."""
-    rng = np.random.default_rng(seed)
-    pool = (0.02 * rng.standard_normal(1 << 16)).astype(DTYPES[dtype])
-    return [np.resize(pool, shape) for shape in shapes]
+    """Make the arrays of a list."""
+    return block(shapes, dtype, seed).arrays

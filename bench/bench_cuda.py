@@ -25,6 +25,8 @@ from . import harness
 from .device import Gpu, machine, tensors
 from .harness import Call
 from .lists import LISTS, MIXES, Shapes, elements, itemsize, llama_7b
+from .record import plain
+from .report import chart, tables
 from .rivals_cuda import COMPOSITIONS, DECAY, FOREACH, rivals, swap_rivals
 
 FOLDER = Path(__file__).resolve().parent
@@ -238,7 +240,10 @@ def offloads(gpu: Gpu, report: Report) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = harness.parser(__doc__ or "")
+    parser = harness.parser(__doc__ or "", times=False)
+    parser.add_argument("--samples", type=int, default=9, help="of each contestant, in turns")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all numbers")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw them")
     parser.add_argument("--fake", action="store_true", help="run on a fake device; times mean nothing")
     parser.add_argument("--keep", action="store_true", help="write bench/cuda-DATE.json")
     options = parser.parse_args(arguments)
@@ -256,8 +261,8 @@ def main(arguments: list[str] | None = None) -> None:
         graphs(gpu, report)
         offloads(gpu, report)
     print(f"\n{gpu.name}; copies at {report.rate / 1e9:.4g} GB/s\n\n{report.text()}\n")
-    for i in range(0, len(report.results), 4):
-        print(f"{harness.table(report.results[i : i + 4])}\n")
+    for table in tables(report.results):
+        print(f"{table.text()}\n")
     content = {
         "date": datetime.now(UTC).date().isoformat(),
         "device": gpu.name,
@@ -266,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": gpu.torch.__version__,
         "copy_bytes_per_second": report.rate,
         "goals": report.goals,
-        "results": [result.as_dict() for result in report.results],
+        "results": [plain(result) for result in report.results],
     }
     files = [options.json] if options.json else []
     if options.keep:
@@ -277,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
         file.write_text(json.dumps(content, indent=1) + "\n")
         print(f"JSON: {file}")
     if options.picture:
-        harness.chart(report.results, f"Updates on {gpu.name}", options.picture)
+        chart(report.results, f"Updates on {gpu.name}", options.picture)
         print(f"Chart: {options.picture}")
 
 

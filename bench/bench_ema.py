@@ -13,6 +13,7 @@ import fastema
 
 from . import harness, rivals
 from .lists import LISTS, Shapes, arrays
+from .report import report
 
 DECAY = 0.999
 RIVALS = ("torch AveragedModel", "timm ModelEmaV3")
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
                 results.append(measured(name, shapes, options.samples))
             except ImportError as missing:
                 print(f"{measured.__name__}: {missing}")
-    harness.report(results, "EMA.update", options.json, options.picture)
+    report(results, "ema", "EMA.update", options)
     for result in results:
         added = result.ours.median - result.timings["Pairs.update"].median
         print(f"{result.title}: EMA.update adds {added * 1e6:.2f} us to Pairs.update")

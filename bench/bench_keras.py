@@ -8,7 +8,6 @@ same optimizer without averages.
 """
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -19,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from . import harness
+from . import harness, record
 from .lists import LISTS, Shapes
+from .report import report
 
+SECTION = "keras"
 BACKENDS = ("tensorflow", "jax", "torch")
 MODELS: dict[str, Shapes] = {
     "200 small": [(1000,)] * 200,
@@ -99,11 +100,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.backend:
         os.environ["KERAS_BACKEND"] = options.backend
         results = [measure(name, options.samples) for name in names]
-        if options.json:
-            options.json.write_text(json.dumps([result.as_dict() for result in results]))
+        for file in options.records:
+            record.add(file, SECTION, results)
     else:
         results = [r for b in BACKENDS if importlib.util.find_spec(b) for r in in_process_of(b, options)]
-        harness.report(results, "Keras step", options.json, options.picture)
+        report(results, SECTION, "Keras step", options)
     print(
         "\nms of a step"
         + "without".rjust(22)
@@ -123,15 +124,7 @@ def in_process_of(backend: str, options: Any) -> list[harness.Result]:
         subprocess.run(
             command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "KERAS_BACKEND": backend}
         )
-        return [
-            harness.Result(
-                entry["title"],
-                entry["bytes_moved"],
-                {name: harness.Timing(**timing) for name, timing in entry["timings"].items()},
-                None,
-            )
-            for entry in json.loads(file.read_text())
-        ]
+        return record.results_of(record.read(file)["sections"][SECTION])
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ def draw(found: dict[str, list[list[float]]], title: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the experiment."""
-    options = harness.parser(__doc__).parse_args(arguments)
+    parser = harness.parser(__doc__, times=False)
+    parser.add_argument("--picture", type=Path, help="where to draw the errors")
+    options = parser.parse_args(arguments)
     steps = 64 * (30 if options.quick else 1000)
     title = f"Error of averages made of snapshots of {KEPT}, {steps:,} steps"
     found = errors(steps)

@@ -12,7 +12,9 @@ import numpy as np
 import fastema
 
 from . import harness
-from .lists import LISTS, arrays, elements
+from .ceiling import ceilings
+from .lists import LISTS, block, elements
+from .report import report
 from .rivals import Arrays, tensors
 
 
@@ -77,7 +79,8 @@ RIVALS = {
 def measure(name: str, samples: int) -> harness.Result:
     """Measure one list of float32 arrays."""
     shapes = LISTS[name]
-    a, b = arrays(shapes, "f32", 1), arrays(shapes, "f32", 2)
+    blocks = [block(shapes, "f32", seed) for seed in (1, 2)]
+    a, b = (one.arrays for one in blocks)
     pairs = fastema.Pairs(a, b)
     calls: dict[str, Callable[[], object]] = {"fastema": pairs.swap}
     for rival, make in RIVALS.items():
@@ -86,8 +89,7 @@ def measure(name: str, samples: int) -> harness.Result:
         except ImportError:
             continue
     size = elements(shapes)
-    x, y = np.ones(size, np.float32), np.ones(size, np.float32)
-    ceiling = harness.ceilings("swap", x, y) if size > 1_000_000 else {}
+    ceiling = ceilings("swap", *(one.flat for one in blocks))
     return harness.run(f"{name}, f32", 16 * size, calls, ceiling, samples)
 
 
@@ -97,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     names = ["10 x 10", "ResNet-50"] if options.quick else list(LISTS)
     results = [measure(name, options.samples) for name in names]
-    harness.report(results, "Swap", options.json, options.picture)
+    report(results, "swap", "Swap", options)
 
 
 if __name__ == "__main__":

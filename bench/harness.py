@@ -4,17 +4,11 @@ Absolute times drift with the machine's other tenants; ratios of times that were
 """
 
 import argparse
-import ctypes
-import json
-import os
-import shutil
-import subprocess
+import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +29,18 @@ class Timing:
     lower: float  # quartiles
     upper: float
 
+    @classmethod
+    def of(cls, times: list[float]) -> "Timing":
+        """Return what samples have in the middle."""
+        return cls(*(float(q) for q in np.quantile(times, (0.5, 0.25, 0.75))))
 
+    @property
+    def spread(self) -> float:
+        """Return half of what lies between the quartiles, as a share of the median."""
+        return (self.upper - self.lower) / (2 * self.median)
+
+
+Timings = dict[str, Timing]
 Call = Callable[[], object]
 Calls = Mapping[str, Call]
 
@@ -45,6 +50,10 @@ def warm_up(call: Call) -> None:
     start = time.perf_counter()
     while time.perf_counter() - start < WARM_UP:
         call()
+
+
+def _nothing() -> None:
+    """Be called."""
 
 
 @dataclass(frozen=True)
@@ -65,100 +74,82 @@ class Stopwatch:
 
     def seconds(self, call: Call, repeat: int) -> float:
         """Return the time of one call, of so many in a row."""
+        self.elapsed(_nothing, 1)  # so that what is ours in the time is not cold
+        return self.elapsed(call, repeat) / repeat
+
+    def elapsed(self, call: Call, repeat: int) -> float:
+        """Return the time of all calls."""
         start = time.perf_counter()
         for _ in range(repeat):
             call()
-        return (time.perf_counter() - start) / repeat
+        return time.perf_counter() - start
 
 
 WARM = Stopwatch()
 
 
-def measure(contestants: Calls, samples: int, stopwatch: Stopwatch = WARM) -> dict[str, Timing]:
-    """Time each contestant in turns: one sample of each, then again."""
-    repeats = {}
-    for name, call in contestants.items():
-        try:
-            stopwatch.seconds(call, 1)  # first calls allocate, trace and compile
-            once = stopwatch.seconds(call, 1)
-        except stopwatch.refusals as reason:
-            print(f"    {name} cannot run: {reason}", file=sys.stderr)
-            continue
-        repeats[name] = max(1, min(stopwatch.most, round(stopwatch.sample / max(once, 1e-9))))
-    taken: dict[str, list[float]] = {name: [] for name in repeats}
-    for _ in range(samples):
-        for name, repeat in repeats.items():
-            stopwatch.settle(contestants[name])
-            taken[name].append(stopwatch.seconds(contestants[name], repeat))
-    return {
-        name: Timing(*(float(q) for q in np.quantile(times, (0.5, 0.25, 0.75))))
-        for name, times in taken.items()
+@dataclass(frozen=True)
+class Group:
+    """Contestants that are called at the same moment."""
+
+    stopwatch: Stopwatch
+    contestants: Calls
+
+    def repeats(self) -> dict[str, int]:
+        """Return how often each that can run here is called in a sample."""
+        found = {}
+        for name, call in self.contestants.items():
+            try:
+                once = self.stopwatch.seconds(call, 1)  # the first call allocates, traces and compiles
+                if self.stopwatch.most > 1:
+                    once = self.stopwatch.seconds(call, 1)
+            except self.stopwatch.refusals as reason:
+                print(f"    {name} cannot run: {reason}", file=sys.stderr)
+                continue
+            found[name] = max(1, min(self.stopwatch.most, round(self.stopwatch.sample / max(once, 1e-9))))
+        return found
+
+
+def measure_groups(groups: Mapping[str, Group], samples: int) -> dict[str, Timings]:
+    """Time each contestant of each group in turns: one sample of each, then again."""
+    repeats = {title: group.repeats() for title, group in groups.items()}
+    taken: dict[str, dict[str, list[float]]] = {
+        title: {name: [] for name in names} for title, names in repeats.items()
     }
+    order = random.Random(0)
+    for sample in range(samples):
+        _progress(f"    sample {sample + 1} of {samples}")
+        for title, group in groups.items():
+            names = list(repeats[title])
+            order.shuffle(names)  # nobody always has the same one before it
+            for name in names:
+                call = group.contestants[name]
+                group.stopwatch.settle(call)
+                taken[title][name].append(group.stopwatch.seconds(call, repeats[title][name]))
+    _progress("")
+    return {title: {n: Timing.of(times) for n, times in named.items()} for title, named in taken.items()}
 
 
-@cache
-def _ceiling_library() -> ctypes.CDLL | None:
-    """Compile ceiling.cpp for this machine; None where there is no compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        return None
-    folder = tempfile.mkdtemp(prefix="fastema-ceiling-")
-    target = Path(folder) / "ceiling.so"
-    source = Path(__file__).with_name("ceiling.cpp")
-    flags = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-    done = subprocess.run(
-        [compiler, *flags, source, "-o", target], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        print(f"no ceiling: {compiler} cannot compile it\n{done.stderr}", file=sys.stderr)
-        return None
-    library = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)
-    return library
+def measure(contestants: Calls, samples: int, stopwatch: Stopwatch = WARM) -> Timings:
+    """Time each contestant in turns."""
+    return measure_groups({"": Group(stopwatch, contestants)}, samples)[""]
 
 
-def ceilings(kind: str, a: np.ndarray, b: np.ndarray) -> dict[str, Call]:
-    """Return the candidates for this machine's ceiling on two flat arrays; the fastest one is it.
-
-    Args:
-        kind: ``"update"`` (read both, write `a`) or ``"swap"`` (read and write both).
-        a: Averages.
-        b: Values.
-    """
-    library = _ceiling_library()
-    if library is None:
-        return {}
-    pointers = ctypes.c_void_p(a.ctypes.data), ctypes.c_void_p(b.ctypes.data)
-    size = (
-        [ctypes.c_size_t(a.size), a.itemsize, b.itemsize] if kind == "update" else [ctypes.c_size_t(a.nbytes)]
-    )
-    function = getattr(library, f"ceiling_{kind}")
-
-    def candidate(chunk: int, distance: int) -> Call:
-        return lambda: function(*pointers, *size, ctypes.c_size_t(chunk), ctypes.c_size_t(distance))
-
-    return {
-        f"ceiling, {chunk >> 10}k chunks, {distance} ahead": candidate(chunk, distance)
-        for chunk in (1 << 16, 1 << 18)
-        for distance in (0, 2048)
-    }
-
-
-def split_ceiling(timings: dict[str, Timing]) -> tuple[dict[str, Timing], Timing | None]:
-    """Take the ceiling's candidates out of the timings; return the rest and the best of them."""
-    candidates = [t for name, t in timings.items() if name.startswith("ceiling")]
-    rest = {name: t for name, t in timings.items() if not name.startswith("ceiling")}
-    return rest, min(candidates, key=lambda t: t.median, default=None)
+def _progress(text: str) -> None:
+    """Show how far a measurement is, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<40}\r", end="", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One list of arrays: what its update costs, whoever does it."""
+    """One list of arrays at one moment: what its update costs, whoever does it."""
 
     title: str
     bytes_moved: int  # by an update or swap in place, read and written
-    timings: dict[str, Timing]
-    ceiling: Timing | None
+    timings: Timings
+    ceiling: Timing | None  # measured warm, whatever the moment
+    moment: str = ""
 
     @property
     def ours(self) -> Timing:
@@ -169,96 +160,68 @@ class Result:
         """Return a rival's time over fastema's."""
         return self.timings[name].median / self.ours.median
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return {
-            **asdict(self),
-            "gigabytes_per_second": self.bytes_moved / self.ours.median / 1e9,
-            "of_ceiling": self.ceiling and self.ceiling.median / self.ours.median,
-            "ratios": {name: self.ratio(name) for name in self.timings},
-        }
+    @property
+    def of_ceiling(self) -> float | None:
+        """Return the share of the ceiling's speed that fastema has."""
+        return self.ceiling and self.ceiling.median / self.ours.median
 
 
-def run(
+def run_at(
+    moments: Mapping[str, Stopwatch],
     title: str,
     bytes_moved: int,
     contestants: Calls,
+    *,
     ceiling: Calls,
     samples: int,
-    *,
-    stopwatch: Stopwatch = WARM,
-) -> Result:
-    """Measure one list, and say so."""
+) -> list[Result]:
+    """Measure one list at several moments, and say so."""
     print(f"  {title} ...", file=sys.stderr, flush=True)
-    timings, best = split_ceiling(measure({**contestants, **ceiling}, samples, stopwatch))
-    return Result(title, bytes_moved, timings, best)
+    groups = {moment: Group(stopwatch, contestants) for moment, stopwatch in moments.items()}
+    timings = measure_groups({**groups, "ceiling": Group(WARM, ceiling)}, samples)
+    best = min(timings.pop("ceiling").values(), key=lambda t: t.median, default=None)
+    return [Result(title, bytes_moved, named, best, moment) for moment, named in timings.items()]
 
 
-def table(results: list[Result]) -> str:
-    """Return rivals' times over fastema's, a column for each list."""
-    names = list(dict.fromkeys(name for result in results for name in result.timings))
-    width = max(len(name) for name in [*names, "fastema, of the ceiling"]) + 2
-    columns = [max(len(result.title), 8) + 2 for result in results]
-
-    def row(name: str, cells: list[str]) -> str:
-        padded = (cell.rjust(column) for cell, column in zip(cells, columns, strict=True))
-        return name.ljust(width) + "".join(padded)
-
-    def ratio(result: Result, name: str) -> str:
-        return f"{result.ratio(name):.3g}" if name in result.timings else ""
-
-    lines = [row("time / fastema's time", [result.title for result in results])]
-    lines.append("-" * len(lines[0]))
-    lines += [row(name, [ratio(r, name) for r in results]) for name in names if name != "fastema"]
-    lines.append("-" * len(lines[0]))
-    lines.append(row("fastema, us", [f"{r.ours.median * 1e6:.3g}" for r in results]))
-    lines.append(row("fastema, GB/s", [f"{r.bytes_moved / r.ours.median / 1e9:.3g}" for r in results]))
-    of_ceiling = [f"{r.ceiling.median / r.ours.median:.2f}" if r.ceiling else "" for r in results]
-    lines.append(row("fastema, of the ceiling", of_ceiling))
-    return "\n".join(lines)
+def run(title: str, bytes_moved: int, contestants: Calls, ceiling: Calls, samples: int) -> Result:
+    """Measure one list, called back to back, and say so."""
+    return run_at({"": WARM}, title, bytes_moved, contestants, ceiling=ceiling, samples=samples)[0]
 
 
-def chart(results: list[Result], title: str, path: Path) -> None:
-    """Draw the same ratios as bars."""
-    from matplotlib.figure import Figure
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses records to which nothing can be added, before anything is measured."""
 
-    figure = Figure(figsize=(10, 1.2 + 2.2 * len(results)), layout="constrained")
-    for axes, result in zip(np.atleast_1d(figure.subplots(len(results), 1)), results, strict=True):
-        names = sorted(result.timings, key=lambda name: result.timings[name].median)
-        ratios = [result.ratio(name) for name in names]
-        colours = ["tab:blue" if name == "fastema" else "tab:gray" for name in names]
-        bars = axes.barh(names, ratios, color=colours)
-        axes.bar_label(bars, [f" {ratio:.3g}" for ratio in ratios], fontsize=7)
-        axes.set_xscale("log")
-        axes.set_xlim(left=0.5)
-        axes.invert_yaxis()
-        axes.tick_params(labelsize=7)
-        axes.set_title(result.title, fontsize=9, loc="left")
-        if result.ceiling:
-            axes.axvline(result.ceiling.median / result.ours.median, color="tab:red", lw=1, ls="--")
-    figure.suptitle(f"{title}: time / fastema's time (dashed: this machine's ceiling)", fontsize=10)
-    figure.savefig(path, dpi=130)
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the options; `records` are the files to add to."""
+        from . import record
+
+        options = super().parse_args(args, namespace)
+        try:
+            files = [options.json, options.record and record.file_in(options.record)]
+            options.records = [file for file in files if file]
+            for file in options.records:
+                record.opened(file)
+        except (OSError, ValueError) as reason:
+            self.error(str(reason))
+        return options
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of the arguments that the benchmarks share."""
-    arguments = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser(description: str, *, times: bool = True) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that the benchmarks share; not all of them have times to record."""
+    kind = Parser if times else argparse.ArgumentParser
+    arguments = kind(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--quick", action="store_true", help="small lists only, for a look or a test")
+    if not times:
+        return arguments
     arguments.add_argument("--samples", type=int, default=9, help="of each contestant, in turns")
-    arguments.add_argument("--json", type=Path, help="where to write all numbers")
-    arguments.add_argument("--picture", type=Path, help="where to draw them")
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="a record to write or add to")
+    arguments.add_argument("--picture", type=Path, metavar="FILE", help="where to draw them")
+    arguments.add_argument(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=Path("bench/results"),
+        metavar="FOLDER",
+        help="add to this processor's record (in a clone: bench/results)",
+    )
     return arguments
-
-
-def report(results: list[Result], title: str, json_path: Path | None, picture: Path | None) -> None:
-    """Print the table; write JSON and the chart where asked."""
-    print(f"\n{title}, {THREADS} threads each\n\n{table(results)}\n")
-    if json_path:
-        content = {"build": fastema.build_config(), "results": [result.as_dict() for result in results]}
-        json_path.write_text(json.dumps(content, indent=1))
-        print(f"JSON: {json_path}")
-    if picture:
-        chart(results, title, picture)
-        print(f"Chart: {picture}")

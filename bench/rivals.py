@@ -4,7 +4,7 @@ A rival is a function from averages, values (lists of NumPy arrays) and a decay 
 update. It raises ImportError where its library is missing, and Unable where it cannot do these types.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_dtypes
@@ -30,19 +30,6 @@ def numpy_naive(averages: Arrays, values: Arrays, decay: float) -> Call:
     def call() -> None:
         for a, v in zip(averages, values, strict=True):
             a += w * (v - a)  # noqa: PLW2901 - in place
-
-    return call
-
-
-def numpy_out(averages: Arrays, values: Arrays, decay: float) -> Call:
-    w = averages[0].dtype.type(1 - decay)
-    buffers = [np.empty_like(a) for a in averages]
-
-    def call() -> None:
-        for a, v, t in zip(averages, values, buffers, strict=True):
-            np.subtract(v, a, out=t)
-            np.multiply(t, w, out=t)
-            np.add(a, t, out=a)
 
     return call
 
@@ -241,7 +228,6 @@ def jax_donated(averages: Arrays, values: Arrays, decay: float) -> Call:
 
 RIVALS: dict[str, Callable[[Arrays, Arrays, float], Call]] = {
     "NumPy a += w * (v - a)": numpy_naive,
-    "NumPy out=": numpy_out,
     "NumPy out=, in chunks": numpy_chunked,
     "numexpr": numexpr,
     "numba parallel": numba,
@@ -249,7 +235,6 @@ RIVALS: dict[str, Callable[[Arrays, Arrays, float], Call]] = {
     "torch lerp_": torch_lerp,
     "torch AveragedModel": torch_averaged_model,
     "timm ModelEmaV3": timm_v3,
-    "TensorFlow eager": tf_eager,
     "TensorFlow function": tf_function,
     "TensorFlow jit_compile": tf_jit,
     "Keras use_ema, function": keras_use_ema,
@@ -257,12 +242,25 @@ RIVALS: dict[str, Callable[[Arrays, Arrays, float], Call]] = {
 }
 
 
-def contestants(averages: Arrays, values: Arrays, decay: float) -> dict[str, Call]:
-    """Return the rivals that are installed and can do this."""
+FEW = (  # for a look
+    "NumPy a += w * (v - a)",
+    "numba parallel",
+    "torch _foreach_lerp_",
+    "torch AveragedModel",
+    "timm ModelEmaV3",
+    "TensorFlow function",
+    "JAX jit, donated",
+)
+
+
+def contestants(
+    averages: Arrays, values: Arrays, decay: float, names: Iterable[str] = tuple(RIVALS)
+) -> dict[str, Call]:
+    """Return the rivals of these names that are installed and can do this."""
     calls = {}
-    for name, rival in RIVALS.items():
+    for name in names:
         try:
-            calls[name] = rival(averages, values, decay)
+            calls[name] = RIVALS[name](averages, values, decay)
         except (ImportError, Unable):
             continue
     return calls

@@ -58,16 +58,16 @@ def average(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(quick: bool, folder: Path) -> None:
+def measure(quick: bool, samples: int, folder: Path) -> None:
     """Run the benchmarks of updates, swaps and memory."""
     from .bench import bench_memory, bench_swap, bench_update  # noqa: PLC0415 - nobody else needs them
 
     flags = ["--quick"] if quick else []
     for name, benchmark in (("update", bench_update), ("swap", bench_swap)):
-        files = ["--json", str(folder / f"bench-{name}.json")]
+        options = ["--samples", str(samples), "--json", str(folder / f"bench-{name}.json")]
         if find_spec("matplotlib"):
-            files += ["--picture", str(folder / f"bench-{name}.png")]
-        benchmark.main([*flags, *files])
+            options += ["--picture", str(folder / f"bench-{name}.png")]
+        benchmark.main([*flags, *options])
     bench_memory.main(flags)
 
 
@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--picture", type=Path, default=Path("fastema-demo.png"), help="where to write it")
     bench = commands.add_parser("bench", help="time updates and swaps against this machine and all rivals")
     bench.add_argument("--quick", action="store_true", help="small lists only")
+    bench.add_argument("--samples", type=int, default=9, help="of each contestant, in turns")
     bench.add_argument("--folder", type=Path, default=Path(), help="where to write the numbers and charts")
     options = parser.parse_args(arguments)
     if options.command == "info":
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "average":
         return average(options)
     if options.command == "bench":
-        measure(options.quick, options.folder)
+        measure(options.quick, options.samples, options.folder)
         return 0
     try:
         from . import demo as demonstration  # noqa: PLC0415 - loads Keras

@@ -14,7 +14,11 @@ from fastema.bench import (
     bench_posthoc,
     bench_tensorflow,
     bench_update,
+    ceiling,
     harness,
+    lists,
+    moments,
+    record,
 )
 
 import fake_cuda
@@ -23,13 +27,13 @@ from processes import skip_without
 
 
 def test_bench_writes_its_numbers_and_prints_its_tables(tmp_path, capsys):
-    assert command.main(["bench", "--quick", "--folder", str(tmp_path)]) == 0
+    assert command.main(["bench", "--quick", "--samples", "1", "--folder", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for text in ("Update, ", "Swap, ", "of the ceiling", "Extra memory at the peak, KiB"):
         assert text in printed
     for name in ("update", "swap"):
-        results = json.loads((tmp_path / f"bench-{name}.json").read_text())["results"]
-        assert [result["title"] for result in results] == ["10 x 10, f32", "ResNet-50, f32"]
+        results = record.read(tmp_path / f"bench-{name}.json")["sections"][name]["results"]
+        assert {result["title"] for result in results} == {"10 x 10, f32", "ResNet-50, f32"}
         assert all(len(result["timings"]) > 3 for result in results)
         assert (tmp_path / f"bench-{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -53,15 +57,53 @@ def test_what_a_contestant_refuses_is_said_and_the_others_are_measured(capsys):
 
 def test_every_kind_of_array_can_be_measured():
     for case in bench_update.AGAINST_CEILING:
-        result = bench_update.measure(("10 x 10", *case[1:]), with_rivals=False, samples=1)
+        how = bench_update.How({"back to back": harness.WARM}, samples=1)
+        (result,) = bench_update.measure(("10 x 10", *case[1:]), how)
         assert result.ours.median > 0
 
 
-def test_cold_calls_can_be_measured(capsys):
+def test_every_contestant_is_called_at_each_moment_of_a_training_loop(capsys):
+    bench_update.main(["--quick", "--only", "^10 x 10", "--samples", "1"])
+    head, _, *rows = capsys.readouterr().out.split("10 x 10, f32")[1].splitlines()
+    for moment in moments.moments():
+        assert moment in head
+    rivals = rows[: next(i for i, row in enumerate(rows) if row.startswith("fastema"))]
+    assert len(rivals) > 2
+    assert all(row.count("±") == len(moments.moments()) for row in rivals)
+
+
+def test_lists_that_are_not_there_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        bench_update.main(["--only", "BERT"])
+    assert "no list's title matches 'BERT'" in capsys.readouterr().err
+
+
+def test_the_ceilings_loops_leave_all_bits_of_averages_and_values():
+    a, b = (lists.block([(1_000_003,), (5,)], dtype, 1).flat for dtype in ("f32", "bf16"))
+    before = a.tobytes(), b.tobytes()
+    loops = ceiling.ceilings("update", a, b)
+    for loop in loops.values():
+        loop()
+    if not loops:
+        pytest.skip("there is no C++ compiler")
+    assert (a.tobytes(), b.tobytes()) == before
+
+
+def test_arrays_of_a_list_lie_in_one_block_each_at_a_cache_line():
+    shapes = [(3,), (70, 2), (0,), (5,)]
+    block = lists.block(shapes, "bf16", 1)
+    assert [array.shape for array in block.arrays] == shapes
+    assert all(array.ctypes.data % 64 == 0 for array in block.arrays)
+    for array in block.arrays:
+        array[...] = 2
+    assert (block.flat == 2).sum() == lists.elements(shapes)
+
+
+def test_what_threads_bring_can_be_measured(capsys):
     bench_cold.main(["--quick", "--samples", "1"])
     printed = capsys.readouterr().out
-    assert "1,048,576" in printed
-    assert "10 x 10, cold" in printed
+    assert "1,048,576 elements" in printed
+    assert "one thread / fastema" in printed
 
 
 def test_a_step_of_keras_can_be_measured(capsys):

@@ -14,7 +14,7 @@ import numpy as np
 from .harness import WARM, Call, Calls, measure
 
 FLAGS = ["-std=c++20", "-O3", "-funroll-loops", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-CHUNKS = (1 << 18, 1 << 20)  # bytes
+CHUNKS = (1 << 18, 1 << 19, 1 << 20)  # bytes
 DISTANCES = (0, 512, 2048)  # bytes
 FINALISTS = 3  # of all loops, for what is measured in turns with the contestants
 LEAST = 1_000_000  # elements: below, memory is not what limits a call

@@ -117,7 +117,7 @@ def chart(results: list[Result], title: str, path: Path) -> None:
         bars = axes.barh(names, ratios, color=colours)
         axes.bar_label(bars, [f" {ratio:.3g}" for ratio in ratios], fontsize=7)
         axes.set_xscale("log")
-        axes.set_xlim(left=0.5)
+        axes.set_xlim(0.5, 1.5 * max(ratios))
         axes.invert_yaxis()
         axes.tick_params(labelsize=7)
         axes.set_title(": ".join(filter(None, (result.title, result.moment))), fontsize=9, loc="left")

@@ -11,7 +11,7 @@ from ._arrays.torch import copied_state
 from ._ema.averages import Form
 from ._ema.background import Background, Task
 from ._ema.count import Count, Now, Pace, check_span, settled
-from ._ema.exchange import Swapping, any_swapped
+from ._ema.exchange import Block, Swapping, any_swapped
 from ._ema.parts import Options, Parts
 from ._ema.passes import NonFinite
 from ._ema.resumable import Resumable
@@ -344,11 +344,16 @@ class EMA(Resumable):
     def swapped(self, k: int = 0) -> AbstractContextManager[None]:
         """Put averages in the weights' place within a ``with`` statement; each way out undoes it bit for bit.
 
+        Where they are there already, nothing is done: the outermost block gives the weights back, or `swap`
+        if that put averages there. After a `swap` within a block the weights are back at once, and its end
+        changes nothing. Blocks of tasks that take turns in one thread may overlap: the weights are back after
+        the last one.
+
         Args:
             k: Which averages, of several.
 
         Raises:
-            RuntimeError: They are swapped already.
+            RuntimeError: As for `swap`; or other averages of this EMA are in the place of the weights.
 
         Example:
             >>> import fastema, numpy as np
@@ -362,13 +367,12 @@ class EMA(Resumable):
         """
         return Swapping(partial(self._enter, k), self._leave)
 
-    def _enter(self, k: int, begun: list[bool]) -> None:
+    def _enter(self, k: int, block: Block) -> None:
         self.wait()
-        self._bound().exchange.enter(k, self._settled(), begun)
+        self._bound().exchange.enter(k, self._settled(), block)
 
-    def _leave(self, begun: list[bool]) -> None:
-        if begun and self.is_swapped:
-            self.swap()
+    def _leave(self, block: Block) -> None:
+        self._parts.exchange.leave(block)
 
     def copy_to(self, values: Nested | None = None, k: int = 0) -> Nested:
         """Write averages into values, for good.

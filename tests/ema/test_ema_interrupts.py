@@ -139,6 +139,27 @@ def test_weights_come_back_out_of_nested_evaluations_wherever_they_are_interrupt
 
 
 @pytest.mark.parametrize("error", ERRORS)
+def test_an_interrupt_in_an_evaluation_within_an_evaluation_leaves_the_outer_one_as_it_is(error):
+    for moment in itertools.count(1, 17):
+        values = weights(0)
+        ema = fastema.EMA(values, 0.75)
+        train(values, 1)
+        ema.update()
+        raw = {name: x.tobytes() for name, x in values.items()}
+        interrupt = Interrupt(error, moment)
+        with ema.swapped():
+            seen = {name: x.tobytes() for name, x in values.items()}
+            with interrupt.within(), ema.swapped(), ema.swapped():
+                pass
+            assert ema.is_swapped
+            assert {name: x.tobytes() for name, x in values.items()} == seen, moment
+        assert not ema.is_swapped
+        assert {name: x.tobytes() for name, x in values.items()} == raw, moment
+        if not interrupt.came:
+            break
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_real_signals_come_between_averages_and_step_nowhere(error):
     def handler(*_):
         raise error

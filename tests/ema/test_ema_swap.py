@@ -1,6 +1,7 @@
 """Averages in the place of the weights, for a while (swap, swapped) or for good (copy_to)."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -245,19 +246,124 @@ def test_swapped_leaves_alone_what_was_swapped_back_within(weights):
     assert bits(weights) == raw
 
 
-def test_a_second_swapped_is_refused_and_the_first_goes_on(weights):
+def test_an_evaluation_within_an_evaluation_is_nothing_and_the_outermost_gives_the_weights_back(weights):
     ema = fastema.EMA(weights)
     trained(ema, weights)
     raw = bits(weights)
     with ema.swapped():
         seen = bits(weights)
+        with ema.swapped(), ema.swapped():
+            assert bits(weights) == seen
+        assert ema.is_swapped
+        with pytest.raises(ZeroDivisionError), ema.swapped():
+            raise ZeroDivisionError
+        assert ema.is_swapped
+        assert bits(weights) == seen
+    assert not ema.is_swapped
+    assert bits(weights) == raw
+
+
+def test_an_evaluation_after_a_swap_leaves_the_averages_there(weights):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    raw = bits(weights)
+    ema.swap()
+    seen = bits(weights)
+    with ema.swapped():
+        assert bits(weights) == seen
+    assert bits(weights) == seen
+    ema.swap()
+    assert bits(weights) == raw
+
+
+def test_after_a_swap_within_an_evaluation_the_weights_are_there_and_each_further_one_has_its_averages(
+    weights,
+):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    raw = bits(weights)
+    with ema.swapped():
+        seen = bits(weights)
+        with ema.swapped():
+            ema.swap()
+            assert bits(weights) == raw
+        assert bits(weights) == raw
+        with ema.swapped():
+            assert bits(weights) == seen
+        assert bits(weights) == raw
+        ema.swap()
+        assert bits(weights) == seen
+    assert bits(weights) == raw
+
+
+def test_an_evaluation_of_another_decay_within_one_is_refused(weights):
+    ema = fastema.EMA(weights, [0.5, 0.9])
+    trained(ema, weights)
+    raw = bits(weights)
+    with ema.swapped(1):
+        seen = bits(weights)
         with (
-            pytest.raises(RuntimeError, match=r"swapped\(\) cannot be entered while averages"),
+            pytest.raises(RuntimeError, match=r"swapped\(0\) needs .* averages of swapped\(1\)"),
             ema.swapped(),
         ):
             pass
+        with pytest.raises(IndexError), ema.swapped(2):
+            pass
         assert bits(weights) == seen
     assert bits(weights) == raw
+
+
+def test_an_evaluation_within_that_of_another_ema_is_refused_where_that_covers_its_own():
+    weight = np.zeros(2)
+    slow, fast = fastema.EMA([weight], 0.75), fastema.EMA([weight], 0.5)
+    weight += 4
+    slow.update()
+    fast.update()
+    with slow.swapped(), fast.swapped():
+        with pytest.raises(RuntimeError, match="another EMA's averages"), slow.swapped():
+            pass
+        with fast.swapped():
+            assert (weight == 2).all()
+    assert (weight == 4).all()
+
+
+def test_an_evaluation_that_outlives_the_one_it_began_in_has_averages_to_its_end(weights):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    raw = bits(weights)
+    first, second = ema.swapped(), ema.swapped()
+    first.__enter__()
+    seen = bits(weights)
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert bits(weights) == seen
+    second.__exit__(None, None, None)
+    assert bits(weights) == raw
+
+
+def test_an_evaluation_that_was_begun_and_lost_keeps_no_other_from_its_end(weights):
+    ema = fastema.EMA(weights)
+    trained(ema, weights)
+    raw = bits(weights)
+    with ema.swapped():
+        ema.swapped().__enter__()
+    assert bits(weights) == raw
+
+
+def test_an_evaluation_within_that_of_another_thread_is_refused():
+    weight = np.zeros(2)
+    ema = fastema.EMA([weight], 0.5)
+    weight += 1
+    ema.update()
+
+    def evaluate():
+        with ema.swapped():
+            return "seen"
+
+    with ThreadPoolExecutor(1) as other, ema.swapped():
+        error = other.submit(evaluate).exception()
+    assert "another thread has put these averages" in str(error)
+    assert (weight == 1).all()
 
 
 def test_what_needs_the_weights_is_refused_while_they_are_away(weights):
@@ -267,7 +373,7 @@ def test_what_needs_the_weights_is_refused_while_they_are_away(weights):
     with ema.swapped():
         seen, step = bits(weights), ema.step
         for call in (ema.update, ema.copy_to, lambda: ema.load_state_dict(state)):
-            with pytest.raises(RuntimeError, match=r"\(\) needs the weights, .* call swap\(\) first"):
+            with pytest.raises(RuntimeError, match=r" needs the weights, .* call swap\(\) first"):
                 call()
         assert bits(weights) == seen
         assert ema.step == step

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import ContextDecorator, suppress
 from functools import partial
+from itertools import count as numbers
 from threading import RLock, get_ident
 from typing import NamedTuple, TypeVar
 from weakref import ReferenceType, ref
@@ -46,6 +47,7 @@ class _Covering(NamedTuple):
 
 
 _stack: list[_Covering] = []  # the last on top; some of them are gone, or have their weights back
+_numbers = numbers(1)  # of blocks
 _lock = RLock()  # while contents are exchanged, which others might exchange, too
 if hasattr(os, "register_at_fork"):  # no child is born in the midst of it
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -78,17 +80,32 @@ def to_the_end(act: Callable[..., T], *arguments: object) -> T:
         raise
 
 
+class Block:
+    """One ``with`` statement that is to see averages.
+
+    Attributes:
+        restores: Whether the weights are to be back after it: they were there before it, or before a block
+            that it outlives.
+        number: Of blocks that were entered later, greater.
+    """
+
+    __slots__ = ("__weakref__", "number", "restores")
+
+    def __init__(self) -> None:
+        self.restores, self.number = False, 0
+
+
 class Swapping(_core.Scope, ContextDecorator):
     """Averages are in the place of the weights within a ``with`` statement; see `EMA.swapped`.
 
     Args:
-        enter: Puts them there, and adds to the list that it is given when that has begun.
-        leave: Puts the weights back, if that list has an item.
+        enter: Puts them there for a block, which it notes when that has begun.
+        leave: Puts the weights back, if the block is to.
     """
 
-    def __init__(self, enter: Callable[[list[bool]], None], leave: Callable[[list[bool]], None]) -> None:
-        begun: list[bool] = []
-        super().__init__(partial(enter, begun), partial(leave, begun))
+    def __init__(self, enter: Callable[[Block], None], leave: Callable[[Block], None]) -> None:
+        block = Block()
+        super().__init__(partial(enter, block), partial(leave, block))
         self._makers = enter, leave
 
     def _recreate_cm(self) -> "Swapping":
@@ -111,6 +128,7 @@ class Exchange:
     def __init__(self, values: Values, averages: Averages, threads: int) -> None:
         self.values, self.averages, self._threads = values, averages, threads
         self.swapped: Swapped | None = None
+        self._blocks: list[ReferenceType[Block]] = []  # that are open, and not lost
         self._buffers: list[dict[str, Array]] = []  # that a module had before
         self._exchanged: set[int] = set()  # the devices where contents are exchanged
         # exchanged with those in host memory, and tells so where an interrupt comes up as native code returns
@@ -150,9 +168,10 @@ class Exchange:
         """
         for exchange, thread in _coverings():
             if thread != get_ident() and self._meets(exchange):
+                whose = "these" if exchange is self else "another EMA's"
                 raise RuntimeError(
-                    "swap() needs these values, and another thread has put another EMA's averages in the "
-                    "place of some: evaluate one after the other"
+                    f"swap() needs these values, and another thread has put {whose} averages in the place of "
+                    "some: evaluate one after the other"
                 )
 
     def _meets(self, other: "Exchange") -> bool:
@@ -214,21 +233,45 @@ class Exchange:
     def _swap(self, k: int, count: Count) -> None:
         if self.swapped is None:
             self._put_averages(k, count)
+        else:
+            self._put_weights()
+
+    def enter(self, k: int, count: Count, block: Block) -> None:
+        """Put the k-th averages in the place of the weights for a block, unless they are there."""
+        _core.locked(_lock, self._enter, k, count, block)
+
+    def _enter(self, k: int, count: Count, block: Block) -> None:
+        block.number = next(_numbers)
+        if self.swapped is None:
+            block.restores = True
+            self._blocks.append(ref(block))
+            self._put_averages(k, count)
             return
-        if len(_stack) > 1:
-            self.check_not_covered("swap()")
-        to_the_end(self._undo)
-        self.values.check_kept()
+        if self.averages.checked_index(k) != self.swapped.k:
+            raise RuntimeError(
+                f"swapped({k}) needs the weights, and the averages of swapped({self.swapped.k}) are in their "
+                "place: leave that first"
+            )
+        self.check_not_covered("swapped()")
+        self._check_thread()
+        self._blocks.append(ref(block))
 
-    def enter(self, k: int, count: Count, begun: list[bool]) -> None:
-        """Put the k-th averages in the place of the weights, and note it if that has begun."""
-        _core.locked(_lock, self._enter, k, count, begun)
+    def leave(self, block: Block) -> None:
+        """Put the weights back after a block, if it is to, and called again, do what was interrupted of that.
 
-    def _enter(self, k: int, count: Count, begun: list[bool]) -> None:
-        if self.swapped is not None:
-            raise RuntimeError("swapped() cannot be entered while averages are in the place of the weights")
-        begun.append(True)
-        self._put_averages(k, count)
+        If others that began in it are open still, as in tasks that take turns, the next one does so instead.
+        """
+        _core.locked(_lock, self._leave, block)
+
+    def _leave(self, block: Block) -> None:
+        self._blocks = [x for x in self._blocks if x() not in (None, block)]
+        others = (x() for x in self._blocks)
+        later = [x for x in others if x is not None and x.number > block.number]
+        if block.restores and later:
+            later[0].restores = True
+        elif block.restores and self.swapped is not None:
+            self._put_weights()
+        block.restores = False
 
     def resume(self, k: int, weights: dict[int, Locals], count: Count) -> None:
         """Put averages in the place of weights that were saved earlier, whatever the values are now."""
@@ -293,6 +336,12 @@ class Exchange:
         except BaseException:
             to_the_end(self._undo)
             raise
+
+    def _put_weights(self) -> None:
+        if len(_stack) > 1:
+            self.check_not_covered("swap()")
+        to_the_end(self._undo)
+        self.values.check_kept()
 
     def _undo(self) -> None:
         """Undo `_put_averages`, from wherever it was interrupted, and this, too."""

@@ -143,7 +143,8 @@ class EMA(Resumable):
             values, Options(Selection(buffers, only), form, background, stochastic, threads)
         )
         self._background = Background() if background else None
-        self._now: Now = [Count.at_start(len(self._pace.decays), zeros=initial == "zeros")]
+        self._start = Count.at_start(len(self._pace.decays), zeros=initial == "zeros")
+        self._now: Now = [self._start]
 
     # --- updates ----------------------------------------------------------------------------------
 
@@ -223,6 +224,38 @@ class EMA(Resumable):
         if fence and parts.averages.on_host:
             self.fence()
 
+    def reset(self, values: Nested | None = None) -> None:
+        """Start again from the weights, as when the EMA was made: averages, carries, step and clock.
+
+        The averages stay the arrays that they are.
+
+        Args:
+            values: As for `update`: what to start at. None: the weights as they are now.
+
+        Raises:
+            RuntimeError: As for `update`.
+            ValueError: The values do not fit, or must be given (JAX). Nothing has changed.
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> weights = {"w": np.zeros(2)}
+            >>> ema = fastema.EMA(weights, 0.5)
+            >>> weights["w"] += 1.0  # as pretraining ends
+            >>> ema.update()
+            >>> ema.reset()
+            >>> ema.averages["w"], ema.step
+            (array([1., 1.]), 0)
+        """
+        self._parts.exchange.check_not_swapped("reset()")
+        self._parts.exchange.check_not_covered("reset()")
+        self.wait()
+        before = self._settled()
+        parts, arrays, later = (
+            (self._parts.bound(), None, None) if values is None else self._parts.given(values)
+        )
+        self._parts = parts
+        parts.passes.start_again(arrays, later, before, self._start, self._now)
+
     def fence(self) -> None:
         """Have CUDA devices change no value before the last update has copied it to host memory.
 
@@ -271,8 +304,20 @@ class EMA(Resumable):
 
     @property
     def step(self) -> int:
-        """The number of updates seen."""
+        """The number of updates seen; set, the number and time that schedules, `every` and so on go on from.
+
+        It can be set to a whole number from 0. The clock follows; averages stay as they are, and count as
+        those of that step. That is a RuntimeError where updates took other spans than 1, as no step tells the
+        time then, and while averages are in the place of the weights.
+        """
         return self._settled().step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        step = check_count(step, "step")
+        self._parts.exchange.check_not_swapped("setting step")
+        self.wait()
+        self._now[0] = self._settled().at_step(step, self._pace)
 
     @property
     def clock(self) -> float:

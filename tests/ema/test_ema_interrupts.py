@@ -73,6 +73,9 @@ CALLS = {
     "swapped": lambda ema, _: evaluate(ema),
     "copy_to": lambda ema, _: ema.copy_to(),
     "state_dict": lambda ema, _: ema.state_dict(),
+    "reset": lambda ema, _: ema.reset(),
+    "reset to other values": lambda ema, _: ema.reset(weights(9)),
+    "setting the step": lambda ema, _: setattr(ema, "step", 7),
     "load_state_dict": lambda ema, state: ema.load_state_dict(state),
 }
 ERRORS = KeyboardInterrupt, TimeoutError  # of Ctrl-C, and of a handler of one's own

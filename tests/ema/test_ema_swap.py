@@ -3,6 +3,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -372,7 +373,8 @@ def test_what_needs_the_weights_is_refused_while_they_are_away(weights):
     state = ema.state_dict()
     with ema.swapped():
         seen, step = bits(weights), ema.step
-        for call in (ema.update, ema.copy_to, lambda: ema.load_state_dict(state)):
+        setting = partial(setattr, ema, "step", 7)
+        for call in (ema.update, ema.copy_to, ema.reset, lambda: ema.load_state_dict(state), setting):
             with pytest.raises(RuntimeError, match=r" needs the weights, .* call swap\(\) first"):
                 call()
         assert bits(weights) == seen

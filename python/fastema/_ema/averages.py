@@ -129,6 +129,15 @@ class Averages:
             raise IndexError(f"k must be from 0 to {len(self.by_decay) - 1}, got {k}")
         return index
 
+    def start_at(self, local_arrays: Sequence[Locals]) -> None:
+        """Let all averages start again, at other local arrays of each leaf."""
+        for averages in self.by_decay:
+            for i, local in averages.items():
+                for value, average in zip(local_arrays[i], local, strict=True):
+                    _arrays.write(value, average)
+        for carries in self.carries:
+            _clear(carries.values())
+
     def clear(self, k: int) -> None:
         """Let the k-th averages start at nothing."""
         _clear(self.by_decay[k][i] for i in self.averaged)

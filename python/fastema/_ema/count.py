@@ -113,6 +113,24 @@ class Count(NamedTuple):
             products = tuple(x * decay for x, decay in zip(products, decays, strict=True))
         return Count(self.step + 1, clock, clock, decays, products)
 
+    def at_step(self, step: int, pace: Pace) -> "Count":
+        """Return the count as if so many updates had been seen, each with a span of 1.
+
+        Averages stay what they are, and count as those of that step: also those that have not moved yet.
+
+        Raises:
+            RuntimeError: Updates took other spans, so that no step tells the time.
+        """
+        if self.clock != self.step:
+            raise RuntimeError(
+                "step cannot be set where updates took other spans than 1: no step tells the time, the "
+                f"clock is at {self.clock} after {self.step} updates; call reset() first"
+            )
+        clock, averaged = times_of(step, pace.every)
+        averaged = max(averaged, min(step, pace.start_step - 1))  # before the start each step copies
+        unmoved = (1.0,) * len(self.products) if averaged else ()
+        return Count(step, clock, averaged, self.decays or unmoved, self.products)
+
     @property
     def is_blank(self) -> bool:
         """Whether steps were counted and none has averaged: what is shown then are the weights of now."""
@@ -150,6 +168,11 @@ def settled(now: Now) -> Count:
     while not isinstance(found := now[0], Count):
         found.finish(now)
     return found
+
+
+def times_of(step: int, every: int) -> tuple[float, float]:
+    """Return the clock, and the time of the last average, where each step took a span of 1."""
+    return step, step - step % every
 
 
 def check_span(span: object, name: str = "span") -> float:

@@ -11,6 +11,8 @@ from .._types import Array
 from ..functional import Pairs, paired
 from .averages import Averages
 from .count import Count, Now
+from .exchange import to_the_end
+from .tree import Nested
 from .values import Locals, Values, by_device
 
 if TYPE_CHECKING:
@@ -253,6 +255,31 @@ class Passes:
         if cleared:
             now[0] = rest
         rest.finish(now)
+
+    def start_again(
+        self, arrays: list[Array] | None, later: Nested, before: Count, start: Count, now: Now
+    ) -> None:
+        """Let the averages start at the values; all of that happens or, where it raises, nothing.
+
+        Args:
+            arrays: As for `over`.
+            later: What holds them, as for `Values.keep`.
+            before: The count until now.
+            start: The count from then on.
+            now: As for `move`.
+        """
+        over = self.over(arrays, before)
+        over.wait()
+        for pairs in (*over.pairs, *over.copies):
+            pairs._check()
+        local_arrays = self._values.local_arrays(self._values.sources(arrays))
+        self._values.keep(later, arrays)
+        to_the_end(self._start_at, local_arrays, start, now)
+
+    def _start_at(self, local_arrays: Sequence[Locals], start: Count, now: Now) -> None:
+        self._averages.start_at(local_arrays)
+        self._values.latest = None
+        now[0] = start
 
     def _go_on(self, rest: Rest, now: Now) -> None:
         """Move what has not moved, and copy; what was copied before is copied again."""

@@ -17,7 +17,7 @@ from .._types import Array, DType, check_count, check_share, float_type, narrowe
 from ..checkpoint import _sets
 from ..checkpoint._replace import StrPath
 from ..checkpoint._state import PlainState, Saved, write_state
-from .count import Count, Now, check_span
+from .count import Count, Now, check_span, times_of
 from .exchange import Exchange
 from .tree import Nested, Selection
 from .values import Locals, Values
@@ -96,7 +96,7 @@ class State:
             "swapped": self.swapped,
             "config": dict(self.config),
         }
-        if (count.clock, count.averaged) != _times_of(count.step, self.config):
+        if (count.clock, count.averaged) != times_of(count.step, _every_of(self.config)):
             state["clock"], state["averaged"] = count.clock, count.averaged
         return state
 
@@ -153,7 +153,7 @@ class State:
         products = tuple(check_share(product, "state['products']") for product in state["products"])
         decays = tuple(check_share(decay, "state['decay']") for decay in state["decay"] or ())
         config = state.get("config", {})
-        clock, averaged = _times_of(step, config)
+        clock, averaged = times_of(step, _every_of(config))
         if "clock" in state:
             clock = _check_time(state["clock"], "state['clock']")
             averaged = _check_time(state["averaged"], "state['averaged']")
@@ -331,9 +331,9 @@ def _rounded(average: np.ndarray, dtype: DType, name: str) -> np.ndarray:
     return rounded
 
 
-def _times_of(step: int, config: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the clock, and the time of the last average, where each step took a span of 1."""
-    return step, step - step % config.get("every", 1)
+def _every_of(config: Mapping[str, Any]) -> int:
+    every: int = config.get("every", 1)
+    return every
 
 
 def _check_time(time: object, name: str) -> float:

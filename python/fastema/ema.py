@@ -16,6 +16,7 @@ from ._ema.parts import Options, Parts
 from ._ema.passes import NonFinite
 from ._ema.resumable import Resumable
 from ._ema.tree import Buffers, Nested, Only, Selection
+from ._ema.views import Views
 from ._types import Decay, check_choice, check_count, float_type
 from .checkpoint._replace import StrPath
 
@@ -140,7 +141,7 @@ class EMA(Resumable):
 
         form = Form(len(self._pace.decays), kept, rounding, device == "cpu", memory, buffers)
         self._parts = Parts.of(
-            values, Options(Selection(buffers, only), form, background, stochastic, threads)
+            values, Options(Selection(buffers, only), form, background, stochastic, threads, Views())
         )
         self._background = Background() if background else None
         self._start = Count.at_start(len(self._pace.decays), zeros=initial == "zeros")
@@ -472,7 +473,51 @@ class EMA(Resumable):
         self._parts.exchange.check_not_swapped("rebind()")
         self._parts = Parts.of(values, self._parts.options, self._parts, call="rebind()")
 
-    # --- state ------------------------------------------------------------------------------------
+    # --- models -----------------------------------------------------------------------------------
+
+    def module(self, k: int = 0) -> Any:
+        """Return a torch module that computes with the averages and never trains: a teacher, a target.
+
+        Its parameters lie in the memory of the averages: nothing is copied, and an update, `reset` and
+        `load_state_dict` are in it at once. Its state dict has the names of the model's; what is loaded into
+        it is loaded into the averages. It has the parts that the model has when this is called, is in
+        evaluation mode for good (``train()`` of a module around it changes nothing), and no parameter
+        requires a gradient.
+
+        It computes in the type of the averages. Beside bfloat16 weights that is float32: bfloat16 arguments
+        of its ``forward`` are cast to it, and what it returns is of it; ``torch.autocast`` makes it as
+        fast as the model. Buffers are as the averages have them; those that no checkpoint holds are copied.
+        What `only` leaves out and is not trained is the model's own.
+
+        As long as it lives a swap keeps the weights aside, and exchanges nothing: it always computes with
+        averages. `copy.deepcopy` makes a module of its own of it.
+
+        Args:
+            k: Which averages, of several.
+
+        Raises:
+            RuntimeError: Averages are in the place of the weights.
+            TypeError: The values are no torch module, or it cannot be copied.
+            ValueError: Averages are not kept as they are shown (``initial="zeros"``) or where the model is
+                (``device="cpu"``), values are sharded, or `only` leaves out a parameter that is trained.
+
+        Example:
+            Self-distillation::
+
+                ema = fastema.EMA(student, 0.996)
+                teacher = ema.module()
+                for batch in batches:
+                    with torch.no_grad():
+                        targets = teacher(batch)
+                    distance(student(batch), targets).backward()
+                    optimizer.step()
+                    ema.update()
+        """
+        self._parts.exchange.check_not_swapped("module()")
+        self.wait()
+        parts = self._bound()
+        k = parts.averages.checked_index(k)
+        return parts.options.views.module(parts.values, parts.averages, k, self._settled())
 
     def model_state_dict(self) -> dict[str, Any]:
         """Return a copy of a torch module's state dict with averages in it, in the weights' own types.
@@ -489,9 +534,7 @@ class EMA(Resumable):
 
                 torch.save(ema.model_state_dict(), "model.pt")
         """
-        module = self._bound().values.given
-        if not hasattr(module, "state_dict") or not hasattr(module, "named_parameters"):
-            raise TypeError(f"values must be a torch module, got {type(module).__name__}: use averages")
+        module = self._bound().values.module()
         if self.is_swapped:
             return copied_state(module)
         with self.swapped():

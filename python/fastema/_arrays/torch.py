@@ -217,6 +217,15 @@ def _count_version(tensor: AnyArray) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
+def written(tensors: Sequence[AnyArray]) -> None:
+    """Tell autograd that tensors were changed behind its back."""
+    if not tensors:
+        return
+    import torch  # noqa: PLC0415
+
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+
+
 def _is_dtensor(value: object) -> bool:
     return is_loaded(value, "torch.distributed.tensor", "DTensor")
 

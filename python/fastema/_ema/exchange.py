@@ -18,6 +18,7 @@ from .averages import Averages, shown
 from .count import Count
 from .tree import Nested
 from .values import Locals, Values, by_device, check_writable
+from .views import Views
 
 T = TypeVar("T")
 
@@ -121,12 +122,13 @@ class Exchange:
     Attributes:
         values: The weights.
         averages: What is kept of them.
+        views: The modules in the memory of these.
         swapped: What was asked for last. Set before the first array is changed, and reset after the last has
             come back: whatever happens between can be undone.
     """
 
-    def __init__(self, values: Values, averages: Averages, threads: int) -> None:
-        self.values, self.averages, self._threads = values, averages, threads
+    def __init__(self, values: Values, averages: Averages, threads: int, views: Views) -> None:
+        self.values, self.averages, self._threads, self.views = values, averages, threads, views
         self.swapped: Swapped | None = None
         self._blocks: list[ReferenceType[Block]] = []  # that are open, and not lost
         self._buffers: list[dict[str, Array]] = []  # that a module had before
@@ -320,7 +322,8 @@ class Exchange:
         self.values.check_exchange()
         k = self.averages.checked_index(k)
         exchanged = (*self.averages.averaged, *self.averages.copied)
-        apart = [i for i in sorted(exchanged) if not self._exchangeable(k, i, count)]
+        viewed = self.views.are_used()  # who computes in this memory, computes with averages
+        apart = [i for i in sorted(exchanged) if viewed or not self._exchangeable(k, i, count)]
         copy = _arrays.host_copy if self.averages.on_host else _arrays.copy
         weights = {i: [copy(x) for x in leaves[i].local_arrays()] for i in apart}
         averages = {i: self.average_of(k, i, count) for i in apart}

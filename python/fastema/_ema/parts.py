@@ -11,6 +11,7 @@ from .mapping import check_not_of_values
 from .passes import Passes
 from .tree import Nested, Selection
 from .values import Values
+from .views import Views
 
 
 class Options(NamedTuple):
@@ -22,6 +23,7 @@ class Options(NamedTuple):
         unchanging: Whether values that can change are refused.
         seed: Of stochastic rounding. None: averages are rounded to nearest.
         threads: See `EMA`.
+        views: The modules in the memory of averages.
     """
 
     selection: Selection
@@ -29,6 +31,7 @@ class Options(NamedTuple):
     unchanging: bool
     seed: int | None
     threads: int
+    views: Views
 
 
 class Parts(NamedTuple):
@@ -69,8 +72,8 @@ class Parts(NamedTuple):
             check_not_of_values(options.form.memory, values.names, local)
         old = None if before is None else (before.values, before.averages)
         averages = Averages(values, local, options.form, old)
-        exchange = Exchange(values, averages, options.threads)
-        passes = Passes(values, averages, local, seed=options.seed, threads=options.threads)
+        exchange = Exchange(values, averages, options.threads, options.views)
+        passes = Passes(values, averages, local, options.views, seed=options.seed, threads=options.threads)
         return cls(values, averages, exchange, passes, options)
 
     def _check_process(self) -> None:

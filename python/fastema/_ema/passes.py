@@ -14,6 +14,7 @@ from .count import Count, Now
 from .exchange import to_the_end
 from .tree import Nested
 from .values import Locals, Values, by_device
+from .views import Views
 
 if TYPE_CHECKING:
     from ..cuda import Offload
@@ -94,6 +95,7 @@ class Passes:
         values: What averages move towards.
         averages: What moves.
         local_arrays: Of each leaf, the local arrays as they are now.
+        views: The modules in the memory of averages.
         seed: Of stochastic rounding. None: averages are rounded to nearest.
         threads: See `EMA`.
     """
@@ -103,11 +105,12 @@ class Passes:
         values: Values,
         averages: Averages,
         local_arrays: Sequence[Locals],
+        views: Views,
         *,
         seed: int | None,
         threads: int,
     ) -> None:
-        self._values, self._averages = values, averages
+        self._values, self._averages, self._views = values, averages, views
         self._seed, self._threads = seed, threads
         checked = self._pass_over(local_arrays)
         self._on_host = not checked.offloads and all(pairs._is_on_host for pairs in checked.pairs)
@@ -226,6 +229,7 @@ class Passes:
             now: As for `move`.
         """
         if over is not None:
+            self._views.follow(self._values, self._averages)
             now[0] = Rest(self, over, count, len(over.pairs) + len(over.offloads))
             self._copy(over)
         now[0] = count
@@ -243,6 +247,8 @@ class Passes:
         Raises:
             Exception: Nothing has changed then, but by an offload.
         """
+        if self._views.each:
+            self._views.follow(self._values, self._averages)
         if over.act is not None and not before.has_zeros:
             pairs, copies = over.act
             decays = count.decays
@@ -274,6 +280,7 @@ class Passes:
             pairs._check()
         local_arrays = self._values.local_arrays(self._values.sources(arrays))
         self._values.keep(later, arrays)
+        self._views.follow(self._values, self._averages)
         to_the_end(self._start_at, local_arrays, start, now)
 
     def _start_at(self, local_arrays: Sequence[Locals], start: Count, now: Now) -> None:

@@ -312,6 +312,7 @@ class Fitted(NamedTuple):
             ValueError: A file was changed since it was opened. The values are as they were.
             OSError: A file cannot be read. The values are as they were.
         """
+        exchange.views.follow(exchange.values, exchange.averages)
         for target, source in self.pairs:
             if isinstance(source, _sets.Unread) and isinstance(target, np.ndarray):
                 source.read_into(target)

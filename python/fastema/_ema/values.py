@@ -238,6 +238,21 @@ class Values:
         """What holds the values."""
         return self._given
 
+    def module(self) -> Nested:
+        """Return the torch module that holds the values.
+
+        Raises:
+            TypeError: They are held by something else.
+        """
+        module = self._given
+        if not hasattr(module, "state_dict") or not hasattr(module, "named_parameters"):
+            raise TypeError(f"values must be a torch module, got {type(module).__name__}: use averages")
+        return module
+
+    def placed(self) -> Iterable[tuple[str, int, Array | None]]:
+        """Return of each value that was given its name, its leaf and, if it can change, the array."""
+        return zip(self._tree.names, self._places, self._arrays, strict=True)
+
     def replaced(self) -> bool:
         """Tell whether what holds the values holds other arrays by now."""
         if self._contents is not None and not self._contents.changed():

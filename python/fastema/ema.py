@@ -17,7 +17,7 @@ from ._ema.passes import NonFinite
 from ._ema.resumable import Resumable
 from ._ema.tree import Buffers, Nested, Only, Selection
 from ._ema.views import Views
-from ._types import Decay, check_choice, check_count, float_type
+from ._types import Decay, check_choice, check_count, check_share, float_type
 from .checkpoint._replace import StrPath
 
 
@@ -445,6 +445,39 @@ class EMA(Resumable):
         k = self._parts.averages.checked_index(k)
         parts = self._bound() if values is None else self._followed()
         return parts.exchange.copy_to(values, k, self._settled())
+
+    def pull(self, amount: float = 1.0, k: int = 0) -> None:
+        """Move the weights towards their averages, in place: ``value += amount * (average - value)``.
+
+        Training goes on from there: Switch EMA (https://arxiv.org/abs/2402.09240) and Keras'
+        ``ema_overwrite_frequency`` do it with 1.0 once in a while, Lookahead (https://arxiv.org/abs/1907.08610)
+        at every step that averages. It is an update with the roles exchanged: with ``1 - (1 - amount)`` for
+        the amount, in float32 for weights of 16 and 32 bits, rounded once to their type; 1.0 copies. What is
+        copied and not averaged stays as it is; so do averages and counters.
+
+        Args:
+            amount: From 0 to 1, how far.
+            k: Towards which averages, of several.
+
+        Raises:
+            RuntimeError: As for `update`, or FSDP holds the parameters gathered.
+            TypeError: A value never changes, as JAX arrays; or it is of fewer bits than a float64 average.
+            ValueError: A value is read-only, or lies elsewhere than its average. Nothing has changed then.
+
+        Example:
+            >>> import fastema, numpy as np
+            >>> weight = np.zeros(2)
+            >>> ema = fastema.EMA([weight], 0.5)
+            >>> weight += 4.0
+            >>> ema.update()
+            >>> ema.pull(0.25)
+            >>> weight
+            array([3.5, 3.5])
+        """
+        amount = check_share(amount, "amount")
+        self.wait()
+        k = self._parts.averages.checked_index(k)
+        self._bound().exchange.pull(amount, k, self._settled())
 
     def rebind(self, values: Nested) -> None:
         """Go on with other arrays in the place of the values: of the same names and shapes.

@@ -73,6 +73,7 @@ CALLS = {
     "swapped": lambda ema, _: evaluate(ema),
     "copy_to": lambda ema, _: ema.copy_to(),
     "state_dict": lambda ema, _: ema.state_dict(),
+    "pull": lambda ema, _: ema.pull(0.25),
     "reset": lambda ema, _: ema.reset(),
     "reset to other values": lambda ema, _: ema.reset(weights(9)),
     "setting the step": lambda ema, _: setattr(ema, "step", 7),

@@ -12,7 +12,7 @@ from weakref import ReferenceType, ref
 import numpy as np
 
 from .. import _arrays, _core
-from .._types import Array
+from .._types import MIXES, Array
 from ..functional import paired
 from .averages import Averages, shown
 from .count import Count
@@ -316,6 +316,40 @@ class Exchange:
 
         return self.values.build_given(to_the_end(write))
 
+    def pull(self, amount: float, k: int, count: Count) -> None:
+        """Move the values towards the k-th averages; see `EMA.pull`."""
+        self.check_not_swapped("pull()")
+        self.check_not_covered("pull()")
+        self.values.check_writable("pull()")
+        self.values.check_exchange()
+        if amount == 0.0:
+            return
+        leaves = self.values.leaves
+        averages = {i: self.average_of(k, i, count) for i in self.averages.averaged}
+        values = {i: leaves[i].local_arrays() for i in averages}
+        apart = [i for i in averages if not leaves[i].in_place()]
+        values.update({i: [_arrays.copy(x) for x in values[i]] for i in apart})
+        for i, average in averages.items():
+            _check_pulls(self.values.names[i], values[i], average)
+        acts = []
+        for together in by_device(averages, values):
+            names = [self.values.names[i] for i in together for _ in values[i]]
+            pulled, towards = ([x for i in together for x in lists[i]] for lists in (values, averages))
+            acts.append((paired(pulled, towards, names=names, arguments=_PULLED), [False]))
+
+        def pull() -> None:
+            for pairs, done in acts:
+                if not done[0]:
+                    pairs._move(1.0 - amount, self._threads, done, True, seed=None, step=0)
+            for i in averages:
+                if leaves[i].in_place():
+                    leaves[i].written()
+                else:
+                    leaves[i].assign(values[i])
+            self.values.exchanged()
+
+        to_the_end(pull)
+
     def _put_averages(self, k: int, count: Count) -> None:
         leaves = self.values.leaves
         self.values.check_writable("swap()")
@@ -398,6 +432,22 @@ class Exchange:
                 self._exchanged ^= {device}
         for i in leaves:
             self.values.leaves[i].written()
+
+
+_PULLED = "values", "averages"  # what errors call the two lists, whose roles are exchanged
+
+
+def _check_pulls(name: str, values: Locals, averages: Locals) -> None:
+    """Raise if a value cannot be moved towards its average where it is."""
+    for value, average in zip(values, averages, strict=True):
+        if _arrays.device(value) != _arrays.device(average):
+            raise ValueError("device must be None for pull(), got 'cpu': use copy_to()")
+        kinds = _arrays.dtype_of(value).name, _arrays.dtype_of(average).name
+        if kinds not in MIXES:
+            raise TypeError(
+                f"values[{name!r}] must be of a type that moves towards {kinds[1]} averages for pull(), got "
+                f"{kinds[0]}: use copy_to()"
+            )
 
 
 def _check_fits(name: str, targets: Locals, averages: Locals) -> None:

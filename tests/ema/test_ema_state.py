@@ -132,7 +132,8 @@ def test_a_state_is_a_copy_of_plain_values_and_arrays():
     ema = fastema.EMA(weights, [0.5, 0.9], every=2)
     state = ema.state_dict()
     assert state.keys() == {
-        *("averages", "carries", "copied", "values", "step", "decay", "products", "swapped", "config"),
+        *("averages", "carries", "copied", "values", "step", "clock", "averaged", "decay", "products"),
+        *("swapped", "config"),
     }
     assert state["averages"][1]["w"].tolist() == [0.0, 0.0, 0.0]
     assert state["copied"]["n"] == 1

@@ -53,9 +53,10 @@ class Resumable(ABC):
         Returns:
             A dictionary: ``"averages"`` and ``"carries"`` (for each decay a dictionary of names and arrays),
             ``"copied"`` and ``"values"`` (of names and arrays; the weights, while averages are in their
-            place, else nothing), ``"step"``, ``"decay"`` (the last ones), ``"products"`` (of all decays, for
-            ``initial="zeros"``), ``"swapped"`` (which averages are in the place of the weights, or None) and
-            ``"config"`` (arguments of the constructor, for the record).
+            place, else nothing), ``"step"``, ``"clock"`` and ``"averaged"`` (its times by now and at the last
+            average), ``"decay"`` (the last ones), ``"products"`` (of all decays, for ``initial="zeros"``),
+            ``"swapped"`` (which averages are in the place of the weights, or None) and ``"config"``
+            (arguments of the constructor, for the record).
 
         Example:
             >>> import fastema, numpy as np

@@ -83,22 +83,24 @@ class State:
         )
 
     def to_dict(self) -> PlainState:
-        """Return it as a dictionary of plain values; with a clock only where that is not the step."""
+        """Return it as a dictionary of plain values, the same keys whatever has happened so far.
+
+        torch.distributed.checkpoint reads no others than those of the state that it loads into.
+        """
         count = self.count
-        state: PlainState = {
+        return {
             "averages": self.averages,
             "carries": self.carries,
             "copied": self.copied,
             "values": self.values,
             "step": count.step,
+            "clock": count.clock,
+            "averaged": count.averaged,
             "decay": list(count.decays) or None,
             "products": list(count.products),
             "swapped": self.swapped,
             "config": dict(self.config),
         }
-        if (count.clock, count.averaged) != times_of(count.step, _every_of(self.config)):
-            state["clock"], state["averaged"] = count.clock, count.averaged
-        return state
 
     def write(
         self, path: StrPath, exchange: Exchange, config: Mapping[str, Any], dtype: DTypeLike | None = None
@@ -153,7 +155,7 @@ class State:
         products = tuple(check_share(product, "state['products']") for product in state["products"])
         decays = tuple(check_share(decay, "state['decay']") for decay in state["decay"] or ())
         config = state.get("config", {})
-        clock, averaged = times_of(step, _every_of(config))
+        clock, averaged = times_of(step, config.get("every", 1))
         if "clock" in state:
             clock = _check_time(state["clock"], "state['clock']")
             averaged = _check_time(state["averaged"], "state['averaged']")
@@ -330,11 +332,6 @@ def _rounded(average: np.ndarray, dtype: DType, name: str) -> np.ndarray:
     if (np.isinf(rounded) & np.isfinite(average)).any():
         raise ValueError(f"dtype must hold the average of values[{name!r}], and it is beyond {dtype}")
     return rounded
-
-
-def _every_of(config: Mapping[str, Any]) -> int:
-    every: int = config.get("every", 1)
-    return every
 
 
 def _check_time(time: object, name: str) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -36,8 +36,8 @@ class PlainState(TypedDict):
     copied: _Arrays
     values: _Arrays
     step: int
-    clock: NotRequired[float]  # where it is not the step
-    averaged: NotRequired[float]
+    clock: float
+    averaged: float
     decay: list[float] | None
     products: list[float]
     swapped: int | None
@@ -75,6 +75,8 @@ def write_state(
     plain: dict[str, Any] = {
         "version": VERSION,
         "step": state["step"],
+        "clock": state["clock"],
+        "averaged": state["averaged"],
         "decay": state["decay"],
         "products": state["products"],
         "swapped": state["swapped"],
@@ -85,8 +87,6 @@ def write_state(
             "decay": [described(d) for d in decay] if isinstance(decay, list) else described(decay),
         },
     }
-    if "clock" in state:
-        plain |= {"clock": state["clock"], "averaged": state["averaged"]}
     if rounded is not None:
         plain["rounded"] = rounded
     arrays = list(_arrays_of(state, debiased))

@@ -207,6 +207,7 @@ def test_a_span_is_a_number_above_nothing(span, error, message):
     ("key", "time", "message"),
     [
         ("clock", -1, "state['clock'] must be above 0 and finite, got -1"),
+        ("clock", 0, "state['clock'] must be the time of state['step'], which is 1, got 0"),
         ("averaged", 9, "state['averaged'] must be at most 2, its clock, got 9"),
     ],
 )

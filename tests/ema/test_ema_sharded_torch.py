@@ -309,6 +309,36 @@ assert torch.equal(ema.averages[0].full_tensor(), value + 1)
     )
 
 
+def test_shards_are_pulled_and_reset_where_they_are_and_have_no_teacher(tmp_path):
+    run(
+        2,
+        tmp_path,
+        MODEL
+        + """
+model, alone = sharded(), plain()
+ema, whole_ema = fastema.EMA(model, 0.75), fastema.EMA(alone, 0.75)
+with CommDebugMode() as comm:
+    for each, averages in ((model, ema), (alone, whole_ema)):
+        train(averages, each, range(1, 4))
+        averages.pull(0.25)
+assert comm.get_total_counts() == 0
+assert same(dict(model.named_parameters()), dict(alone.named_parameters()))
+for averages in (ema, whole_ema):
+    averages.reset()
+    averages.step = 3
+    averages.update()
+assert same(ema.averages, whole_ema.averages)
+assert same(ema.averages, {**dict(alone.named_parameters()), **dict(alone.named_buffers())})
+try:
+    ema.module()
+except ValueError as error:
+    assert "must be whole for module(), and is sharded" in str(error)
+else:
+    raise AssertionError
+""",
+    )
+
+
 def test_a_backward_pass_notices_a_swap_of_shards(tmp_path):
     run(
         2,

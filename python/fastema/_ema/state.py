@@ -159,6 +159,11 @@ class State:
         if "clock" in state:
             clock = _check_time(state["clock"], "state['clock']")
             averaged = _check_time(state["averaged"], "state['averaged']")
+        if (step == 0) != (clock == 0):  # as where another step was written over a state's own
+            raise ValueError(
+                f"state['clock'] must be the time of state['step'], which is {step}, got {clock}: to go on "
+                "from another step, set ema.step when the state is loaded"
+            )
         if averaged > clock:
             raise ValueError(f"state['averaged'] must be at most {clock}, its clock, got {averaged}")
         return cls(

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import tracemalloc
 
 import numpy as np
@@ -309,6 +310,7 @@ def test_what_has_no_teacher_is_refused_and_says_why(torch, model):
         fastema.EMA(Copies(2, 2)).module()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is resident there")
 def test_a_teacher_takes_no_memory_of_the_averages_size(torch):
     model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000) for _ in range(25)))  # 100 MB
     ema = fastema.EMA(model, 0.5)

@@ -16,6 +16,7 @@ Where is what?
 * `schedules`: decays that depend on the step: warm-ups, equal weights, half-lives, power functions.
 * `checkpoint`: safetensors files, and the mean of several; `posthoc`: choosing the decay after the training.
 * `update`, `swap`, `Pairs`, `copies`: lists of arrays, also on CUDA devices, without any state.
+* `fastema.lightning`: a callback for the trainers of Lightning.
 * `fastema.tensorflow`: the same for tf.Variables, also in graphs.
 * `fastema.cuda`: decays computed on the device, and averages in host memory of weights on a GPU.
 * `build_config`, `instruction_sets`, `use_instruction_set`: what this build is, and what it runs on.
@@ -40,6 +41,7 @@ from .functional import Pairs, copies, swap, update
 if TYPE_CHECKING:
     from . import cuda as cuda
     from . import keras as keras
+    from . import lightning as lightning
     from . import tensorflow as tensorflow
 
 __version__: str = _core.build_config()["version"]
@@ -63,7 +65,7 @@ __all__ = [
 ]
 
 # What is loaded when it is first named, and what it cannot be loaded without.
-_ON_DEMAND = {"cuda": (), "keras": ("keras",), "tensorflow": ("tensorflow",)}
+_ON_DEMAND = {"cuda": (), "keras": ("keras",), "lightning": ("torch",), "tensorflow": ("tensorflow",)}
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
@@ -75,8 +77,9 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of ours
         except ModuleNotFoundError as error:
             if error.name not in _ON_DEMAND[name]:
                 raise
+            extra = "lightning" if name == "lightning" else "keras"
             raise ImportError(
-                f"fastema.{name} needs {error.name}, which is not installed: pip install 'fastema[keras]'",
+                f"fastema.{name} needs {error.name}, which is not installed: pip install 'fastema[{extra}]'",
                 name=error.name,
             ) from error
 

@@ -20,6 +20,7 @@ MODULES = {  # module -> what must be installed for it
     "fastema.schedules": None,
     "fastema.cuda": None,
     "fastema.keras": "keras",
+    "fastema.lightning": "torch",
     "fastema.tensorflow": "tensorflow",
 }
 TF_KERAS = "fastema.keras around optimizers of tf_keras"

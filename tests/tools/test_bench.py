@@ -10,6 +10,7 @@ from fastema.bench import (
     bench_cuda,
     bench_ema,
     bench_keras,
+    bench_lightning,
     bench_memory,
     bench_posthoc,
     bench_tensorflow,
@@ -109,6 +110,14 @@ def test_what_threads_bring_can_be_measured(capsys):
 def test_a_step_of_keras_can_be_measured(capsys):
     bench_keras.main(["--quick", "--samples", "1"])
     assert "200 small, tensorflow" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:::torch")
+def test_a_step_of_lightning_can_be_measured(capsys):
+    skip_without("torch")
+    skip_without("lightning")
+    bench_lightning.main(["--quick", "--samples", "1"])
+    assert "Lightning's adds" in capsys.readouterr().out
 
 
 def test_what_counting_adds_to_an_update_can_be_measured(capsys):

@@ -82,9 +82,7 @@ def test_a_checkpoint_of_any_hook_is_of_whole_steps(runs, trainer, tmp_path, hoo
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_monitored_checkpoint_holds_the_averages_that_were_evaluated(
-    runs, trainer, tmp_path, weights_only
-):
+def test_a_monitored_checkpoint_holds_the_averages_that_were_evaluated(runs, trainer, tmp_path, weights_only):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     best = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=-1, save_weights_only=weights_only)

@@ -13,6 +13,7 @@ Where is what?
 
 * `EMA`: averages for training loops of your own, in any library; begin here.
 * `fastema.keras`: a wrapper for the optimizers of Keras, and callbacks for `fit`.
+* `fastema.transformers`: for Hugging Face's Trainer: one that shows averages, and a callback.
 * `schedules`: decays that depend on the step: warm-ups, equal weights, half-lives, power functions.
 * `checkpoint`: safetensors files, and the mean of several; `posthoc`: choosing the decay after the training.
 * `update`, `swap`, `Pairs`, `copies`: lists of arrays, also on CUDA devices, without any state.
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from . import keras as keras
     from . import lightning as lightning
     from . import tensorflow as tensorflow
+    from . import transformers as transformers
 
 __version__: str = _core.build_config()["version"]
 
@@ -65,7 +67,13 @@ __all__ = [
 ]
 
 # What is loaded when it is first named, and what it cannot be loaded without.
-_ON_DEMAND = {"cuda": (), "keras": ("keras",), "lightning": ("torch",), "tensorflow": ("tensorflow",)}
+_ON_DEMAND = {
+    "cuda": (),
+    "keras": ("keras",),
+    "lightning": ("torch",),
+    "tensorflow": ("tensorflow",),
+    "transformers": ("transformers", "accelerate"),
+}
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
@@ -77,7 +85,7 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of ours
         except ModuleNotFoundError as error:
             if error.name not in _ON_DEMAND[name]:
                 raise
-            extra = "lightning" if name == "lightning" else "keras"
+            extra = name if name in ("lightning", "transformers") else "keras"
             raise ImportError(
                 f"fastema.{name} needs {error.name}, which is not installed: pip install 'fastema[{extra}]'",
                 name=error.name,

@@ -22,6 +22,7 @@ MODULES = {  # module -> what must be installed for it
     "fastema.keras": "keras",
     "fastema.lightning": "torch",
     "fastema.tensorflow": "tensorflow",
+    "fastema.transformers": "transformers",
 }
 TF_KERAS = "fastema.keras around optimizers of tf_keras"
 COMMANDS = "python -m fastema"

@@ -79,4 +79,5 @@ def test_the_core_is_imported_only_where_it_is_spoken_to():
 @pytest.mark.parametrize("name", ["fastema", "fastema.cuda", "fastema.__main__", "fastema.posthoc"])
 def test_what_is_for_every_framework_loads_none(name):
     frameworks = ["keras", "tensorflow", "torch", "jax", "cupy", "tf_keras", "matplotlib", "sklearn"]
+    frameworks += ["accelerate", "transformers"]
     assert output_of(f"import sys, {name}; print([m for m in {frameworks} if m in sys.modules])") == "[]"

@@ -24,8 +24,6 @@ from fastema.transformers import AveragingMixin, AveragingTrainer, WeightAverage
 from trainers import DECAY, Recorder, data, replayed, same, weights
 
 FILE = "averages.safetensors"
-# PEFT's own call of transformers
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,6 +14,7 @@ from fastema.bench import (
     bench_memory,
     bench_posthoc,
     bench_tensorflow,
+    bench_transformers,
     bench_update,
     ceiling,
     harness,
@@ -124,6 +125,13 @@ def test_what_counting_adds_to_an_update_can_be_measured(capsys):
     skip_without("torch")
     bench_ema.main(["--quick", "--samples", "1"])
     assert "10 x 10, torch: EMA.update adds" in capsys.readouterr().out
+
+
+def test_a_step_of_hugging_faces_trainer_can_be_measured(capsys):
+    for needed in ("torch", "transformers", "accelerate"):
+        skip_without(needed)
+    bench_transformers.main(["--quick", "--samples", "1"])
+    assert "tiny: a step without averages takes" in capsys.readouterr().out
 
 
 def test_updates_of_tensorflow_can_be_measured(capsys):

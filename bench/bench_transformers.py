@@ -2,13 +2,11 @@
 
     python -m fastema.bench.bench_transformers [--quick] [--json FILE]
 
-Each contestant is a callback of a Trainer of its own, with a GPT-2 of its own; a step is timed from the first
-callback's beginning to the last one's end, as the Trainer calls them. A sample is the median of some steps,
-and samples are taken in turns.
+One Trainer trains a GPT-2, and in each step one contestant acts, in turns; a step is timed from its beginning
+to its end. What a contestant adds is the median of the differences to the step without any in the same turn.
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ MODELS = {  # name -> sizes of a GPT-2
     "tiny": {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2},
     "12M": {"vocab_size": 4096, "n_positions": 32, "n_embd": 384, "n_layer": 6, "n_head": 6},
 }
-STEPS = {"tiny": 60, "12M": 12}
+WARM_UP = 3  # steps of each contestant that are left out
 
 
 def fastema_callback() -> Any:
@@ -72,27 +70,54 @@ CONTESTANTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def training(name: str, callbacks: list[Any]) -> Callable[[], float]:
-    """Return a call that trains for some steps and returns the median of their seconds."""
+def turns_of(contestants: dict[str, Any]) -> Any:
+    """Return a callback that lets one contestant act in each step, in turns, and keeps the steps' seconds."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.begun = 0.0
+            self.seconds: dict[str, list[float]] = {name: [] for name in contestants}
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            for contestant in contestants.values():
+                contestant.on_train_begin(*args, **kwargs)
+
+        def on_step_begin(self, *args: Any, **_: Any) -> None:
+            names, step = list(contestants), args[1].global_step
+            self.turn, self.begun = names[step % len(names)], time.perf_counter()
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            contestants[self.turn].on_pre_optimizer_step(*args, **kwargs)
+
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            contestants[self.turn].on_optimizer_step(*args, **kwargs)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            contestants[self.turn].on_step_end(*args, **kwargs)
+            self.seconds[self.turn].append(time.perf_counter() - self.begun)
+
+    return Turns()
+
+
+def measure(name: str, samples: int) -> dict[str, np.ndarray]:
+    """Return the seconds of steps, without averages and with each callback that is installed."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.begun, self.seconds = 0.0, [0.0]
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begun = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.begun)
-
+    print(f"  {name} ...", file=sys.stderr, flush=True)
+    contestants = {"without": TrainerCallback()}
+    for contestant, make in CONTESTANTS.items():
+        try:
+            contestants[contestant] = make()
+        except ImportError:
+            continue
     torch.manual_seed(0)
-    sizes, clock = MODELS[name], Clock()
+    sizes, turns = MODELS[name], turns_of(contestants)
     texts = torch.randint(sizes["vocab_size"], (64, sizes["n_positions"]))
     arguments = TrainingArguments(
         tempfile.mkdtemp(prefix="fastema-bench-"),
-        max_steps=STEPS[name],
+        max_steps=(samples + WARM_UP) * len(contestants),
         per_device_train_batch_size=2,
         save_strategy="no",
         logging_strategy="no",
@@ -101,61 +126,33 @@ def training(name: str, callbacks: list[Any]) -> Callable[[], float]:
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(
-        GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM")),
+    Trainer(
+        GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)),
         arguments,
         train_dataset=[{"input_ids": text, "labels": text} for text in texts],
-        callbacks=[*callbacks, clock],
-    )
-    for printer in [x for x in trainer.callback_handler.callbacks if type(x).__name__ == "PrinterCallback"]:
-        trainer.remove_callback(printer)
-
-    def train() -> float:
-        clock.seconds = []
-        trainer.train()
-        return statistics.median(clock.seconds)
-
-    return train
-
-
-def measure(name: str, samples: int) -> dict[str, harness.Timing]:
-    """Return the seconds of a step, without a callback and with each that is installed."""
-    print(f"  {name} ...", file=sys.stderr, flush=True)
-    calls = {"without": training(name, [])}
-    for contestant, make in CONTESTANTS.items():
-        try:
-            calls[contestant] = training(name, [make()])
-        except ImportError:
-            continue
-    for call in calls.values():
-        call()
-    taken: dict[str, list[float]] = {contestant: [] for contestant in calls}
-    for _ in range(samples):
-        for contestant, call in calls.items():
-            taken[contestant].append(call())
-    return {
-        contestant: harness.Timing(*(float(q) for q in np.quantile(times, (0.5, 0.25, 0.75))))
-        for contestant, times in taken.items()
-    }
+        callbacks=[turns],
+    ).train()
+    return {contestant: np.array(seconds[WARM_UP:]) for contestant, seconds in turns.seconds.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    options = harness.parser(__doc__).parse_args(arguments)
+    parser = harness.parser(__doc__)
+    parser.set_defaults(samples=60)
+    options = parser.parse_args(arguments)
     results = {name: measure(name, options.samples) for name in (["tiny"] if options.quick else MODELS)}
-    for name, timings in results.items():
-        without = timings["without"].median
-        print(f"\n{name}: a step without averages takes {without * 1e3:.2f} ms")
-        for contestant, timing in timings.items():
-            if contestant != "without":
-                added = timing.median - without
-                spread = f"{timing.lower * 1e3:.2f} to {timing.upper * 1e3:.2f} ms"
-                print(f"  {contestant:28} adds {added * 1e3:8.3f} ms, {added / without:7.1%} (step {spread})")
+    for name, seconds in results.items():
+        without = seconds.pop("without")
+        print(f"\n{name}: a step without averages takes {np.median(without) * 1e3:.3g} ms")
+        for contestant, steps in seconds.items():
+            lower, added, upper = np.quantile(steps - without, (0.25, 0.5, 0.75)) * 1e3
+            share = added / np.median(without) / 1e3
+            print(
+                f"  {contestant:28} adds {added:7.3g} ms, {share:6.1%} (quartiles {lower:.3g}, {upper:.3g})"
+            )
+        seconds["without"] = without
     if options.json:
-        content = {
-            name: {contestant: vars(timing) for contestant, timing in timings.items()}
-            for name, timings in results.items()
-        }
+        content = {name: {who: list(x) for who, x in seconds.items()} for name, seconds in results.items()}
         options.json.write_text(json.dumps(content, indent=1))
 
 

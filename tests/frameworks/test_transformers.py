@@ -132,6 +132,16 @@ def test_steps_that_a_scaler_skips_are_not_averaged(tmp_path, fused):
     assert same(averages_of(trainer), replayed([recorder.weights[0], *taken]))
 
 
+def test_steps_that_an_optimizer_says_were_skipped_are_not_averaged(tmp_path):
+    trainer = trainers.trainer(tmp_path)
+    trainer.train()
+    for skipped, steps in ((True, 12), (False, 13)):
+        optimizer = SimpleNamespace(step_was_skipped=skipped)  # as of DeepSpeed, which has no scaler
+        trainer.weight_averages.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        trainer.weight_averages.on_optimizer_step(None, None, None, optimizer=optimizer)
+        assert trainer.ema.step == steps
+
+
 # --- who sees averages --------------------------------------------------------------------------------
 
 

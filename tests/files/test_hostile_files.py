@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import random
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,14 +17,7 @@ from fastema import EMA, checkpoint, posthoc
 from fastema.__main__ import main
 from processes import output_of, python
 
-GOLDEN = golden.FOLDER / "0.1.0"
-SAVED = {name: (GOLDEN / f"{name}.safetensors").read_bytes() for name in golden.EMAS}
-SHARDS = [(GOLDEN / f"shards-0000{k}-of-00004.safetensors").read_bytes() for k in (1, 2, 3, 4)]
-
-
-def weights_of(name):
-    options = golden.SHARDED if name == "shards" else golden.EMAS[name]
-    return {key: golden.weights_at(0)[key] for key in golden.averageable(options)}
+GOLDEN, SAVED, SHARDS = hostile.GOLDEN, hostile.SAVED, hostile.SHARDS
 
 
 @pytest.fixture
@@ -34,33 +26,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "victim.txt").write_text("what nobody may touch")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def read(folder, files, weights):
-    """Load an EMA from the bytes of files; return it, or None where it was refused as it should be.
-
-    All is looked at: what was raised, what it says, that the weights and all files are as they were, and that
-    what was loaded are the bits that the package safetensors finds.
-    """
-    paths = [folder / "ema.safetensors"]
-    if len(files) > 1:
-        paths = [folder / f"ema-0000{k}-of-0000{len(files)}.safetensors" for k in range(1, len(files) + 1)]
-    for path, data in zip(paths, files, strict=True):
-        path.write_bytes(data)
-    before, values = hostile.watched(folder), {name: x.copy() for name, x in weights.items()}
-    ema, error = hostile.attempt(lambda: EMA.load(folder / "ema.safetensors", weights))
-    assert hostile.watched(folder) == before
-    if ema is None:
-        assert str(folder / "ema") in str(error)
-        assert len(str(error)) < 5000
-        # a type that differs from the value's is a TypeError in a state, too
-        assert not isinstance(error, TypeError) or re.search("does not fit: .* must be .*, got ", str(error))
-        assert hostile.same(weights, values)
-        return None
-    state, (averages, copied) = ema.state_dict(), hostile.averages_in(files)
-    assert all(hostile.same(a, b) for a, b in zip(state["averages"], averages, strict=True))
-    assert hostile.same(state["copied"], copied)
-    return ema
 
 
 # --- what a file says beside its arrays -------------------------------------------------------------------
@@ -87,7 +52,7 @@ def test_a_file_gives_no_arguments_but_those_that_are_saved(folder, key):
         (folder / "ema.safetensors").write_bytes(hostile.with_metadata(SAVED["plain"], "fastema", text))
         before = hostile.watched(folder)
         with pytest.raises(ValueError, match=rf"ema.safetensors .* without '{key}'"):
-            EMA.load(folder / "ema.safetensors", weights_of("plain"))
+            EMA.load(folder / "ema.safetensors", hostile.weights_of("plain"))
         assert hostile.watched(folder) == before
 
 
@@ -110,7 +75,7 @@ def test_any_value_in_the_state_is_taken_or_refused_and_nothing_is_touched(folde
     state, taken = json.loads(hostile.parts_of(SAVED[name])[0]["__metadata__"]["fastema"]), 0
     for text in hostile.VALUES:
         changed = hostile.with_metadata(SAVED[name], "fastema", hostile.replaced(state, place, text))
-        taken += read(folder, [changed], weights_of(name)) is not None
+        taken += hostile.read(folder, [changed], hostile.weights_of(name)) is not None
     assert taken < len(hostile.VALUES) / 2
 
 
@@ -124,7 +89,7 @@ def test_what_is_missing_in_the_state_is_named(folder, key):
     with pytest.raises(
         ValueError, match=f"ema.safetensors holds a state that .* state must have '{key}', got"
     ):
-        EMA.load(folder / "ema.safetensors", weights_of("plain"))
+        EMA.load(folder / "ema.safetensors", hostile.weights_of("plain"))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +105,7 @@ def test_a_tensor_that_no_state_has_is_refused_by_name(folder, tensor):
     header[tensor] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     (folder / "ema.safetensors").write_bytes(hostile.file_of(header, body))
     with pytest.raises(ValueError, match=f"ema.safetensors .* must have no tensor '{tensor}'"):
-        EMA.load(folder / "ema.safetensors", weights_of("plain"))
+        EMA.load(folder / "ema.safetensors", hostile.weights_of("plain"))
 
 
 def test_a_file_that_does_not_fit_leaves_the_memory_that_is_to_be_mapped(folder):
@@ -299,11 +264,11 @@ def test_a_set_whose_files_are_of_two_types_is_refused_by_name(folder):
     assert header["kernel"]["dtype"] == "F32"
     header["kernel"]["dtype"] = "I32"
     changed = [SHARDS[0], hostile.file_of(header, body), *SHARDS[2:]]
-    assert read(folder, SHARDS, weights_of("shards")) is not None
+    assert hostile.read(folder, SHARDS, hostile.weights_of("shards")) is not None
     for path, data in zip(sorted(folder.glob("ema-*")), changed, strict=True):
         path.write_bytes(data)
     with pytest.raises(ValueError, match=r"ema-00002-of.*'kernel' must have one dtype .* float32 and int32"):
-        EMA.load(folder / "ema.safetensors", weights_of("shards"))
+        EMA.load(folder / "ema.safetensors", hostile.weights_of("shards"))
 
 
 @pytest.mark.parametrize("saves", [("a", "a", "b", "b"), ("a", None, None, None), (None, None, None, "a")])
@@ -313,9 +278,9 @@ def test_a_set_whose_files_name_several_saves_is_refused(folder, saves):
         state = json.loads(hostile.parts_of(whole)[0]["__metadata__"]["fastema"])
         text = json.dumps({**state, "save": save} if save else state)
         files.append(hostile.with_metadata(whole, "fastema", text))
-    assert read(folder, files, weights_of("shards")) is None
+    assert hostile.read(folder, files, hostile.weights_of("shards")) is None
     with pytest.raises(ValueError, match=r"must be of one save, and their save is .* and "):
-        EMA.load(folder / "ema.safetensors", weights_of("shards"))
+        EMA.load(folder / "ema.safetensors", hostile.weights_of("shards"))
 
 
 def test_a_set_of_many_small_blocks_is_no_grid_of_all_their_edges():
@@ -343,31 +308,15 @@ def mutations(folder, seed, count):
         which = rng.randrange(len(files))
         files[which] = hostile.mutated(files[which], rng)
         try:
-            ema = read(folder, files, weights_of(name))
+            ema = hostile.read(folder, files, hostile.weights_of(name))
         except BaseException:
             print(f"seed {seed}, mutation {i} of {name}: {files[which][:2000]!r}")
             raise
         taken += ema is not None
-        check_alone(folder, files[which])
+        hostile.check_alone(folder, files[which])
         for path in folder.glob("ema*"):
             path.unlink()
     return taken
-
-
-def check_alone(folder, data):
-    """Read a file's tensors: they are those that the package safetensors finds, or there is an error."""
-    path = folder / "alone.safetensors"
-    path.write_bytes(data)
-    file, error = hostile.attempt(lambda: checkpoint.File(path))
-    path.unlink()
-    if file is None:
-        assert isinstance(error, ValueError)
-        assert str(path) in str(error)
-        return
-    theirs = hostile.tensors_of(data)
-    assert {name: (x.shape, x.tobytes()) for name, x in file.items()} == {
-        name: entry[1:] for name, entry in theirs.items()
-    }
 
 
 def test_mutated_files_give_their_bits_or_an_error(folder):
@@ -490,5 +439,5 @@ def test_open_files_are_closed_again(folder):
     gc.collect()  # what other tests left
     before = len(list(descriptors.iterdir()))
     for path, name in ((folder / "ema.safetensors", "plain"), (folder / "shards.safetensors", "shards")):
-        EMA.load(path, weights_of(name))
+        EMA.load(path, hostile.weights_of(name))
         assert len(list(descriptors.iterdir())) == before

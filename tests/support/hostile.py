@@ -2,12 +2,19 @@
 
 import json
 import os
+import re
 import stat
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
+import golden
+from fastema import EMA, checkpoint
+
+GOLDEN = golden.FOLDER / "0.1.0"
+SAVED = {name: (GOLDEN / f"{name}.safetensors").read_bytes() for name in golden.EMAS}
+SHARDS = [(GOLDEN / f"shards-0000{k}-of-00004.safetensors").read_bytes() for k in (1, 2, 3, 4)]
 TYPES = {"F32": np.float32, "F64": np.float64, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
 DEEP = "[" * 100_000
 
@@ -27,6 +34,12 @@ VALUES = [
     '{"schedule":"power","sigma_rel":NaN}',
     json.dumps({"schedule": "compound", "decay": 0.5, "updates": 10**9}),
 ]
+
+
+def weights_of(name):
+    """Return weights that a golden file of this name has averages of."""
+    options = golden.SHARDED if name == "shards" else golden.EMAS[name]
+    return {key: golden.weights_at(0)[key] for key in golden.averageable(options)}
 
 
 def parts_of(whole):
@@ -198,3 +211,49 @@ def many(count):
         f'"t{i}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(count)
     )
     return file_of("{" + entries + "}", bytes(4 * count))
+
+
+# --- what reading must give ---------------------------------------------------------------------------------
+
+
+def read(folder, files, weights):
+    """Load an EMA from the bytes of files; return it, or None where it was refused as it should be.
+
+    All is looked at: what was raised, what it says, that the weights and all files are as they were, and that
+    what was loaded are the bits that the package safetensors finds.
+    """
+    paths = [folder / "ema.safetensors"]
+    if len(files) > 1:
+        paths = [folder / f"ema-0000{k}-of-0000{len(files)}.safetensors" for k in range(1, len(files) + 1)]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    before, values = watched(folder), {name: x.copy() for name, x in weights.items()}
+    ema, error = attempt(lambda: EMA.load(folder / "ema.safetensors", weights))
+    assert watched(folder) == before
+    if ema is None:
+        assert str(folder / "ema") in str(error)
+        assert len(str(error)) < 5000
+        # a type that differs from the value's is a TypeError in a state, too
+        assert not isinstance(error, TypeError) or re.search("does not fit: .* must be .*, got ", str(error))
+        assert same(weights, values)
+        return None
+    state, (averages, copied) = ema.state_dict(), averages_in(files)
+    assert all(same(a, b) for a, b in zip(state["averages"], averages, strict=True))
+    assert same(state["copied"], copied)
+    return ema
+
+
+def check_alone(folder, data):
+    """Read a file's tensors: they are those that the package safetensors finds, or there is an error."""
+    path = folder / "alone.safetensors"
+    path.write_bytes(data)
+    file, error = attempt(lambda: checkpoint.File(path))
+    path.unlink()
+    if file is None:
+        assert isinstance(error, ValueError)
+        assert str(path) in str(error)
+        return
+    theirs = tensors_of(data)
+    assert {name: (x.shape, x.tobytes()) for name, x in file.items()} == {
+        name: entry[1:] for name, entry in theirs.items()
+    }

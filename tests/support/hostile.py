@@ -1,5 +1,6 @@
 """Files that nobody should have written: mutations of safetensors files, and what reads of them must give."""
 
+import functools
 import json
 import os
 import re
@@ -10,12 +11,23 @@ import numpy as np
 import safetensors
 
 import golden
+import oracle
 from fastema import EMA, checkpoint
 
 GOLDEN = golden.FOLDER / "0.1.0"
 SAVED = {name: (GOLDEN / f"{name}.safetensors").read_bytes() for name in golden.EMAS}
 SHARDS = [(GOLDEN / f"shards-0000{k}-of-00004.safetensors").read_bytes() for k in (1, 2, 3, 4)]
-TYPES = {"F32": np.float32, "F64": np.float64, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
+TYPES = {
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "C64": np.complex64,
+    "BOOL": np.bool_,
+}
 DEEP = "[" * 100_000
 
 # JSON as text, for not all of it can be made by Python's json
@@ -164,8 +176,8 @@ def tensors_of(whole):
     }
 
 
-def averages_in(files):
-    """Return for each decay the averages that files hold, and what is copied, put together from blocks."""
+def state_in(files):
+    """Return the state in files as `EMA.state_dict` has it, without its config, put together from blocks."""
     wholes, copied = {}, set()
     for whole in files:
         header, _ = parts_of(whole)
@@ -182,17 +194,22 @@ def averages_in(files):
             into = wholes.setdefault(tensor, np.zeros(state["shapes"][value], TYPES[code]))
             offsets = begins[tensor]["saved_offsets"]
             into[tuple(slice(a, a + n) for a, n in zip(offsets, shape, strict=True))] = array
-    found = []
-    for k in range(len(state["products"])):
-        kept = {x.split(".", 3)[3]: a for x, a in wholes.items() if x.startswith(f"fastema.kept.{k}.")}
-        shown = {
-            name.split(".", 3)[-1] if k else name: array
-            for name, array in wholes.items()
-            if (name.startswith(f"fastema.averages.{k}.") if k else not name.startswith("fastema."))
-            and name not in copied
-        }
-        found.append(kept or shown)
-    return found, {name: wholes[name] for name in copied}
+
+    def group(name, k):
+        prefix = f"fastema.{name}.{k}."
+        return {tensor.removeprefix(prefix): x for tensor, x in wholes.items() if tensor.startswith(prefix)}
+
+    plain = {name: x for name, x in wholes.items() if not name.startswith("fastema.")}
+    shown = {name: x for name, x in plain.items() if name not in copied}
+    decays = range(len(state["products"]))
+    return {
+        **{key: state[key] for key in ("step", "products", "swapped")},
+        "decay": state["decay"] or None,
+        "averages": [group("kept", k) or (group("averages", k) if k else shown) for k in decays],
+        "carries": [group("carries", k) for k in decays if state["config"]["rounding"] == "compensated"],
+        "copied": {name: plain[name] for name in copied},
+        "values": group("values", 0),
+    }
 
 
 def same(ours, theirs):
@@ -237,9 +254,13 @@ def read(folder, files, weights):
         assert not isinstance(error, TypeError) or re.search("does not fit: .* must be .*, got ", str(error))
         assert same(weights, values)
         return None
-    state, (averages, copied) = ema.state_dict(), averages_in(files)
-    assert all(same(a, b) for a, b in zip(state["averages"], averages, strict=True))
-    assert same(state["copied"], copied)
+    state, theirs = ema.state_dict(), state_in(files)
+    for key in ("averages", "carries"):
+        assert all(same(a, b) for a, b in zip(state[key], theirs[key], strict=True)), key
+    for key in ("copied", "values"):
+        assert same(state[key], theirs[key]), key
+    for key in ("step", "decay", "products", "swapped"):
+        assert state[key] == theirs[key], key
     return ema
 
 
@@ -257,3 +278,43 @@ def check_alone(folder, data):
     assert {name: (x.shape, x.tobytes()) for name, x in file.items()} == {
         name: entry[1:] for name, entry in theirs.items()
     }
+
+
+def check_mean(folder, files):
+    """Average files; return whether their mean was written.
+
+    It has their tensors and the bits that NumPy finds, or there is an error and no file.
+    """
+    paths, output = [folder / f"{k}.safetensors" for k in range(len(files))], folder / "mean.safetensors"
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    before = watched(folder)
+    taken, error = attempt(lambda: checkpoint.average(paths, output))
+    if taken is None:
+        assert not isinstance(error, TypeError)
+        assert any(str(path) in str(error) for path in paths)
+        assert len(str(error)) < 5000
+    else:
+        theirs = [tensors_of(data) for data in files]
+        written = tensors_of(output.read_bytes())
+        assert written.keys() == {name for name in theirs[0] if not name.startswith("fastema.")}
+        for name, (code, shape, data) in written.items():
+            assert all(each[name][:2] == (code, shape) for each in theirs)
+            mean = _mean(code, [each[name][2] for each in theirs])
+            assert mean is None or oracle.same_bits(np.frombuffer(data, mean.dtype), mean), name
+        output.unlink()
+    assert watched(folder) == before
+    for path in paths:
+        path.unlink()
+    return taken is not None
+
+
+def _mean(code, contents):
+    """Return the mean of tensors of one type, of bytes; None where NumPy alone does not round it once."""
+    if code in ("F32", "F64"):
+        arrays = [np.frombuffer(data, TYPES[code]).astype(np.float64) for data in contents]
+        with np.errstate(all="ignore"):
+            return (functools.reduce(np.add, arrays) / len(arrays)).astype(TYPES[code])
+    if code == "BOOL" or code[0] in "IU" or (len(contents) == 1 and code == "BF16"):
+        return np.frombuffer(contents[-1], TYPES[code])
+    return None

@@ -153,6 +153,11 @@ ENTRY = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
         ('{"a":' + ENTRY.replace("[2]", "[2,true]") + "}", "of dtype, shape and data_offsets"),
         ('{"a":' + ENTRY.replace("[2]", "[-2,-1]") + "}", "of dtype, shape and data_offsets"),
         ('{"a":' + ENTRY.replace("[2]", "[2.0]") + "}", "of dtype, shape and data_offsets"),
+        ('{"a":' + ENTRY.replace("[0,8]", "[-0,8]") + "}", "of dtype, shape and data_offsets"),
+        (
+            '{"a":' + ENTRY.replace("[2]", "[2,-0]").replace("0,8", "0,0") + "}",
+            "of dtype, shape and data_offsets",
+        ),
         ('{"a":' + ENTRY.replace("[2]", "2") + "}", "of dtype, shape and data_offsets"),
         ('{"a":' + ENTRY.replace("[2]", '[2],"shape":[2]') + "}", "of dtype, shape and data_offsets"),
         ('{"a":' + ENTRY.replace("[2]", '[2],"x":[2]') + "}", "of dtype, shape and data_offsets"),

@@ -230,6 +230,8 @@ def _fields(name: str, entry: bytes) -> tuple[str, tuple[int, ...], tuple[int, i
             raise TypeError
         if not len(fields) == entry.count(b":") == 3:  # none is there twice
             raise TypeError
+        if b"-" in entry:  # -0 is an int to Python, and a float to the format's own reader
+            raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Entry(entry, shown(name)).refused("of dtype, shape and data_offsets, once each") from None
     return code, tuple(shape), (begin, end)

@@ -13,6 +13,7 @@ import pytest
 
 import golden
 import hostile
+import inputs
 from fastema import EMA, checkpoint, posthoc
 from fastema.__main__ import main
 from processes import output_of, python
@@ -327,6 +328,22 @@ def mutations(folder, seed, count):
 def test_mutated_files_give_their_bits_or_an_error(folder):
     taken = mutations(folder, 20_240_229, 500)
     assert 20 < taken < 250, "so much was read, or refused, that little is shown"
+
+
+def test_what_the_fuzzer_begins_with_is_taken(folder):
+    assert all(inputs.check(data, folder) for data in inputs.seeds())
+
+
+@pytest.mark.parametrize("path", sorted(inputs.CORPUS.iterdir()), ids=lambda path: path.name[:8])
+def test_what_the_fuzzer_found_gives_its_bits_or_an_error(folder, path):
+    inputs.check(path.read_bytes(), folder)
+
+
+def test_inputs_of_the_corpus_are_few_and_named_by_their_bytes():
+    found = {path.name: path.read_bytes() for path in inputs.CORPUS.iterdir()}
+    assert 100 < len(found) <= 300
+    assert sum(map(len, found.values())) <= 400_000
+    assert all(name == inputs.name_of(data) for name, data in found.items())
 
 
 @pytest.mark.slow

@@ -139,6 +139,19 @@ def test_sixteen_bit_values_have_float32_averages_unless_asked_otherwise(rng):
         fastema.EMA(weights, dtype=np.int32)
 
 
+def test_averages_of_bfloat16_weights_in_float16_are_refused_by_name(rng):
+    weights = {"w": weights_of(rng, bfloat16)[0]}
+    refused = r"averages\['w'\] and values\['w'\] must have one type, .* got float16 and bfloat16"
+    with pytest.raises(TypeError, match=refused):
+        fastema.EMA(weights, dtype=np.float16)
+
+
+def test_copies_of_bfloat16_arrays_in_float16_are_numpy_s(rng):
+    [weight] = weights_of(rng, bfloat16)
+    [copy] = fastema.copies([weight], np.float16)
+    assert copy.tobytes() == weight.astype(np.float32).astype(np.float16).tobytes()
+
+
 @pytest.mark.parametrize(("average", "value"), MIXES)
 def test_averages_have_any_type_that_the_core_offers_beside_their_values(rng, average, value):
     weights = weights_of(rng, value, value)

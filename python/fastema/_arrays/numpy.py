@@ -7,6 +7,7 @@ import numpy as np
 from .._types import AnyArray, DType, compute_type
 from .base import Descriptor, Leaf, Library, Storage, unmasked
 from .dispatch import write
+from .packing import cast_into
 
 
 def plain(array: np.ndarray, name: str) -> np.ndarray:
@@ -61,8 +62,7 @@ class _Storage(Storage):
         return array
 
     def write(self, array: np.ndarray, target: np.ndarray) -> None:
-        with np.errstate(all="ignore"):  # one may well be too large for 16 bits, or a signalling NaN
-            np.copyto(target, np.asarray(array), casting="same_kind")  # no derived class interferes
+        cast_into(target, np.asarray(array))  # no derived class interferes
 
     def clear(self, array: np.ndarray) -> None:
         array.fill(0)

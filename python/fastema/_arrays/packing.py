@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .._types import FLOATS
+
 
 class Layout(Protocol):
     """What has a shape and an order in memory: a NumPy array, or a `Descriptor`."""
@@ -28,9 +30,16 @@ def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[DTypeLike]) -> 
     """Copy arrays, cast to other types, into memory as of `packed`."""
     copies = packed(arrays, dtypes)
     for copy, array in zip(copies, arrays, strict=True):
-        with np.errstate(all="ignore"):  # NumPy calls a signalling NaN invalid when it is widened
-            np.copyto(copy, array, casting="same_kind")
+        cast_into(copy, array)
     return copies
+
+
+def cast_into(target: np.ndarray, array: np.ndarray) -> None:
+    """Write an array into one of another type of its kind."""
+    # from bfloat16 to float16 NumPy has a cast, and takes them for two kinds
+    is_float = target.dtype in FLOATS and array.dtype in FLOATS
+    with np.errstate(all="ignore"):  # one may well be too large for 16 bits, or a signalling NaN
+        np.copyto(target, array, casting="unsafe" if is_float else "same_kind")
 
 
 def packed(

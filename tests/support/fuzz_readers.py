@@ -51,7 +51,7 @@ def fuzz(folder, arguments):
         return inputs.mutated(data, longest, seed, atheris.Mutate)
 
     program = f"{sys.executable} {__file__}"  # libFuzzer starts it again where it merges corpora
-    options = ["-timeout=10", "-max_len=4096", f"-artifact_prefix={Path.cwd()}/"]
+    options = ["-timeout=10", "-max_len=4096", "-mutate_depth=2", f"-artifact_prefix={Path.cwd()}/"]
     atheris.Setup([program, *options, *arguments], one_input, custom_mutator=mutated)
     (folder / "victim.txt").write_text("what nobody may touch")
     os.chdir(folder)

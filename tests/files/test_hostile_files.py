@@ -80,6 +80,13 @@ def test_any_value_in_the_state_is_taken_or_refused_and_nothing_is_touched(folde
     assert taken < len(hostile.VALUES) / 2
 
 
+def test_a_clock_that_no_float_holds_is_read_as_it_is(folder):
+    state = json.loads(hostile.parts_of(SAVED["plain"])[0]["__metadata__"]["fastema"])
+    text = json.dumps({**state, "clock": 2**53 + 1, "averaged": 2**53 + 1})
+    changed = hostile.with_metadata(SAVED["plain"], "fastema", text)
+    assert hostile.read(folder, [changed], hostile.weights_of("plain")).clock == 2**53 + 1
+
+
 @pytest.mark.parametrize("key", ["step", "decay", "products", "swapped", "copied", "config", "version"])
 def test_what_is_missing_in_the_state_is_named(folder, key):
     state = json.loads(hostile.parts_of(SAVED["plain"])[0]["__metadata__"]["fastema"])

@@ -155,8 +155,8 @@ class Plain:
         clock: float = step
         averaged: float = step - step % config.every
         if state.has("clock"):
-            clock = _whole(state.field("clock").number(0.0, LARGEST))
-            averaged = _whole(state.field("averaged").number(0.0, clock))
+            clock = _time(state.field("clock"), LARGEST)
+            averaged = _time(state.field("averaged"), clock)
         return cls(
             step,
             clock,
@@ -172,8 +172,11 @@ class Plain:
         )
 
 
-def _whole(number: float) -> float:
+def _time(entry: Entry, most: float) -> float:
     """Return a time of the clock: an int where it is whole, which adds up exactly."""
+    if type(entry.value) is int and 0 <= entry.value <= most:
+        return entry.value  # a float may have no room for it
+    number = entry.number(0.0, most)
     return int(number) if number.is_integer() else number
 
 

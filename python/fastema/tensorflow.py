@@ -52,10 +52,10 @@ def update(
             is checked when the graph runs. XLA leaves that out: there a decay outside counts as 1, and
             the averages stay.
         when: A boolean tensor: where it is false, nothing changes. None: always.
-        engine: ``"native"``: the C++ core, with NumPy's bits; ``"graph"``: TensorFlow's operations,
-            which XLA may fuse, then one unit in the last place may differ; ``"auto"``: native where
-            it can run. A ``tf.function`` keeps what it was traced with: traced outside of XLA first and
-            called within a jit-compiled function then, it needs ``"graph"``.
+        engine: ``"native"``: the C++ core; ``"graph"``: TensorFlow's operations; ``"auto"``: native where
+            it can run. All have NumPy's bits; but TensorFlow's operations, XLA's too, take subnormal
+            numbers for zeros. A ``tf.function`` keeps what it was traced with: traced outside of XLA first
+            and called within a jit-compiled function then, it needs ``"graph"``.
         bucket_bytes: Where new averages are made beside the old, so many bytes of them at a time, or the
             largest average where that is more: this bounds the further memory. Buckets of some tens
             of megabytes cost a few percent.
@@ -100,7 +100,9 @@ def update(
     if obstacle and engine == "native":
         raise RuntimeError(f"engine='native' cannot run here: {obstacle}")
     if obstacle:
-        _update_by_framework(averages, values, _asserted(decay), when)
+        # a graph that was asked for may be compiled later; the bits' three passes double its time
+        compiled = _under_xla() or (engine == "graph" and not tf.executing_eagerly())
+        _update_by_framework(averages, values, _asserted(decay), when, tf.bitcast if compiled else None)
         return "graph"
     _do(lambda: _update_natively(averages, values, decay, bucket_bytes), when)
     return "native"
@@ -326,14 +328,26 @@ def _buckets(sizes: list[int], limit: int) -> list[slice]:
 
 
 def _update_by_framework(
-    averages: list[tf.Variable], values: list[Value], decay: tf.Tensor, when: tf.Tensor | None
+    averages: list[tf.Variable],
+    values: list[Value],
+    decay: tf.Tensor,
+    when: tf.Tensor | None,
+    bitcast: Callable[[tf.Tensor, str], tf.Tensor] | None,
 ) -> None:
     weight, copies = _formula.weigh(decay, tf.equal)
 
     def update_one(average: tf.Variable, value: Value, weight: tf.Tensor, copies: tf.Tensor) -> None:
-        compute = _compute_type(average.dtype)
         average.assign(
-            _formula.blend(average, value, weight, copies, compute=compute, cast=tf.cast, where=tf.where)
+            _formula.blend(
+                average,
+                value,
+                weight,
+                copies,
+                compute=_compute_type(average.dtype),
+                cast=tf.cast,
+                where=tf.where,
+                bitcast=bitcast,
+            )
         )
 
     def update_all(strategy: tf.distribute.Strategy, values: list[Value], when: tf.Tensor | None) -> None:

@@ -13,10 +13,6 @@ GOLDEN_WEIGHT = {"rtol": 0, "atol": 2.0**-24}
 # The golden run around Adam was the legacy optimizer's; Keras 3's rounds differently.
 GOLDEN_ADAM = {"rtol": 4e-6, "atol": 0}
 
-# XLA fuses a multiplication and an addition into one rounding: a unit in the last place at each step, of the
-# weights and averages of the small test models (about 1), over a dozen steps.
-XLA = {"rtol": 1e-6, "atol": 1e-7}
-
 # Other libraries form 1 - decay in float32 or write the formula otherwise: a few units in the last place of
 # float32 after twenty updates of weights that are about 1.
 FRAMEWORK = {"rtol": 1e-6, "atol": 1e-6}

@@ -42,9 +42,9 @@ class ExponentialMovingAverage(
 
     where ``t`` is ``iterations`` after the step (1 at the first).
 
-    Outside of XLA, on the CPU, the averages are computed by the native core and have NumPy's bits.
-    Under ``jit_compile=True`` XLA may fuse the operations; one unit in the last place may differ at
-    each update.
+    On the CPU, outside of XLA, the averages are computed by the native core. They have NumPy's bits in
+    all modes; but TensorFlow's and JAX's own operations, as under ``jit_compile=True``, take subnormal
+    numbers for zeros.
 
     Args:
         optimizer: The optimizer that trains: an instance, a name or a config. One of tf_keras, legacy or

@@ -26,12 +26,15 @@ def _blended(
 
 def _blend(average: jax.Array, value: jax.Array, weight: Scalar, copies: Scalar) -> jax.Array:
     compute = jnp.float64 if average.dtype == jnp.float64 else jnp.float32
-    if value.dtype != compute:
-        # XLA leaves out the rounding of a weight that was just computed: average the weight that stays
-        kind: jnp.finfo = jnp.finfo(value.dtype)  # type: ignore[no-untyped-call]
-        value = jax.lax.reduce_precision(value.astype(compute), kind.nexp, kind.nmant)
     blended: jax.Array = _formula.blend(
-        average, value, weight, copies, compute=compute, cast=jnp.asarray, where=jnp.where
+        average,
+        value,
+        weight,
+        copies,
+        compute=compute,
+        cast=jnp.asarray,
+        where=jnp.where,
+        bitcast=jax.lax.bitcast_convert_type,
     )
     return blended
 

@@ -96,12 +96,12 @@ class Schedule(ABC):
 
     def _over(self, t0: float, t1: float) -> float:
         product, end = 1.0, math.floor(t1) + 1
-        for begin in range(math.floor(t0) + 1, end, _BLOCK):
+        for begin in range(math.floor(t0) + 1, end, BLOCK):
             if product == 0.0:
                 break
             if self(begin) == self._limit:
                 return product * float(compound(self._limit, end - begin))
-            decays = self.at(np.arange(begin, min(begin + _BLOCK, end), dtype=float), np)
+            decays = self.at(np.arange(begin, min(begin + BLOCK, end), dtype=float), np)
             product = math.prod(decays.tolist(), start=product)  # one by one, as on a CUDA device
         return product
 
@@ -257,7 +257,8 @@ class warmup(_Limited):  # noqa: N801 - used as a function
 
     def _after(self, k: _Scalar, xp: _Library) -> _Scalar:
         s = xp.maximum(k - 1, 0)
-        rising = 1.0 - (1.0 + s / self.gamma) ** -self.power
+        gamma = self.gamma + 0.0 * s  # no constant: XLA would multiply by its inverse
+        rising = 1.0 - (1.0 + s / gamma) ** -self.power
         return xp.where(s > 0, xp.maximum(xp.minimum(rising, self.decay), self.min_decay), 0.0)
 
 
@@ -290,6 +291,10 @@ class equal_weights(_Started):  # noqa: N801 - used as a function
     def _over(self, t0: float, t1: float) -> float:
         before = self.start_step - 1
         return max(t0 - before, 0) / (t1 - before) if t1 > before else 0.0
+
+    def at_once(self, step: _Scalar, steps: int, xp: _Library) -> _Scalar:  # noqa: D102 - as of every schedule
+        k = step - (self.start_step - 1)
+        return xp.maximum(k - steps, 0) / xp.maximum(k, 1)
 
 
 def half_life(updates: float) -> constant:
@@ -363,6 +368,11 @@ class power(Schedule):  # noqa: N801 - used as a function
     def _over(self, t0: float, t1: float) -> float:
         return float((t0 / t1) ** (self.gamma + 1.0))
 
+    def at_once(self, step: _Scalar, steps: int, xp: _Library) -> _Scalar:  # noqa: D102 - as of every schedule
+        if steps == 1:
+            return self.at(step, xp)
+        return (xp.maximum(step - steps, 0) / step) ** (self.gamma + 1.0)
+
 
 def over(decay: Decay, t0: float, t1: float) -> float:
     """Return the decay of one update over a span, of whatever tells a decay.
@@ -389,7 +399,8 @@ def over(decay: Decay, t0: float, t1: float) -> float:
     return math.prod([check_share(decay(step), f"decay({step})") for step in steps])
 
 
-_BLOCK = 1 << 14  # steps whose decays are computed at once
+BLOCK = 1 << 14
+"""How many steps' decays are computed at once."""
 
 
 def _product(factors: _Scalar) -> _Scalar:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .._types import AnyArray
-from .base import Leaf, Library, is_loaded
+from .base import Carried, Leaf, Library, is_loaded
 from .dispatch import leaf
 from .jax import JaxLeaf, JaxVariable
 from .jax import library as jax
@@ -25,6 +25,15 @@ class _Variable(JaxVariable):
         return self._variable.replace(super().to_library(arrays))
 
 
+class _CarriedVariable(Carried):
+    """A variable of what is carried along, as keys of random numbers; shown as another one, as it is now."""
+
+    value: AnyArray
+
+    def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:  # noqa: ARG002
+        return self.value.replace(self.value.get_raw_value())
+
+
 class _Flax(Library):
     rebinds = True
 
@@ -33,6 +42,8 @@ class _Flax(Library):
 
     def leaf(self, value: AnyArray, name: str) -> Leaf:
         native = leaf(value.get_raw_value(), name)
+        if isinstance(native, Carried):
+            return _CarriedVariable(value)
         return _Variable(value) if isinstance(native, JaxLeaf) else native
 
     def address(self, array: AnyArray) -> Callable[[], object] | None:

@@ -243,7 +243,7 @@ class State:
             ValueError: An array is of another shape.
         """
         places = {
-            name: dict(zip(names, shards.blocks if shards else [None], strict=True))
+            name: dict(zip(names, shards.blocks if shards else [None] * len(names), strict=True))
             for name, names, shards in _local_shapes(exchange)
         }
 

@@ -19,6 +19,7 @@ Where is what?
 * `update`, `swap`, `Pairs`, `copies`: lists of arrays, also on CUDA devices, without any state.
 * `fastema.lightning`: a callback for the trainers of Lightning.
 * `fastema.tensorflow`: the same for tf.Variables, also in graphs.
+* `fastema.jax`: averages as pure functions, inside of jit or as part of an optimizer of optax.
 * `fastema.cuda`: decays computed on the device, and averages in host memory of weights on a GPU.
 * `build_config`, `instruction_sets`, `use_instruction_set`: what this build is, and what it runs on.
 * `Array`, `Arrays`, `Decay`, `Rounding`: the types of arguments, for annotations of your own.
@@ -41,6 +42,7 @@ from .functional import Pairs, copies, swap, update
 
 if TYPE_CHECKING:
     from . import cuda as cuda
+    from . import jax as jax
     from . import keras as keras
     from . import lightning as lightning
     from . import tensorflow as tensorflow
@@ -69,10 +71,18 @@ __all__ = [
 # What is loaded when it is first named, and what it cannot be loaded without.
 _ON_DEMAND = {
     "cuda": (),
+    "jax": ("jax",),
     "keras": ("keras",),
     "lightning": ("torch",),
     "tensorflow": ("tensorflow",),
     "transformers": ("transformers", "accelerate"),
+}
+_INSTALLED_BY = {
+    "jax": "jax",
+    "keras": "'fastema[keras]'",
+    "lightning": "'fastema[lightning]'",
+    "tensorflow": "'fastema[keras]'",
+    "transformers": "'fastema[transformers]'",
 }
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
@@ -85,9 +95,8 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of ours
         except ModuleNotFoundError as error:
             if error.name not in _ON_DEMAND[name]:
                 raise
-            extra = name if name in ("lightning", "transformers") else "keras"
             raise ImportError(
-                f"fastema.{name} needs {error.name}, which is not installed: pip install 'fastema[{extra}]'",
+                f"fastema.{name} needs {error.name}, which is not installed: pip install {_INSTALLED_BY[name]}",
                 name=error.name,
             ) from error
 

@@ -12,6 +12,9 @@ import numpy as np
 
 Array = Any  # of the library; scalars are arrays too
 Dtype = Any  # of the library
+Cast = Callable[[Array, Dtype], Array]  # converts an array
+Where = Callable[[Array, Array, Array], Array]  # chooses one of two arrays
+Bitcast = Callable[[Array, str], Array]  # has the same bits in a type of the same size
 
 
 def weigh(decay: Array, equal: Callable[[Array, float], Array] = operator.eq) -> tuple[Array, Array]:
@@ -80,3 +83,67 @@ def _widened(
     So XLA does with a weight that was just computed; but the average is of the weight that stays.
     """
     return bitcast(cast(bitcast(value, "uint16"), "uint32") * 65536, "float32")
+
+
+# --- 16 bits, in integers, and random ones: the twins of those in cpp/src/formula.hpp -------------
+
+
+def widen_f16(half: Array, bitcast: Bitcast, cast: Cast, where: Where) -> Array:
+    """Return the float32 of the bits of a float16 in the lower half of words of 32 bits."""
+    rest, bias = half & np.uint32(0x7FFF), np.uint32((127 - 15) << 23)
+    normal = (rest << np.uint32(13)) + bias
+    special = (rest << np.uint32(13)) | np.uint32(0x7F800000)
+    subnormal = bitcast(cast(rest, np.float32) * np.float32(2.0**-24), "uint32")
+    bits = where(rest < np.uint32(0x400), subnormal, where(rest < np.uint32(0x7C00), normal, special))
+    return bitcast(bits | ((half & np.uint32(0x8000)) << np.uint32(16)), "float32")
+
+
+def splitmix64(x: Array) -> Array:
+    """Return Sebastiano Vigna's splitmix64 of unsigned integers of 64 bits."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def key_of(seed: Array, step: Array, pair: Array, element: Array) -> Array:
+    """Return the key of elements, by the array's place in the list and the element's in its array.
+
+    All are unsigned integers of 64 bits; one key serves 2**32 elements.
+    """
+    call = splitmix64(splitmix64(seed) ^ step)
+    return splitmix64(splitmix64(call ^ pair) ^ (element >> np.uint64(32)))
+
+
+def random_bits(place: Array, key: Array, cast: Cast, where: Where) -> Array:
+    """Return 16 random bits for each element: one hash serves two neighbours.
+
+    Args:
+        place: Of the elements in their array; unsigned integers of 32 bits.
+        key: What `key_of` returned.
+        cast: ``cast(x, dtype)`` converts an array; of integers, it takes the lower bits.
+        where: ``where(condition, x, y)`` chooses one of two arrays.
+    """
+    x = ((place >> np.uint32(1)) ^ cast(key, np.uint32)) * np.uint32(0x7FEB352D)
+    x = x ^ cast(key >> np.uint64(32), np.uint32)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    x = x ^ (x >> np.uint32(16))
+    return where(place % np.uint32(2) == 0, x & np.uint32(0xFFFF), x >> np.uint32(16))
+
+
+def round_bf16_at_random(bits: Array, random: Array, where: Where) -> Array:
+    """Return the bfloat16 in the upper half of words of 32 bits, of those of float32 numbers."""
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return where(is_nan, bits | np.uint32(0x400000), bits + random)
+
+
+def narrow_f16_at_random(bits: Array, random: Array, bitcast: Bitcast, cast: Cast, where: Where) -> Array:
+    """Return the float16 in the lower half of words of 32 bits, of those of float32 numbers."""
+    least, infinite, bias = (np.uint32(x << 23) for x in (127 - 14, 127 + 16, 127 - 15))
+    rest = bits & np.uint32(0x7FFFFFFF)
+    normal = (rest - bias + (random >> np.uint32(3))) >> np.uint32(13)
+    small = bitcast(where(rest < least, rest, np.uint32(0)), "float32")
+    subnormal = (cast(small * np.float32(2.0**40), np.uint32) + random) >> np.uint32(16)
+    special = where(rest > np.uint32(0x7F800000), np.uint32(0x7E00), np.uint32(0x7C00))
+    half = where(rest < least, subnormal, where(rest < infinite, normal, special))
+    return half | ((bits >> np.uint32(16)) & np.uint32(0x8000))

@@ -22,8 +22,8 @@ MODULES = sorted(
 PAGES = [ROOT / "README.md", *sorted((ROOT / "python" / "docs").glob("*.md"))]
 ALL_PAGES = [*PAGES, ROOT / ".github" / "CONTRIBUTING.md"]
 OPTIONAL = (
-    *("accelerate", "diffusers", "ema_pytorch", "jax", "lightning", "optax", "peft", "schedulefree", "tf_keras"),
-    *("timm", "torch", "torch_ema", "transformers", "triton"),
+    *("accelerate", "diffusers", "ema_pytorch", "equinox", "flax", "jax", "lightning", "optax", "peft"),
+    *("schedulefree", "tf_keras", "timm", "torch", "torch_ema", "transformers", "triton"),
 )
 
 

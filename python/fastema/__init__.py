@@ -95,8 +95,9 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of ours
         except ModuleNotFoundError as error:
             if error.name not in _ON_DEMAND[name]:
                 raise
+            how = f"pip install {_INSTALLED_BY[name]}"
             raise ImportError(
-                f"fastema.{name} needs {error.name}, which is not installed: pip install {_INSTALLED_BY[name]}",
+                f"fastema.{name} needs {error.name}, which is not installed: {how}",
                 name=error.name,
             ) from error
 

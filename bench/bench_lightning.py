@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from . import harness
+from .report import report
 
 MODELS = {"tiny": [10] * 2, "12M": [1732] * 5}  # widths of linear layers
 FIRST = 3  # steps that are not timed
@@ -89,7 +90,8 @@ def measure(pl: Any, name: str, samples: int) -> harness.Result:
         **({} if theirs is None else {RIVAL: training(pl, widths, lambda: theirs(decay=0.999))}),
     }
     moved = 12 * sum((a + 1) * b for a, b in pairwise(widths))
-    return harness.run(name, moved, contestants, {}, samples, stopwatch=STOPWATCH)
+    at = {"": STOPWATCH}
+    return harness.run_at(at, name, moved, contestants, ceiling={}, samples=samples)[0]
 
 
 def added(result: harness.Result) -> str:
@@ -110,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         results = [measure(pl, name, options.samples) for name in (["tiny"] if options.quick else MODELS)]
-    harness.report(results, "A step in Lightning", options.json, options.picture)
+    report(results, "lightning", "A step in Lightning", options)
     print("us of a step     without      fastema adds   Lightning's adds   ratio")
     print("\n".join(map(added, results)))
 

@@ -36,6 +36,7 @@ SECTIONS = {
     "ema": "EMA.update",
     "tensorflow": "Updates of tf.Variables",
     "keras": "Steps of Keras",
+    "lightning": "Steps of Lightning",
 }
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,8 +138,9 @@ def measure(name: str, samples: int) -> dict[str, np.ndarray]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = harness.parser(__doc__)
-    parser.set_defaults(samples=60)
+    parser = harness.parser(__doc__, times=False)
+    parser.add_argument("--samples", type=int, default=60, help="steps of each contestant, in turns")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all times")
     options = parser.parse_args(arguments)
     results = {name: measure(name, options.samples) for name in (["tiny"] if options.quick else MODELS)}
     for name, seconds in results.items():

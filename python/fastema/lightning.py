@@ -242,6 +242,8 @@ class WeightAverages(Callback):
         decays = [each(step) if callable(each) else each for each in given]
         known = {
             "step": step,
+            "clock": step,
+            "averaged": step,
             "decay": decays,
             "products": [0.0] * len(decays),
         }  # no start at zeros is in them

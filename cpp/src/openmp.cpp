@@ -95,7 +95,9 @@ bool torch_is_loaded() noexcept {
 bool openmp_spins() noexcept { return known.worker != 0 && usable() && runs(known.worker); }
 
 bool openmp_is_worth_a_look() noexcept {
-  return known.worker == 0 && usable() && torch_is_loaded();
+  // a look from another thread might make a team that nobody needs; and training runs in this one
+  const bool main_thread = syscall(SYS_gettid) == getpid();
+  return main_thread && known.worker == 0 && usable() && torch_is_loaded();
 }
 
 void run_by_openmp(void (*work)(const void*, std::size_t) noexcept, const void* context) noexcept {

@@ -19,6 +19,7 @@ from fastema.bench import (
     ceiling,
     harness,
     lists,
+    model_sockets,
     moments,
     record,
 )
@@ -174,3 +175,24 @@ def test_a_compensated_average_is_float64s_to_a_millionth_after_a_million_steps(
     with capsys.disabled():
         bench_accuracy.main([])
     assert bench_accuracy.held(0.99999, 1_000_000)["float32 + float32 carry"] < 1e-6
+
+
+def test_the_model_of_sockets_keeps_to_its_rates():
+    machine = model_sockets.Machine(2, 14e9, 250e9, 100e9)
+    moved = 1000 * model_sockets.MOVED * model_sockets.PIECE
+    ways = [{"own_parts": own, "first_touch": touch} for own in (False, True) for touch in ("one", "all")]
+    one, many = (
+        [model_sockets.seconds(machine, 1000, threads, **way) for way in ways] for threads in (1, 64)
+    )
+    assert one == pytest.approx([moved / machine.stream] * 4)
+    shared = moved / (machine.memory * machine.sockets)
+    assert all(shared < time < moved / machine.memory * 1.1 for time in many)
+    counter, counter_all, own, own_all = many
+    assert own_all < counter_all < counter
+    assert own == pytest.approx(counter)
+    assert own_all < 1.1 * shared
+
+
+def test_the_model_of_sockets_prints_its_table(capsys):
+    model_sockets.main(["--stream", "14", "--cores", "8"])
+    assert "2 sockets of 8 cores, GB/s: one core 14, a socket's memory 250" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import numpy as np
 
 import fastema
 
-from . import harness
+from . import cli
 
 SIZE = 256
 
@@ -89,7 +89,7 @@ def walk(decay: float, steps: int) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the experiments."""
-    options = harness.parser(__doc__, times=False).parse_args(arguments)
+    options = cli.parser(__doc__, times=False).parse_args(arguments)
     steps = 2_000 if options.quick else 1_000_000
     columns = {
         f"held at 1, decay .999, {steps // 100:,} steps": held(0.999, steps // 100),

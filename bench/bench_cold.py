@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import fastema
 
-from . import harness
+from . import cli, harness
 from .lists import arrays
 from .moments import moments
 from .report import report
@@ -32,7 +32,7 @@ def measure(size: int, at: Mapping[str, harness.Stopwatch], samples: int) -> lis
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    options = harness.parser(__doc__).parse_args(arguments)
+    options = cli.parser(__doc__).parse_args(arguments)
     sizes = [1 << 16, 1 << 20] if options.quick else SIZES
     at = moments()
     results = [result for size in sizes for result in measure(size, at, options.samples)]

@@ -21,7 +21,7 @@ import numpy as np
 import fastema
 from fastema import cuda, schedules
 
-from . import harness
+from . import cli, harness
 from .device import Gpu, machine, tensors
 from .harness import Call
 from .lists import LISTS, MIXES, Shapes, elements, itemsize, llama_7b
@@ -240,7 +240,7 @@ def offloads(gpu: Gpu, report: Report) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = harness.parser(__doc__ or "", times=False)
+    parser = cli.parser(__doc__ or "", times=False)
     parser.add_argument("--samples", type=int, default=9, help="of each contestant, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all numbers")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw them")

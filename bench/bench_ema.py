@@ -11,7 +11,7 @@ from typing import Any
 
 import fastema
 
-from . import harness, rivals
+from . import cli, harness, rivals
 from .lists import LISTS, Shapes, arrays
 from .report import report
 
@@ -61,7 +61,7 @@ def jax_list(name: str, shapes: Shapes, samples: int) -> harness.Result:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    options = harness.parser(__doc__).parse_args(arguments)
+    options = cli.parser(__doc__).parse_args(arguments)
     lists = {"10 x 10": LISTS["10 x 10"], "161 x 10": [(10,)] * 161}
     if not options.quick:
         lists["ResNet-50"] = LISTS["ResNet-50"]

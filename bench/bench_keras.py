@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import harness, record
+from . import cli, harness, record
 from .lists import LISTS, Shapes
 from .report import report
 
@@ -93,7 +93,7 @@ def added(result: harness.Result) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark: each backend in a process of its own."""
-    parser = harness.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("--backend", choices=BACKENDS, help="only this one, in this process")
     options = parser.parse_args(arguments)
     names = ["200 small"] if options.quick else list(MODELS)

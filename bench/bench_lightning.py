@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from . import harness
+from . import cli, harness
 from .report import report
 
 MODELS = {"tiny": [10] * 2, "12M": [1732] * 5}  # widths of linear layers
@@ -104,7 +104,7 @@ def added(result: harness.Result) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    options = harness.parser(__doc__).parse_args(arguments)
+    options = cli.parser(__doc__).parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on workers
         import lightning.pytorch as pl

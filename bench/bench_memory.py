@@ -6,7 +6,7 @@ python -m fastema.bench.bench_memory [--quick]
 import subprocess
 import sys
 
-from . import harness
+from . import cli
 
 PROGRAM = """
 import sys
@@ -48,7 +48,7 @@ def extra_kilobytes(name: str, verb: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = harness.parser(__doc__, times=False)
+    parser = cli.parser(__doc__, times=False)
     options = parser.parse_args(arguments)
     print("\nExtra memory at the peak, KiB")
     for name in ("ResNet-50",) if options.quick else ("ResNet-50", "GPT-2", "one of 64M"):

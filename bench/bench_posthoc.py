@@ -14,7 +14,7 @@ import numpy as np
 import fastema
 from fastema import posthoc, schedules
 
-from . import harness
+from . import cli
 
 SIZE = 256
 KEPT = (0.05, 0.10)
@@ -97,7 +97,7 @@ def draw(found: dict[str, list[list[float]]], title: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the experiment."""
-    parser = harness.parser(__doc__, times=False)
+    parser = cli.parser(__doc__, times=False)
     parser.add_argument("--picture", type=Path, help="where to draw the errors")
     options = parser.parse_args(arguments)
     steps = 64 * (30 if options.quick else 1000)

@@ -11,7 +11,7 @@ import numpy as np
 
 import fastema
 
-from . import harness
+from . import cli, harness
 from .ceiling import ceilings
 from .lists import LISTS, block, elements
 from .report import report
@@ -95,7 +95,7 @@ def measure(name: str, samples: int) -> harness.Result:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = harness.parser(__doc__)
+    parser = cli.parser(__doc__)
     options = parser.parse_args(arguments)
     names = ["10 x 10", "ResNet-50"] if options.quick else list(LISTS)
     results = [measure(name, options.samples) for name in names]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from . import harness
+from . import cli, harness
 from .lists import LISTS, Shapes, arrays, elements
 from .report import report
 from .rivals import RIVALS, tf_eager
@@ -96,7 +96,7 @@ def measure(name: str, samples: int) -> harness.Result:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    options = harness.parser(__doc__).parse_args(arguments)
+    options = cli.parser(__doc__).parse_args(arguments)
     names = ["400 x 1,000"] if options.quick else list(MODELS)
     results = [measure(name, options.samples) for name in names]
     report(results, "tensorflow", "Update of tf.Variables", options)

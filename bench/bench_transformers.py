@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import harness
+from . import cli
 
 DECAY = 0.999
 MODELS = {  # name -> sizes of a GPT-2
@@ -138,7 +138,7 @@ def measure(name: str, samples: int) -> dict[str, np.ndarray]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = harness.parser(__doc__, times=False)
+    parser = cli.parser(__doc__, times=False)
     parser.add_argument("--samples", type=int, default=60, help="steps of each contestant, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all times")
     options = parser.parse_args(arguments)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import fastema
 
-from . import harness, rivals
+from . import cli, harness, rivals
 from .ceiling import ceilings
 from .lists import LISTS, block, elements, itemsize
 from .moments import moments
@@ -93,7 +93,7 @@ def cases(quick: bool, only: str) -> tuple[list[Case], list[Case]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = harness.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("--no-rivals", action="store_true", help="only the ceiling")
     parser.add_argument("--only", default="", metavar="PATTERN", help="only lists whose titles match")
     parser.add_argument("--huge-pages", action="store_true", help="ask for them, which torch does not")

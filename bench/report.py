@@ -134,7 +134,7 @@ def report(results: list[Result], section: str, title: str, options: argparse.Na
         results: All of a script.
         section: What a record calls them.
         title: What they are of.
-        options: Of `harness.parser`.
+        options: Of `cli.parser`.
     """
     print(f"\n{title}, {THREADS} threads each: {LEGEND}\n")
     print("\n\n".join(table.text() for table in tables(results)), end="\n\n")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fastema.bench import compare, harness, page, record
+from fastema.bench import cli, compare, page, record
 from fastema.bench.harness import Result, Timing
 from fastema.bench.report import tables
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_recorded_is_refused_before_anything_is_measured(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "spoilt").write_text("[]", encoding="utf-8")
     with pytest.raises(SystemExit):
-        harness.parser("").parse_args(arguments)
+        cli.parser("").parse_args(arguments)
     assert said in capsys.readouterr().err
 
 

@@ -65,7 +65,8 @@ COUNTS = {
     "seed": [lambda number: updated(decay=0.5, rounding="stochastic", seed=number), in_ema("seed")],
     "step": [
         lambda number: updated(decay=0.5, rounding="stochastic", step=number),
-        lambda number: ema().load_state_dict({**ema().state_dict(), "step": number}),
+        lambda number: ema().load_state_dict({**ema().state_dict(), "step": number, "clock": 3.0}),
+        lambda number: setattr(ema(), "step", number),
     ],
     "threads": [lambda number: updated(decay=0.5, threads=number), in_ema("threads")],
     "every": [in_ema("every")],

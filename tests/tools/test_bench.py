@@ -34,10 +34,10 @@ def test_bench_writes_its_numbers_and_prints_its_tables(tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("Update, ", "Swap, ", "of the ceiling", "Extra memory at the peak, KiB"):
         assert text in printed
-    for name in ("update", "swap"):
+    for name, rival in {"update": "NumPy a += w * (v - a)", "swap": "NumPy, a temporary"}.items():
         results = record.read(tmp_path / f"bench-{name}.json")["sections"][name]["results"]
         assert {result["title"] for result in results} == {"10 x 10, f32", "ResNet-50, f32"}
-        assert all(len(result["timings"]) > 3 for result in results)
+        assert all({"fastema", rival} < set(result["timings"]) for result in results)
         assert (tmp_path / f"bench-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -71,7 +71,7 @@ def test_every_contestant_is_called_at_each_moment_of_a_training_loop(capsys):
     for moment in moments.moments():
         assert moment in head
     rivals = rows[: next(i for i, row in enumerate(rows) if row.startswith("fastema"))]
-    assert len(rivals) > 2
+    assert {"NumPy a += w * (v - a)", "TensorFlow function"} <= {row.split("  ")[0] for row in rivals}
     assert all(row.count("±") == len(moments.moments()) for row in rivals)
 
 

@@ -19,7 +19,8 @@ WAYS = ["nearest", "stochastic", "compensated"]
 
 
 @pytest.fixture(autouse=True)
-def _measured_afterwards():
+def _nothing_found_before_and_after():
+    _core.tune(-1)
     yield
     _core.tune(-1)
 
@@ -56,7 +57,6 @@ def found():
 def test_the_bits_are_right_while_distances_take_turns_and_when_one_is_chosen(rng, threads):
     a, v = (rng.standard_normal(BEYOND, np.float32) for _ in range(2))
     expected = a.copy()
-    _core.tune(-1)
     calls = 0
     while not found() and calls < 500:
         fastema.update(a, v, 0.9, threads=threads)
@@ -74,7 +74,6 @@ def test_the_bits_are_right_while_distances_take_turns_and_when_one_is_chosen(rn
 def test_lists_that_caches_hold_are_not_looked_at(rng):
     arrays = [rng.standard_normal(1000) for _ in range(100)]
     pairs = fastema.Pairs(arrays, [np.ones(1000) for _ in range(100)])
-    _core.tune(-1)
     for _ in range(1000):
         pairs.update(0.9)
     assert found() == set()
@@ -95,7 +94,6 @@ def test_many_threads_that_look_at_once_get_their_own_bits(rng):
         right.append(oracle.same_bits(mine, expected))
 
     callers = [threading.Thread(target=average, args=(1 + i % 2,)) for i in range(4)]
-    _core.tune(-1)
     for caller in callers:
         caller.start()
     for caller in callers:

@@ -113,8 +113,8 @@ class Team {
 
   enum class Ran { no, yes, late };
 
-  // `no`, with nothing done, while another caller's job has the team; `late` if the caller had to
-  // wait for a helper that was kept from its work.
+  // `no`, with nothing done, while another caller's job has the team; `late` if no
+  // helper came, or the caller had to wait for one that was kept from its work.
   Ran run(const Job& job, std::uint32_t helpers) noexcept {
     if (busy_.test_and_set(std::memory_order_acquire)) return Ran::no;
     job_ = job;
@@ -123,9 +123,10 @@ class Team {
     state_.store(kOpen | seats * kSeat, std::memory_order_release);
     ring(seats);
     job.run(0);
-    bool late = false;
-    for (std::uint32_t state = state_.fetch_and(kInside, std::memory_order_acq_rel) & kInside;
-         state != 0; state = state_.load(std::memory_order_acquire)) {
+    const std::uint32_t closed = state_.fetch_and(kInside, std::memory_order_acq_rel);
+    bool late = closed == (kOpen | seats * kSeat);  // nobody came
+    for (std::uint32_t state = closed & kInside; state != 0;
+         state = state_.load(std::memory_order_acquire)) {
       late |= wait(state_, state);
     }
     busy_.clear(std::memory_order_release);

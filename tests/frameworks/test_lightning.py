@@ -13,14 +13,6 @@ DECAY = 0.75
 
 
 @pytest.fixture
-def runs():
-    """Return tests/support/lightning_runs.py."""
-    skip_without("torch")
-    skip_without("lightning")
-    return importlib.import_module("lightning_runs")
-
-
-@pytest.fixture
 def averages(runs):
     return runs.WeightAverages(decay=DECAY)
 

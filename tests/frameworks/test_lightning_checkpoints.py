@@ -1,6 +1,5 @@
 """Lightning's checkpoints with averages: who reads them, and a run that goes on from one."""
 
-import importlib
 import warnings
 
 import pytest
@@ -9,14 +8,6 @@ from processes import free_ports, output_of, python, ranks, skip_without
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:::pytorch_lightning", "ignore:::torch")
 DECAY = 0.75
-
-
-@pytest.fixture
-def runs():
-    """Return tests/support/lightning_runs.py."""
-    skip_without("torch")
-    skip_without("lightning")
-    return importlib.import_module("lightning_runs")
 
 
 @pytest.fixture

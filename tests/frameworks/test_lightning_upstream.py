@@ -6,23 +6,12 @@ beside a GPU, FSDP (refused here, `fastema.EMA` takes it), pickling of the avera
 model), counts of private swaps, and that no data loader is copied: no model is.
 """
 
-import importlib
-
 import numpy as np
 import pytest
 
 import fastema
-from processes import skip_without
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:::torch")
-
-
-@pytest.fixture
-def runs():
-    """Return tests/support/lightning_runs.py."""
-    skip_without("torch")
-    skip_without("lightning")
-    return importlib.import_module("lightning_runs")
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_the_model_of_sockets_keeps_to_its_rates():
     one, many = (
         [model_sockets.seconds(machine, 1000, threads, **way) for way in ways] for threads in (1, 64)
     )
-    assert one == pytest.approx([moved / machine.stream] * 4)
+    assert one == pytest.approx([moved / machine.stream] * 4)  # times are added up piece by piece
     shared = moved / (machine.memory * machine.sockets)
     assert all(shared < time < moved / machine.memory * 1.1 for time in many)
     counter, counter_all, own, own_all = many

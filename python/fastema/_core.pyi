@@ -64,6 +64,21 @@ class Contents:
     def accept(self) -> None:
         """Take what they hold now for right."""
 
+class Layouts:
+    """Tensors with the memory, shapes and strides that they had, to notice others; no Python is called."""
+
+    def __init__(self, tensors: list[Any]) -> None: ...
+    def __len__(self) -> int: ...
+    def changed(self) -> bool:
+        """Tell whether one lies elsewhere, or has another shape or strides."""
+
+    def accept(self) -> None:
+        """Take what they are now for right."""
+
+    @staticmethod
+    def is_readable(tensor: Any) -> bool:
+        """Tell whether an array has DLPack's exchange API, and can be told of by it."""
+
 def locked(lock: RLock, call: Callable[..., T], *arguments: object) -> T:
     """Return what a call returns that is made while a lock is held; no interrupt keeps it held."""
 

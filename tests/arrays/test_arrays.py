@@ -97,11 +97,58 @@ def test_a_torch_tensor_given_other_memory_is_noticed(torch):
     pairs = fastema.Pairs([average], [value])
     pairs.update(0.5)
     value.data = torch.full((10,), 3.0)
-    with pytest.raises(ValueError, match="a tensor was given other memory after it was paired"):
+    with pytest.raises(ValueError, match="a tensor was given other memory, shape or strides after"):
         pairs.update(0.5)
-    with pytest.raises(ValueError, match="a tensor was given other memory after it was paired"):
+    with pytest.raises(ValueError, match="a tensor was given other memory, shape or strides after"):
         pairs.swap()
     assert (average == 0.5).all()
+
+
+def _transpose(tensor):
+    tensor.data = tensor.data.t()
+
+
+def _shorten(tensor):
+    tensor.data = tensor.data[:2]
+
+
+def _flatten(tensor):
+    tensor.data = tensor.data.reshape(-1)
+
+
+@pytest.mark.parametrize("is_readable", [True, False], ids=["in C", "in Python"])
+@pytest.mark.parametrize("change", [_transpose, _shorten, _flatten])
+def test_a_torch_tensor_of_another_layout_in_the_same_memory_is_noticed(
+    torch, monkeypatch, change, is_readable
+):
+    if not is_readable:  # as before torch 2.10
+        monkeypatch.setattr(fastema._core.Layouts, "is_readable", lambda _: False)
+    average, value = torch.zeros(3, 3), torch.nn.Parameter(torch.ones(3, 3))
+    pairs = fastema.Pairs([average], [value])
+    change(value)
+    with pytest.raises(
+        ValueError, match="other memory, shape or strides after it was paired; make the pairs anew"
+    ):
+        pairs.update(0.5)
+    assert (average == 0).all()
+
+
+def test_layouts_take_what_tensors_are_now_for_right(torch):
+    tensors = [torch.zeros(3, 3), torch.zeros(()), torch.zeros(0)]
+    layouts = fastema._core.Layouts(tensors)
+    assert len(layouts) == 3
+    assert not layouts.changed()
+    tensors[0].t_()  # of strides alone
+    tensors[2].resize_(2)
+    assert layouts.changed()
+    layouts.accept()
+    assert not layouts.changed()
+
+
+def test_layouts_need_tensors_that_say_where_they_are():
+    with pytest.raises(TypeError, match="tensors must have DLPack's exchange API, got int"):
+        fastema._core.Layouts([1])
+    assert not fastema._core.Layouts.is_readable(1)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -241,7 +241,7 @@ def test_an_average_given_other_memory_is_noticed(torch):
     average = torch.zeros(4)
     offload = cuda.Offload(average, fake_cuda.tensor(torch.ones(4)))
     average.data = torch.zeros(4)
-    with pytest.raises(ValueError, match="a tensor was given other memory after it was paired"):
+    with pytest.raises(ValueError, match="a tensor was given other memory, shape or strides after"):
         offload.update(0.5)
     assert not average.any()
 

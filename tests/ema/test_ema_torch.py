@@ -212,3 +212,29 @@ def test_an_ema_is_made_by_one_view_of_each_tensor(model, monkeypatch):
     monkeypatch.setattr(library, "array_of", lambda tensor: views.append(1) or view(tensor))
     fastema.EMA(model)
     assert len(views) == len(model.state_dict())
+
+
+@pytest.mark.parametrize("is_readable", [True, False], ids=["in C", "in Python"])
+def test_a_weight_transposed_in_its_memory_is_averaged_as_it_is_read(torch, monkeypatch, is_readable):
+    if not is_readable:  # as before torch 2.10
+        monkeypatch.setattr(fastema._core.Layouts, "is_readable", lambda _: False)
+    weight = torch.nn.Parameter(torch.arange(9.0).reshape(3, 3))
+    ema = fastema.EMA([weight], 0.5)
+    weight.data = weight.data.t()
+    ema.update()
+    assert ema.averages[0].tolist() == [[0, 2, 4], [2, 4, 6], [4, 6, 8]]
+
+
+def test_a_model_put_into_another_order_of_memory_is_followed(torch):
+    model = torch.nn.Conv2d(3, 4, 3)
+    ema = fastema.EMA(model, 0.5)
+    expected = {name: value.clone() for name, value in ema.averages.items()}
+    model.to(memory_format=torch.channels_last)
+    for _ in range(2):
+        with torch.no_grad():
+            model.weight.add_(0.25)
+        expected["weight"] += 0.5 * (model.weight.detach() - expected["weight"])
+        ema.update()
+    assert ema.averages["weight"].is_contiguous(memory_format=torch.channels_last)
+    with ema.swapped():
+        assert torch.equal(model.weight, expected["weight"])

@@ -18,7 +18,7 @@ FILES = {
 }
 CORE = "fastema._core"
 MODULES = {CORE, *FILES}
-TO_THE_CORE = ["_build", "_ema", "_types", "cuda", "functional"]  # and the face, for the version
+TO_THE_CORE = ["_arrays", "_build", "_ema", "_types", "cuda", "functional"]  # and the face, for the version
 
 
 class WithoutTypeChecking(ast.NodeTransformer):

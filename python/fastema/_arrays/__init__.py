@@ -5,7 +5,7 @@ file, and put its `library` in the list below. No library is imported before the
 """
 
 from . import dispatch, flax, interfaces, jax, keras, numpy, tensorflow, torch
-from .base import Addresses, Carried, Descriptor, Leaf, Location, unmasked
+from .base import Carried, Descriptor, Leaf, Location, unmasked
 from .complex import ComplexLeaf
 from .dispatch import (
     agreed,
@@ -41,6 +41,7 @@ from .dispatch import (
 from .numpy import plain
 from .packing import packed, packed_copies
 from .tensorflow import Reader
+from .watched import Addresses
 
 __all__ = [
     "Addresses",

@@ -3,7 +3,7 @@
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ml_dtypes
@@ -12,6 +12,7 @@ import numpy as np
 from .._types import AnyArray, DType
 from .packing import axes_of, laid_out
 from .shards import Shards
+from .watched import Watched
 
 CPU = 1  # DLPack's kDLCPU
 CUDA = 2, 13  # its kDLCUDA and kDLCUDAManaged
@@ -84,43 +85,6 @@ class Location(NamedTuple):
     holder: AnyArray
 
 
-class Addresses:
-    """Where arrays lay when they were paired, to notice those that were given other memory since.
-
-    Args:
-        ask: A function for each array that tells where it lies now; None: it stays.
-    """
-
-    __slots__ = ("_ask", "_before")
-
-    def __init__(self, ask: Iterable[Callable[[], object] | None]) -> None:
-        self._ask = [one for one in ask if one is not None]
-        self.accept()
-
-    def __len__(self) -> int:
-        return len(self._ask)
-
-    def accept(self) -> None:
-        """Take the present addresses for right."""
-        self._before = [ask() for ask in self._ask]
-
-    def moved(self) -> bool:
-        """Tell whether one has moved."""
-        return [ask() for ask in self._ask] != self._before
-
-    def check(self, paired: str) -> None:
-        """Raise if one has moved.
-
-        Args:
-            paired: What holds the pairs, and must be made anew then.
-
-        Raises:
-            ValueError: One has.
-        """
-        if self.moved():
-            raise ValueError(f"a tensor was given other memory after it was paired; make the {paired} anew")
-
-
 class Leaf(ABC):
     """One of the user's values, an array or a variable, with what its library can do.
 
@@ -131,14 +95,14 @@ class Leaf(ABC):
         stable: Whether its local arrays stay the same memory from update to update, so that they are paired
             once.
         may_move: Whether stable ones may be given other memory after all, and are then paired anew.
-        address: Tells where its memory is now, if that can become other memory; None: it cannot.
+        address: What tells where its memory is now, if that can become other memory.
         immutable: Whether it never changes: then new values are passed to each update.
         shards: How it is spread over processes or devices; None: its one local array is all of it.
     """
 
     stable = True
     may_move = False
-    address: Callable[[], object] | None = None
+    address: Watched = None
     immutable = False
     shards: Shards | None = None
 
@@ -275,7 +239,7 @@ class Library(ABC):
         """Tell whether an array lies in the memory of a CUDA device."""
         return False
 
-    def address(self, array: AnyArray) -> Callable[[], object] | None:  # noqa: ARG002 - of most it stays
+    def address(self, array: AnyArray) -> Watched:  # noqa: ARG002 - of most it stays
         """Return what tells where an array lies now, if it can be given other memory."""
         return None
 

@@ -10,9 +10,10 @@ from os import PathLike
 import numpy as np
 
 from .._types import AnyArray, DType
-from .base import Addresses, Carried, Descriptor, Leaf, Library, Location, Storage
+from .base import Carried, Descriptor, Leaf, Library, Location, Storage
 from .complex import ComplexLeaf
 from .packing import packed
+from .watched import Addresses
 
 KINDS = "a NumPy array, a torch tensor, a JAX array or anything else with __dlpack__"
 

@@ -1,7 +1,7 @@
 """Variables of flax' NNX: each assignment puts another array of JAX behind one."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from .base import Carried, Leaf, Library, is_loaded
 from .dispatch import leaf
 from .jax import JaxLeaf, JaxVariable
 from .jax import library as jax
+from .watched import Watched
 
 
 class _Variable(JaxVariable):
@@ -46,7 +47,7 @@ class _Flax(Library):
             return _CarriedVariable(value)
         return _Variable(value) if isinstance(native, JaxLeaf) else native
 
-    def address(self, array: AnyArray) -> Callable[[], object] | None:
+    def address(self, array: AnyArray) -> Watched:
         return lambda: self._view(array).ctypes.data
 
     def _view(self, array: AnyArray) -> np.ndarray:

@@ -4,7 +4,7 @@ Those on a device are copied byte by byte in CuPy's current stream, and what nee
 host memory: CuPy flushes subnormals to zero, and before version 14 it has no bfloat16.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from .base import CPU, CUDA, Descriptor, Leaf, Library, Location, Storage, dtype
 from .dispatch import write
 from .numpy import HostLeaf
 from .numpy import library as numpy
+from .watched import Watched
 
 if TYPE_CHECKING:
     from ..cuda._driver import Driver, Stream
@@ -166,7 +167,7 @@ class _Interfaces(Library):
     def is_on_cuda(self, array: AnyArray) -> bool:
         return not hasattr(array, "__dlpack_device__") or int(array.__dlpack_device__()[0]) in CUDA
 
-    def address(self, array: AnyArray) -> Callable[[], object] | None:
+    def address(self, array: AnyArray) -> Watched:
         if self.is_on_cuda(array):
             return None
         return lambda: np.from_dlpack(array).ctypes.data

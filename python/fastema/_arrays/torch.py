@@ -1,6 +1,6 @@
 """All that fastema knows of torch: tensors and parameters, those that are sharded, modules and wrappers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -13,6 +13,7 @@ from .._types import AnyArray, DType, compute_type
 from .base import Carried, Descriptor, Leaf, Library, Location, Storage, dtype_named, is_loaded
 from .dispatch import local_array, write
 from .shards import Block, Shards
+from .watched import Watched, watched
 
 
 def tensor_of(array: np.ndarray) -> AnyArray:
@@ -99,7 +100,7 @@ class _Tensor(Leaf):
     def __init__(self, tensor: AnyArray, name: str) -> None:
         self._tensor, self._name = tensor, name
         self.may_move = not tensor.is_cuda  # pairs on devices follow theirs
-        self.address = tensor.data_ptr
+        self.address = watched(tensor)
         self._look()
 
     def _local(self) -> AnyArray:
@@ -365,9 +366,8 @@ class _Torch(Library):
     def is_on_cuda(self, array: AnyArray) -> bool:
         return bool(array.is_cuda)
 
-    def address(self, array: AnyArray) -> Callable[[], object] | None:
-        ask: Callable[[], object] = array.data_ptr
-        return ask
+    def address(self, array: AnyArray) -> Watched:
+        return watched(array)
 
     def _view(self, array: AnyArray) -> np.ndarray:
         return array_of(array)

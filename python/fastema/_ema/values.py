@@ -115,6 +115,7 @@ class Values:
             )
         self._leaf_of = dict(zip(self._tree.names, self._places, strict=True))
         self.signatures = [_signatures_of(local) for local in found]
+        self._orders = _orders_of(found)
         self._reader = _arrays.Reader(self.leaves)
         self._carried = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Carried)]
         self._is_passed = any(leaf.immutable for leaf in self.leaves)
@@ -345,8 +346,11 @@ class Values:
         }
 
     def are_as_before(self) -> bool:
-        """Tell whether all arrays are of the types, shapes and devices that they were of."""
-        return [_signatures_of(local) for local in self.local_arrays()] == self.signatures
+        """Tell whether all arrays are of the types, shapes, orders and devices that they were of."""
+        found = self.local_arrays()
+        return [_signatures_of(local) for local in found] == self.signatures and _orders_of(
+            found
+        ) == self._orders
 
     def memory(self) -> set[object]:
         """Return what tells whether other values are these: objects and addresses."""
@@ -430,6 +434,10 @@ def _memory_of(array: Array) -> object:
 
 def _signatures_of(local: Locals) -> list[Signature]:
     return [Signature(_arrays.dtype_of(x), _arrays.shape_of(x), _arrays.device(x)) for x in local]
+
+
+def _orders_of(found: Sequence[Locals]) -> list[tuple[int, ...]]:
+    return [_arrays.describe(x).strides for local in found for x in local]
 
 
 def _check_kind(name: str, leaf: Leaf, before: Leaf) -> None:

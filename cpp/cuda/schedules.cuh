@@ -22,9 +22,11 @@ struct Decays {
 
 // A decay for each step. k = step - start_step.
 struct Schedule {
-  uint32_t kind;   // 0 constant: decay; 1 dynamic: min(decay, (1 + k) / (10 + k));
+  uint32_t kind;   // 0 constant: decay; 1 dynamic: min(decay, (1 + k) / (scale + k));
                    // 2 warmup: 1 - (1 + (k - 1) / scale)^-power between least and decay, but
-                   // 0 while k <= 1; 3 power: (1 - 1 / step)^power; 4 equal weights: k / (k + 1)
+                   // 0 while k <= 1; 3 power: (1 - 1 / step)^power; 4 equal weights: k / (k + 1);
+                   // 5 ramp: decay (1 - exp(-step / scale)); from least to decay in scale steps,
+                   // 6 cosine, 7 linear; 8 growing: 0.5^(1 / min(power, scale step))
   uint32_t every;  // averages after every so many steps, with decay^every; 1 or more
   int64_t start_step;  // before it, the decay is 0: a copy
   double decay;
@@ -58,7 +60,7 @@ inline double decay_at(const Schedule& schedule, uint64_t step) {
   double limit = schedule.decay;
   const double after = static_cast<double>(k);
   if (schedule.kind == 1) {
-    const double rising = (1 + after) / (10 + after);
+    const double rising = (1 + after) / (schedule.scale + after);
     return rising < limit ? rising : limit;
   }
   if (schedule.kind == 2) {
@@ -71,6 +73,20 @@ inline double decay_at(const Schedule& schedule, uint64_t step) {
     return pow(1 - 1 / static_cast<double>(step), schedule.power);
   }
   if (schedule.kind == 4) return after / (after + 1);
+  if (schedule.kind == 5) {
+    const Double share = 1 - exp(-after / schedule.scale);
+    return (share * limit).x;
+  }
+  if (schedule.kind == 6 || schedule.kind == 7) {
+    const double done = (after < schedule.scale ? after : schedule.scale) / schedule.scale;
+    const Double turn = Double{3.14159265358979323846} * done;
+    const Double left = schedule.kind == 6 ? (cos(turn.x) + 1) / 2 : 1 - done;
+    return limit - (left * (limit - schedule.least)).x;
+  }
+  if (schedule.kind == 8) {
+    const Double grown = Double{schedule.scale} * after;
+    return pow(0.5, 1 / (grown.x < schedule.power ? grown.x : schedule.power));
+  }
   return limit;
 }
 

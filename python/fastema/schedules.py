@@ -22,11 +22,15 @@ __all__ = [
     "Schedule",
     "compound",
     "constant",
+    "cosine",
     "dynamic",
     "equal_weights",
+    "growing",
     "half_life",
+    "linear",
     "over",
     "power",
+    "ramp",
     "warmup",
 ]
 
@@ -37,14 +41,18 @@ _Scalar = Any  # a number, or a tensor of the array library that computes
 class _Library(Protocol):
     """What a schedule takes from an array library: numpy, tensorflow and jax.numpy have it."""
 
+    def cos(self, x: _Scalar, /) -> _Scalar: ...
+    def exp(self, x: _Scalar, /) -> _Scalar: ...
     def maximum(self, x: _Scalar, y: _Scalar, /) -> _Scalar: ...
     def minimum(self, x: _Scalar, y: _Scalar, /) -> _Scalar: ...
     def where(self, condition: _Scalar, x: _Scalar, y: _Scalar, /) -> _Scalar: ...
 
 
 class _Numbers:
-    """The library of plain numbers: NumPy's functions would take microseconds for one."""
+    """The library of plain numbers: NumPy's functions take microseconds for one."""
 
+    cos = staticmethod(np.cos)
+    exp = staticmethod(np.exp)  # other bits than those of math
     maximum = staticmethod(max)
     minimum = staticmethod(min)
 
@@ -123,8 +131,20 @@ class Schedule(ABC):
 
         Args:
             step: A number, or a tensor of float64.
-            xp: The library, of which it takes `maximum`, `minimum` and `where`: numpy, tensorflow, jax.numpy.
+            xp: The library, numpy, tensorflow or jax.numpy: its `maximum`, `minimum`, `where`, `exp`, `cos`.
         """
+
+
+def _take_numbers(schedule: Schedule) -> None:
+    """Have a schedule hold its numbers as Python's own, which JSON can hold; raises as `as_number`."""
+    for name, number in list(vars(schedule).items()):
+        object.__setattr__(schedule, name, as_number(number, f"{name} must be a number"))
+
+
+def _check_positive(schedule: Schedule, *names: str) -> None:
+    for name in names:
+        if not 0.0 < getattr(schedule, name) < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {getattr(schedule, name)!r}")
 
 
 class _Started(Schedule):
@@ -133,8 +153,7 @@ class _Started(Schedule):
     start_step: int
 
     def __post_init__(self) -> None:
-        for name, number in list(vars(self).items()):  # as Python's own, which JSON can hold
-            object.__setattr__(self, name, as_number(number, f"{name} must be a number"))
+        _take_numbers(self)
 
     def at(self, step: _Scalar, xp: _Library) -> _Scalar:
         # tensors come first: TensorFlow takes the others' type from them
@@ -146,7 +165,7 @@ class _Started(Schedule):
         """Return the decay `k` steps after the start."""
 
 
-class _Limited(_Started):
+class _Limited(Schedule):
     """A decay that never exceeds a given one."""
 
     decay: float
@@ -157,11 +176,11 @@ class _Limited(_Started):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay", check_share(self.decay, "decay"))
-        super().__post_init__()
+        _take_numbers(self)
 
 
 @dataclass(frozen=True)
-class constant(_Limited):  # noqa: N801 - used as a function
+class constant(_Limited, _Started):  # noqa: N801 - used as a function
     """The same decay at every step from the start on; 0, a copy, before.
 
     Args:
@@ -191,17 +210,18 @@ class constant(_Limited):  # noqa: N801 - used as a function
 
 
 @dataclass(frozen=True)
-class dynamic(_Limited):  # noqa: N801 - used as a function
-    """A decay that rises with the number of updates: ``min(decay, (1 + k) / (10 + k))``.
+class dynamic(_Limited, _Started):  # noqa: N801 - used as a function
+    """A decay that rises with the number of updates: ``min(decay, (1 + k) / (width + k))``.
 
-    Here ``k = step - start_step``; before the start it is 0, so that the average is a copy. This is
-    the schedule of TensorFlow Model Garden's ``ExponentialMovingAverage`` (``dynamic_decay=True``)
-    and of ``tf.compat.v1.train.ExponentialMovingAverage`` (``num_updates``), in integers and
-    float64.
+    Here ``k = step - start_step``; before the start it is 0, so that the average is a copy. With a width of
+    10 this is the schedule of TensorFlow Model Garden's ``ExponentialMovingAverage`` (``dynamic_decay=True``)
+    and of ``tf.compat.v1.train.ExponentialMovingAverage`` (``num_updates``), in integers and float64. d2go
+    leaves the width to the user, as this does.
 
     Args:
         decay: From 0 to 1; the limit.
         start_step: The first step that averages.
+        width: At least 1; larger rises later, and 1 is the limit at once.
 
     Example:
         >>> from fastema import schedules
@@ -212,13 +232,19 @@ class dynamic(_Limited):  # noqa: N801 - used as a function
 
     decay: float
     start_step: int = 0
+    width: float = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1.0 <= self.width < math.inf:
+            raise ValueError(f"width must be at least 1 and finite, got {self.width!r}")
 
     def _after(self, k: _Scalar, xp: _Library) -> _Scalar:
-        return xp.minimum((1 + k) / (10 + k), self.decay)
+        return xp.minimum((1 + k) / (self.width + k), self.decay)
 
 
 @dataclass(frozen=True)
-class warmup(_Limited):  # noqa: N801 - used as a function
+class warmup(_Limited, _Started):  # noqa: N801 - used as a function
     """A decay that rises as a power of the number of updates: ``1 - (1 + s / gamma) ** -power``.
 
     Here ``s = step - start_step - 1``; while it is not above 0 the decay is 0, so that the average is a
@@ -249,9 +275,7 @@ class warmup(_Limited):  # noqa: N801 - used as a function
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("gamma", "power"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
+        _check_positive(self, "gamma", "power")
         if not 0.0 <= self.min_decay <= self.decay:
             raise ValueError(f"min_decay must be from 0 to decay, got {self.min_decay!r} and {self.decay!r}")
 
@@ -295,6 +319,151 @@ class equal_weights(_Started):  # noqa: N801 - used as a function
     def at_once(self, step: _Scalar, steps: int, xp: _Library) -> _Scalar:  # noqa: D102 - as of every schedule
         k = step - (self.start_step - 1)
         return xp.maximum(k - steps, 0) / xp.maximum(k, 1)
+
+
+@dataclass(frozen=True)
+class ramp(_Limited):  # noqa: N801 - used as a function
+    """A decay that rises to its limit by an exponential: ``decay * (1 - exp(-step / updates))``.
+
+    The schedule of the YOLO family (``ModelEMA`` of YOLOv5 to YOLO11 with a ``tau`` of 2000, YOLOX, RT-DETR):
+    it is at 63 % of `decay` after `updates` steps, and at 99 % after 4.6 times as many.
+
+    Args:
+        decay: From 0 to 1; the limit.
+        updates: Above 0; larger rises later.
+
+    Example:
+        >>> from fastema import schedules
+        >>> [round(schedules.ramp(0.9999)(step), 4) for step in (1, 2000, 20_000)]
+        [0.0005, 0.6321, 0.9999]
+    """
+
+    decay: float
+    updates: float = 2000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "updates")
+
+    def at(self, step: _Scalar, xp: _Library) -> _Scalar:  # noqa: D102 - as of every schedule
+        updates = self.updates + 0.0 * step  # as in warmup
+        return self.decay * (1.0 - xp.exp(-step / updates))
+
+
+@dataclass(frozen=True)
+class _Towards(Schedule):
+    """A decay on its way from one to another, where it stays."""
+
+    start: float
+    end: float
+    updates: float
+
+    @property
+    def _limit(self) -> float:  # type: ignore[override] # a value of each schedule here
+        return self.end
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            object.__setattr__(self, name, check_share(getattr(self, name), name))
+        _take_numbers(self)
+        _check_positive(self, "updates")
+
+    def at(self, step: _Scalar, xp: _Library) -> _Scalar:
+        updates = self.updates + 0.0 * step  # as in warmup
+        left = self._left(xp.minimum(step, self.updates) / updates, xp)
+        return self.end - xp.maximum((self.end - self.start) * left, -1.0)  # XLA would fuse a bare product
+
+    @abstractmethod
+    def _left(self, done: _Scalar, xp: _Library) -> _Scalar:
+        """Return which share of the way is left where a share of the updates is done; 0 after all."""
+
+
+class cosine(_Towards):  # noqa: N801 - used as a function
+    """A decay that goes from `start` to `end` along half a cosine, and stays there.
+
+    ``end - (end - start) * (cos(pi * step / updates) + 1) / 2``. Towards 1 it is the momentum of the teachers
+    of BYOL (Grill et al. 2020, from 0.996), DINO, iBOT and MoCo v3, where the first step is 0.
+
+    Args:
+        start: From 0 to 1; the decay before the first step.
+        end: From 0 to 1; the decay of step `updates` and all later ones.
+        updates: Above 0; the steps of the whole training, as a rule.
+
+    Example:
+        >>> from fastema import schedules
+        >>> [round(schedules.cosine(0.996, 1.0, 1000)(step), 6) for step in (1, 500, 1000, 2000)]
+        [0.996, 0.998, 1.0, 1.0]
+    """
+
+    def _left(self, done: _Scalar, xp: _Library) -> _Scalar:
+        return (xp.cos(math.pi * done) + 1.0) / 2.0
+
+
+class linear(_Towards):  # noqa: N801 - used as a function
+    """A decay that goes from `start` to `end` in equal steps, and stays there.
+
+    The momentum of the teachers of I-JEPA (Assran et al. 2023, from 0.996 to 1), V-JEPA and data2vec, where
+    the first step is 0.
+
+    Args:
+        start: From 0 to 1; the decay before the first step.
+        end: From 0 to 1; the decay of step `updates` and all later ones.
+        updates: Above 0.
+
+    Example:
+        >>> from fastema import schedules
+        >>> [round(schedules.linear(0.99, 1.0, 1000)(step), 6) for step in (1, 500, 1000, 2000)]
+        [0.99001, 0.995, 1.0, 1.0]
+    """
+
+    def _left(self, done: _Scalar, xp: _Library) -> _Scalar:  # noqa: ARG002 - numbers and tensors subtract alike
+        return 1.0 - done
+
+
+@dataclass(frozen=True)
+class growing(Schedule):  # noqa: N801 - used as a function
+    """A decay whose half-life is a fraction of the training so far, up to a limit.
+
+    ``0.5 ** (1 / min(half_life, fraction * step))``: the ramp-up of StyleGAN2-ADA and EDM, whose half-life is
+    the lesser of ``ema_kimg`` and 5 % of the images seen. Their clock counts images: give ``span=batch`` to
+    `EMA.update`. Without a limit it is close to ``power``, with ``gamma + 1 = log(2) / fraction``.
+
+    Args:
+        fraction: Above 0; of the steps so far, 0.05 as a rule.
+        half_life: Above 0, in steps; the limit.
+
+    Example:
+        >>> from fastema import schedules
+        >>> [round(schedules.growing(0.05, 500)(step), 4) for step in (1, 100, 10_000, 20_000)]
+        [0.0, 0.8706, 0.9986, 0.9986]
+    """
+
+    fraction: float
+    half_life: float = math.inf
+
+    @property
+    def _limit(self) -> float:  # type: ignore[override] # a value of each schedule here
+        return float(0.5 ** (1.0 / self.half_life))
+
+    def __post_init__(self) -> None:
+        _take_numbers(self)
+        _check_positive(self, "fraction")
+        if not self.half_life > 0.0:
+            raise ValueError(f"half_life must be above 0, got {self.half_life!r}")
+
+    def at(self, step: _Scalar, xp: _Library) -> _Scalar:  # noqa: D102 - as of every schedule
+        return 0.5 ** (1.0 / xp.minimum(self.fraction * xp.maximum(step, 1), self.half_life))
+
+    def _over(self, t0: float, t1: float) -> float:
+        end = math.floor(t1)
+        first = min(math.floor(t0) + BLOCK, end)
+        grown = max(first, math.ceil(min(self.half_life / self.fraction, end + 1)) - 1)
+        harmonic = 0.0  # the sum of 1 / step while it grows, by Euler and Maclaurin: the next term is 1e-18
+        if grown > first:
+            harmonic = math.log(grown / first) + (1 / grown - 1 / first) / 2
+            harmonic -= (1 / grown**2 - 1 / first**2) / 12
+        halvings = harmonic / self.fraction + (end - grown) / self.half_life
+        return super()._over(t0, min(t1, first)) * float(0.5**halvings)
 
 
 def half_life(updates: float) -> constant:

@@ -465,6 +465,8 @@ SCHEDULES = [
     schedules.dynamic(0.9, start_step=5),
     schedules.equal_weights(),
     schedules.equal_weights(6),
+    schedules.dynamic(0.9, width=3),
+    schedules.linear(0.3, 0.9, 12),
 ]
 
 
@@ -505,7 +507,15 @@ def test_every_so_many_steps_of_the_device_is_each(kind, every, start, held):
 
 @pytest.mark.parametrize(
     "schedule",
-    [schedules.warmup(0.999), schedules.warmup(0.9, start_step=4, min_decay=0.7), schedules.power(0.1)],
+    [
+        schedules.warmup(0.999),
+        schedules.warmup(0.9, start_step=4, min_decay=0.7),
+        schedules.power(0.1),
+        schedules.ramp(0.99, 30),
+        schedules.cosine(0.3, 0.99, 60),
+        schedules.growing(0.05, 3),
+        schedules.growing(0.3),
+    ],
     ids=repr,
 )
 def test_a_schedule_with_a_power_is_that_schedule_but_for_the_math_library(schedule):

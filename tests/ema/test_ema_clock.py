@@ -22,6 +22,9 @@ DECAYS = [
     schedules.equal_weights(6),
     schedules.half_life(5),
     schedules.power(0.1),
+    schedules.ramp(0.95, 6),
+    schedules.cosine(0.3, 0.95, 20),
+    schedules.growing(0.4, 8),
     lambda step: 0.5 if step < 8 else 0.9,
 ]
 every_decay = pytest.mark.parametrize("decay", DECAYS, ids=repr)

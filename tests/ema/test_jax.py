@@ -21,6 +21,7 @@ DECAYS = [
     schedules.equal_weights(),
     schedules.power(0.1),
     schedules.constant(0.9, 4),
+    schedules.linear(0.5, 0.9, 6),
 ]
 KINDS = [(None, "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"), ("float16", "stochastic")]
 

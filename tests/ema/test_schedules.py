@@ -55,6 +55,11 @@ RAISED_TO_A_POWER = [
     schedules.warmup(0.9999, 2.0, 0.75, start_step=2, min_decay=0.1),
     schedules.power(0.05),
     schedules.power(0.1),
+    schedules.ramp(0.9999),
+    schedules.cosine(0.996, 1.0, 9000),
+    schedules.linear(0.996, 0.9999, 9000),
+    schedules.growing(0.05, 300.0),
+    schedules.growing(0.05),
 ]
 
 
@@ -92,6 +97,12 @@ KINDS = [
     lambda: schedules.equal_weights(7),
     lambda: schedules.half_life(100),
     lambda: schedules.power(0.05),
+    lambda: schedules.dynamic(0.9, start_step=2, width=4.5),
+    lambda: schedules.ramp(0.99, 30),
+    lambda: schedules.cosine(0.5, 0.98, 300),
+    lambda: schedules.linear(0.3, 0.98, 300),
+    lambda: schedules.growing(0.3, half_life=90),
+    lambda: schedules.growing(2.5),
 ]
 
 
@@ -105,11 +116,16 @@ def test_schedules_are_values(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decays_rise_from_a_copy_and_stay_below_one(kind):
+def test_decays_rise_and_stay_below_one(kind):
     decays = [kind()(step) for step in range(5000)]
     assert all(0.0 <= d < 1.0 for d in decays)
     assert decays == sorted(decays)
-    assert decays[0] == 0.0 or isinstance(kind(), schedules.constant)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if hasattr(kind(), "start_step")])
+def test_before_its_start_a_schedule_copies(kind):
+    schedule = kind()
+    assert [schedule(step) for step in range(schedule.start_step)] == [0.0] * schedule.start_step
 
 
 @pytest.mark.parametrize(
@@ -127,6 +143,17 @@ def test_decays_rise_from_a_copy_and_stay_below_one(kind):
         (lambda: schedules.equal_weights(0), r"start_step must be at least 1, the first step, got 0"),
         (lambda: schedules.half_life(0), r"updates must be above 0 and finite, got 0"),
         (lambda: schedules.half_life(math.inf), r"updates must be above 0 and finite, got inf"),
+        (lambda: schedules.dynamic(0.9, width=0.5), r"width must be at least 1 and finite, got 0\.5"),
+        (lambda: schedules.dynamic(0.9, width=math.inf), r"width must be at least 1 and finite, got inf"),
+        (lambda: schedules.ramp(1.5), r"decay must be from 0 to 1, got 1\.5"),
+        (lambda: schedules.ramp(0.9, 0), r"updates must be above 0 and finite, got 0"),
+        (lambda: schedules.cosine(-0.1, 1.0, 10), r"start must be from 0 to 1, got -0\.1"),
+        (lambda: schedules.cosine(0.9, 1.1, 10), r"end must be from 0 to 1, got 1\.1"),
+        (lambda: schedules.cosine(0.9, 1.0, math.inf), r"updates must be above 0 and finite, got inf"),
+        (lambda: schedules.linear(0.9, 1.0, -1), r"updates must be above 0 and finite, got -1"),
+        (lambda: schedules.growing(0.0), r"fraction must be above 0 and finite, got 0\.0"),
+        (lambda: schedules.growing(0.1, 0), r"half_life must be above 0, got 0"),
+        (lambda: schedules.growing(0.1, math.nan), r"half_life must be above 0, got nan"),
         (lambda: schedules.power(0.0), r"sigma_rel must be above 0 and at most 0\.288675 .*, got 0\.0"),
         (lambda: schedules.power(0.29), r"sigma_rel must be above 0 and at most 0\.288675 .*, got 0\.29"),
         (lambda: schedules.power(math.nan), r"sigma_rel must be above 0 .*, got nan"),
@@ -286,6 +313,75 @@ def test_warmup_is_that_of_lucidrains(torch, trained):
         history.append(theirs.ema_model.weight.detach().numpy().copy())
     ours = schedules.warmup(0.9, gamma=2.0, power=0.75, start_step=5, min_decay=0.3)
     tolerances.assert_close(history, averaged(trained, ours), tolerances.DECAY_IN_FLOAT32)
+
+
+# Schedules of which the papers and the code of others give the formula. Here it is written again, by `math`.
+
+
+def exponential_ramp(step, decay, tau):
+    """`ModelEMA` of YOLOv5 and its descendants."""
+    return decay * (1 - math.exp(-step / tau))
+
+
+def byol(step, base, steps):
+    """Grill et al. 2020: tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2."""
+    return 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
+
+
+def dino(step, base, final, steps):
+    """The cosine that DINO makes in advance, of its step `step`."""
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * step / steps))
+
+
+def i_jepa(step, first, last, steps):
+    """The momentum of I-JEPA's step `step`."""
+    return first + step * (last - first) / steps
+
+
+def stylegan(images, kimg, rampup):
+    """StyleGAN2-ADA's decay of a single image, where so many were seen."""
+    return 0.5 ** (1 / max(min(kimg * 1000, images * rampup), 1e-8))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "steps"),
+    [
+        (schedules.ramp(0.9999), lambda t: exponential_ramp(t, 0.9999, 2000), 20_000),
+        (schedules.ramp(0.95, 10), lambda t: exponential_ramp(t, 0.95, 10), 500),
+        (schedules.cosine(0.996, 1.0, 1000), lambda t: byol(t, 0.996, 1000), 1000),
+        (schedules.cosine(0.9, 0.999, 777), lambda t: dino(t, 0.9, 0.999, 777), 777),
+        (schedules.cosine(0.9, 0.2, 50), lambda t: dino(t, 0.9, 0.2, 50), 50),
+        (schedules.linear(0.996, 1.0, 1000), lambda t: i_jepa(t, 0.996, 1.0, 1000), 1000),
+        (schedules.linear(0.9, 0.1, 7), lambda t: i_jepa(t, 0.9, 0.1, 7), 7),
+        (schedules.growing(0.05, 10_000), lambda t: stylegan(t, 10, 0.05), 300_000),
+        (schedules.growing(0.3), lambda t: stylegan(t, 1e9, 0.3), 10_000),
+        (schedules.dynamic(0.999, width=30), lambda t: min(0.999, (1 + t) / (30 + t)), 40_000),
+    ],
+    ids=str,
+)
+def test_a_schedule_is_the_formula_of_its_source(ours, theirs, steps):
+    for step in [*range(1, min(steps, 300)), *range(300, steps, 101), steps]:
+        tolerances.assert_close(ours(step), theirs(step), tolerances.POWERS)
+
+
+@pytest.mark.parametrize("kind", [schedules.cosine, schedules.linear])
+@given(start=st.floats(0, 1), end=st.floats(0, 1), updates=st.integers(1, 2**40), later=st.integers(0, 2**50))
+def test_what_goes_towards_a_decay_arrives_and_stays_there(kind, start, end, updates, later):
+    schedule = kind(start, end, updates)
+    assert schedule(updates) == schedule(updates + later) == end
+    least, most = sorted((start, end))
+    for step in range(1, min(updates, 50)):
+        assert 0.0 <= schedule(step) <= 1.0
+        tolerances.assert_close(np.clip(schedule(step), least, most), schedule(step), tolerances.POWERS)
+
+
+@pytest.mark.parametrize("half_life", [math.inf, 9000.0, 40_000.0])
+def test_a_growing_half_life_has_the_product_of_millions_of_steps_at_once(half_life):
+    schedule = schedules.growing(0.05, half_life)
+    steps = np.arange(20_001, 3_000_001, dtype=np.float64)
+    halvings = math.fsum(1 / np.minimum(half_life, 0.05 * steps))
+    needed = math.log(0.5) * halvings
+    tolerances.assert_close(math.log(schedule.over(20_000, 3_000_000)), needed, tolerances.SPANS)
 
 
 @pytest.mark.parametrize("updates", [1, 3, 1000])

@@ -21,6 +21,9 @@ from processes import output_of, skip_without
 CONFIGURATIONS = {
     "fixed": {"decay": 0.9},
     "schedule": {"decay": schedules.dynamic(0.99, start_step=2)},
+    "width": {"decay": schedules.dynamic(0.99, width=4)},
+    "growing without a limit": {"decay": [schedules.growing(0.1), schedules.growing(0.2, 7)]},
+    "ways": {"decay": [schedules.ramp(0.99), schedules.cosine(0.5, 1, 9), schedules.linear(0.5, 0.9, 9)]},
     "several": {"decay": [0.5, schedules.constant(0.9), schedules.dynamic(0.99)]},
     "one of several": {"decay": [0.5]},
     "every third": {"decay": schedules.dynamic(0.99), "every": 3},

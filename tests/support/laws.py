@@ -42,6 +42,10 @@ def _power(step, start):  # noqa: ARG001 - it starts with the training
     return (1 - 1 / step) ** (gamma + 1)
 
 
+def _cosine(step, start):  # noqa: ARG001 - it starts with the training
+    return 0.98 - 0.58 * (np.cos(np.pi * min(step, 20) / 20) + 1) / 2
+
+
 KINDS = {
     "constant": Kind(lambda start: schedules.constant(0.9, start), lambda t, start: 0.9 * (t >= start)),
     "dynamic": Kind(lambda start: schedules.dynamic(0.95, start), _dynamic),
@@ -52,6 +56,16 @@ KINDS = {
     ),
     "half-life": Kind(lambda start: schedules.half_life(5), lambda t, start: 0.5**0.2),  # noqa: ARG005
     "power": Kind(lambda start: schedules.power(0.1), _power),  # noqa: ARG005
+    "ramp": Kind(lambda start: schedules.ramp(0.9, 8), lambda t, start: 0.9 - 0.9 * np.exp(-t / 8)),  # noqa: ARG005
+    "cosine": Kind(lambda start: schedules.cosine(0.4, 0.98, 20), _cosine),  # noqa: ARG005
+    "linear": Kind(
+        lambda start: schedules.linear(0.4, 0.98, 20),  # noqa: ARG005
+        lambda t, start: 0.4 + 0.029 * min(t, 20),  # noqa: ARG005
+    ),
+    "growing": Kind(
+        lambda start: schedules.growing(0.25, 6),  # noqa: ARG005
+        lambda t, start: 0.5 ** (1 / min(6, t / 4)),  # noqa: ARG005
+    ),
 }
 
 starts = st.integers(0, 20)

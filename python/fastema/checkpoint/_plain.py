@@ -1,5 +1,6 @@
 """What of an EMA's state is no array: JSON in the metadata of a file, checked as a whole when it is read."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
@@ -186,7 +187,8 @@ def described(decay: Any) -> Any:
         return decay
     kind = type(decay)
     if kind.__module__ == schedules.__name__:
-        return {"schedule": kind.__name__, **asdict(decay)}
+        given = {name: number for name, number in asdict(decay).items() if number != math.inf}
+        return {"schedule": kind.__name__, **given}  # JSON has no infinity, which is a default
     named = decay if hasattr(decay, "__qualname__") else kind
     return {"schedule": f"{named.__module__}.{named.__qualname__}"}
 

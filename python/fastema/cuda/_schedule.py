@@ -115,6 +115,20 @@ class Schedule:
             self._memory.stream = stream
 
 
+# Of each kind: start_step, decay, scale, power and least, as schedules.cuh reads them.
+_ROWS: dict[str, Callable[[Any], tuple[float, ...]]] = {
+    "constant": lambda x: (x.start_step, x.decay, 1.0, 1.0, 0.0),
+    "dynamic": lambda x: (x.start_step, x.decay, x.width, 1.0, 0.0),
+    "warmup": lambda x: (x.start_step, x.decay, x.gamma, x.power, x.min_decay),
+    "power": lambda x: (0, 1.0, 1.0, x.gamma + 1.0, 0.0),
+    "equal_weights": lambda x: (x.start_step, 1.0, 1.0, 1.0, 0.0),
+    "ramp": lambda x: (0, x.decay, x.updates, 1.0, 0.0),
+    "cosine": lambda x: (0, x.end, x.updates, 1.0, x.start),
+    "linear": lambda x: (0, x.end, x.updates, 1.0, x.start),
+    "growing": lambda x: (0, x._limit, x.fraction, x.half_life, 0.0),
+}
+
+
 def _parameters(schedule: Any, name: str, every: int) -> tuple[Any, ...]:
     kind = type(schedule).__name__
     if isinstance(schedule, SupportsFloat) and not callable(schedule):
@@ -124,8 +138,4 @@ def _parameters(schedule: Any, name: str, every: int) -> tuple[Any, ...]:
             f"{name} must be a number or a schedule that a device computes ({', '.join(SCHEDULES)}), "
             f"got {schedule!r}"
         )
-    if kind == "power":
-        return SCHEDULES[kind], every, 0, 1.0, 1.0, schedule.gamma + 1.0, 0.0
-    limit, least = getattr(schedule, "decay", 1.0), getattr(schedule, "min_decay", 0.0)
-    scale, power = getattr(schedule, "gamma", 1.0), getattr(schedule, "power", 1.0)
-    return SCHEDULES[kind], every, schedule.start_step, limit, scale, power, least
+    return SCHEDULES[kind], every, *_ROWS[kind](schedule)

@@ -35,7 +35,12 @@ SCHEDULE = np.dtype(
         ("least", "<f8"),
     ]
 )
-SCHEDULES = {"constant": 0, "dynamic": 1, "warmup": 2, "power": 3, "equal_weights": 4}  # the kinds
+SCHEDULES = {  # the kinds
+    name: kind
+    for kind, name in enumerate(
+        ("constant", "dynamic", "warmup", "power", "equal_weights", "ramp", "cosine", "linear", "growing")
+    )
+}
 
 
 # Entry points, as C++ names them.

@@ -10,11 +10,12 @@ from numpy.typing import DTypeLike
 from ._arrays.torch import copied_state
 from ._ema.averages import Form
 from ._ema.background import Background, Task
-from ._ema.count import Count, Now, Pace, check_span, settled
+from ._ema.count import Count, Now, Pace, Rule, check_span, settled
 from ._ema.exchange import Block, Swapping, any_swapped
 from ._ema.parts import Options, Parts
 from ._ema.passes import NonFinite
 from ._ema.resumable import Resumable
+from ._ema.shown import Divided
 from ._ema.tree import Buffers, Nested, Only, Selection
 from ._ema.views import Views
 from ._types import Decay, check_choice, check_count, check_share, float_type
@@ -125,26 +126,27 @@ class EMA(Resumable):
         check_choice(rounding, "rounding", ("nearest", "stochastic", "compensated"))
         check_choice(buffers, "buffers", ("copy", "average", "ignore"))
         check_choice(device, "device", (None, "cpu"))
-        self._pace = Pace.of(decay, every, start_step)
+        self._pace: Rule = (pace := Pace.of(decay, every, start_step))
         kept = None if dtype is None else float_type(dtype)
         self._config: dict[str, Any] = {  # what is saved of the arguments
-            "every": self._pace.every,
-            "start_step": self._pace.start_step,
+            "every": pace.every,
+            "start_step": pace.start_step,
             "rounding": rounding,
             "seed": check_count(seed, "seed"),
-            "decay": list(self._pace.decays) if self._pace.several else self._pace.decays[0],
+            "decay": list(pace.decays) if pace.several else pace.decays[0],
             "dtype": None if kept is None else kept.name,
             "buffers": buffers,
         }
         threads = check_count(threads, "threads")
         stochastic = self._config["seed"] if rounding == "stochastic" else None
 
-        form = Form(len(self._pace.decays), kept, rounding, device == "cpu", memory, buffers)
+        decays = len(pace.decays)
+        form = Form(Divided(decays), decays, kept, rounding, device == "cpu", memory, buffers)
         self._parts = Parts.of(
             values, Options(Selection(buffers, only), form, background, stochastic, threads, Views())
         )
         self._background = Background() if background else None
-        self._start = Count.at_start(len(self._pace.decays), zeros=initial == "zeros")
+        self._start = Count.at_start(decays, zeros=initial == "zeros")
         self._now: Now = [self._start]
 
     # --- updates ----------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ class EMA(Resumable):
                 parts.values.keep(later, arrays)
                 self._background.start(Task(work, now, count))
                 return
-            over = passes.over(arrays, before)
+            over = passes.over(arrays, before, count)
             held = non_finite != "average" and passes.holds(over, non_finite)
             self._parts = parts
             parts.values.keep(later, arrays)

@@ -12,6 +12,7 @@ import numpy as np
 from .. import _arrays
 from .._types import FLOATS, Array, DType, average_type
 from .count import Count
+from .shown import Shown
 from .tree import Buffers
 from .values import Locals, Values
 
@@ -22,7 +23,8 @@ class Form(NamedTuple):
     """What averages are to be.
 
     Attributes:
-        decays: How many averages there are of each value.
+        shown: What users see of the lists of averages.
+        lists: How many of these there are.
         dtype: Of averages. None: float32 for values of 16 bits, for others their own.
         rounding: How averages of 16 bits move, and whether carries are kept.
         on_host: Whether averages of values on a CUDA device are kept in host memory.
@@ -30,7 +32,8 @@ class Form(NamedTuple):
         buffers: Whether those of a module are averaged.
     """
 
-    decays: int
+    shown: Shown
+    lists: int
     dtype: DType | None
     rounding: Literal["nearest", "stochastic", "compensated"]
     on_host: bool
@@ -59,6 +62,7 @@ class Averages:
         carries: For each decay, what rounding would lose of each averaged leaf; none but with
             ``rounding="compensated"``.
         on_host: Whether those of values on a CUDA device are in host memory.
+        shown: What users see of them.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Averages:
         form: Form,
         before: tuple[Values, "Averages"] | None = None,
     ) -> None:
-        self.on_host = form.on_host
+        self.on_host, self.shown = form.on_host, form.shown
         self.process = None if form.memory is None else os.getpid()
         self.averaged: list[int] = []
         self.copied: dict[int, None] = {}
@@ -94,16 +98,24 @@ class Averages:
         nothing: dict[int, Locals] = {i: [] for i in self.carried}
         self.by_decay = [
             {**shared, **{i: making.averages(i, k) for i in self.averaged}, **nothing}
-            for k in range(form.decays)
+            for k in range(form.lists)
         ]
-        carries = form.decays if form.rounding == "compensated" else 0
+        carries = form.lists if form.rounding == "compensated" else 0
         self.carries = [{i: making.carries(i, k) for i in self.averaged} for k in range(carries)]
         making.finish()
         self._rows = {i: _side_by_side([averages[i] for averages in self.by_decay]) for i in self.averaged}
         self._carry_rows = {i: _side_by_side([kept[i] for kept in self.carries]) for i in self.averaged}
 
-    def rows(self, leaves: Iterable[int]) -> tuple[Locals, Locals]:
-        """Return averages and carries of some leaves as the core takes them: of all decays side by side."""
+    def moving(self, count: Count | None) -> Sequence[int]:
+        """Return which lists move by the update to a count; None: the first ones that do."""
+        if not self.shown.is_sparse:
+            return range(len(self.by_decay))
+        return [0] if count is None else [k for k, decay in enumerate(count.decays) if decay != 1.0]
+
+    def rows(self, leaves: Iterable[int], lists: Sequence[int]) -> tuple[Locals, Locals]:
+        """Return averages and carries of some leaves as the core takes them: of those lists side by side."""
+        if len(lists) < len(self.by_decay):
+            return [x for i in leaves for x in _side_by_side([self.by_decay[k][i] for k in lists])], []
         rows, carries = self._rows, self._carry_rows
         return [x for i in leaves for x in rows[i]], [x for i in leaves for x in carries[i]]
 
@@ -125,8 +137,8 @@ class Averages:
         Raises:
             IndexError: There is no such decay.
         """
-        if not 0 <= (index := operator.index(k)) < len(self.by_decay):
-            raise IndexError(f"k must be from 0 to {len(self.by_decay) - 1}, got {k}")
+        if not 0 <= (index := operator.index(k)) < self.shown.lists:
+            raise IndexError(f"k must be from 0 to {self.shown.lists - 1}, got {k}")
         return index
 
     def start_at(self, local_arrays: Sequence[Locals]) -> None:
@@ -142,9 +154,9 @@ class Averages:
         """Let the k-th averages start at nothing."""
         _clear(self.by_decay[k][i] for i in self.averaged)
 
-    def divisor(self, k: int, i: int, count: Count) -> float:
-        """Return what a leaf's average is to be divided by; 1: it is shown as it is kept."""
-        return count.divisor(k) if i in self._rows else 1.0
+    def is_kept(self, k: int, i: int, count: Count) -> bool:
+        """Tell whether a leaf's k-th average is shown as it is kept."""
+        return i not in self._rows or self.shown.is_kept(k, count)
 
 
 class _Making:
@@ -184,6 +196,8 @@ class _Making:
         return self._made(i, dtypes, old, on_host=self._form.on_host, zeros=True)
 
     def _average_types(self, i: int) -> list[DType]:
+        if self._form.shown.has_types_of_values:
+            return [_arrays.dtype_of(x) for x in self._local_arrays[i]]
         return [self._form.dtype or average_type(_arrays.dtype_of(x)) for x in self._local_arrays[i]]
 
     def _old(self, i: int) -> int | None:
@@ -229,11 +243,6 @@ def _fits(average: Array, value: Array, dtype: DType, on_host: bool) -> bool:
         return False
     there, here = _arrays.describe(average), _arrays.describe(value)
     return there.shape == here.shape and there.dense_strides() == here.dense_strides()
-
-
-def shown(kept: Locals, divisor: float) -> Locals:
-    """Return an average as the user sees it."""
-    return kept if divisor == 1.0 else [_arrays.quotient(average, divisor) for average in kept]
 
 
 def _check_places(local_arrays: Iterable[Array], form: Form) -> None:

@@ -46,6 +46,10 @@ class Pace(NamedTuple):
         """Tell whether averages move at a step and its time, or it is only counted."""
         return step % self.every == 0 or clock < self.start_step  # before the start each step copies
 
+    def decays_after(self, before: "Count", clock: float) -> tuple[float, ...]:
+        """Return the decays of an update that follows on a count; raises as `decays_over`."""
+        return self.decays_over(before.averaged, clock)
+
     def decays_over(self, t0: float, t1: float) -> tuple[float, ...]:
         """Return the decays of an update that takes the clock's time from `t0` to `t1` at once.
 
@@ -62,6 +66,23 @@ class Pace(NamedTuple):
         # most spans are one step: the same without the microsecond that any span takes
         asked = [decay(t1) if callable(decay) else decay for decay in self.decays]
         return tuple([x if 0.0 <= x <= 1.0 else check_share(x, f"decay({t1})") for x in asked])
+
+
+class Rule(Protocol):
+    """What says when there is an update, and how far it moves each average: a `Pace`, or a method's own."""
+
+    @property
+    def several(self) -> bool: ...
+
+    @property
+    def every(self) -> int: ...
+
+    @property
+    def start_step(self) -> int: ...
+
+    def averages_at(self, step: int, clock: float) -> bool: ...
+
+    def decays_after(self, before: "Count", clock: float) -> tuple[float, ...]: ...
 
 
 class Count(NamedTuple):
@@ -100,7 +121,7 @@ class Count(NamedTuple):
         held = self.skip(span)
         return held if held.decays else held._replace(decays=(1.0,) * len(self.products))
 
-    def next(self, pace: Pace, span: float) -> "Count":
+    def next(self, pace: Rule, span: float) -> "Count":
         """Return the count after a step at which averages move, over all the time since they last did.
 
         Raises:
@@ -108,12 +129,12 @@ class Count(NamedTuple):
             ValueError: A schedule returned a number that is no decay.
         """
         clock = self.clock + span
-        decays, products = pace.decays_over(self.averaged, clock), self.products
+        decays, products = pace.decays_after(self, clock), self.products
         if any(products):
             products = tuple(x * decay for x, decay in zip(products, decays, strict=True))
         return Count(self.step + 1, clock, clock, decays, products)
 
-    def at_step(self, step: int, pace: Pace) -> "Count":
+    def at_step(self, step: int, pace: Rule) -> "Count":
         """Return the count as if so many updates had been seen, each with a span of 1.
 
         Averages stay what they are, and count as those of that step: also those that have not moved yet.

@@ -14,7 +14,7 @@ import numpy as np
 from .. import _arrays, _core
 from .._types import MIXES, Array
 from ..functional import paired
-from .averages import Averages, shown
+from .averages import Averages
 from .count import Count
 from .tree import Nested
 from .values import Locals, Values, by_device, check_writable
@@ -196,9 +196,11 @@ class Exchange:
 
     def average_of(self, k: int, i: int, count: Count) -> Locals:
         """Return a leaf's average as the user sees it."""
-        if count.is_blank and i not in self.averages.copied:
-            return self._present(k, i) if i not in self.averages.carried else []
-        return shown(self.kept(k, i), self.averages.divisor(k, i, count))
+        blank = count.is_blank and i not in self.averages.copied and i not in self.averages.carried
+        kept = self._present if blank else self.kept
+        if self.averages.is_kept(k, i, count):
+            return kept(k, i)
+        return self.averages.shown.computed(k, lambda j: kept(j, i), count)
 
     def _present(self, k: int, i: int) -> Locals:
         """Return a copy of the weights of a leaf as they are now, of the average's type."""
@@ -401,7 +403,7 @@ class Exchange:
     def _exchangeable(self, k: int, i: int, count: Count) -> bool:
         """Tell whether a value and its average can exchange contents, and both stay what they are."""
         leaf = self.values.leaves[i]
-        if not leaf.in_place() or i in self.averages.alone or self.averages.divisor(k, i, count) != 1.0:
+        if not leaf.in_place() or i in self.averages.alone or not self.averages.is_kept(k, i, count):
             return False
         if count.is_blank and i not in self.averages.copied:
             return False

@@ -33,6 +33,7 @@ class Pass:
         copies: Values that are copied, by device.
         copied_alone: Values that are copied one by one, behind where they are copied to.
         act: The pairs and copies, if they are all there is to do and native code does it at once.
+        lists: Which lists of averages it moves.
     """
 
     pairs: list[Pairs] = field(default_factory=list)
@@ -41,6 +42,14 @@ class Pass:
     copies: list[Pairs] = field(default_factory=list)
     copied_alone: list[tuple[Array, Array]] = field(default_factory=list)
     act: tuple[Pairs, Pairs | None] | None = None
+    lists: Sequence[int] = ()
+
+    def decay(self, count: Count) -> float | Sequence[float]:
+        """Return the decays of its lists by the update to a count, as pairs take them."""
+        decays = count.decays
+        if len(decays) > len(self.lists):
+            decays = tuple([decays[k] for k in self.lists])
+        return decays[0] if len(decays) == 1 else decays
 
     def check(self) -> None:
         """Wait for the update before, and raise if something was given other memory; the first pairs do so.
@@ -112,20 +121,21 @@ class Passes:
     ) -> None:
         self._values, self._averages, self._views = values, averages, views
         self._seed, self._threads = seed, threads
-        checked = self._pass_over(local_arrays)
+        checked = self._pass_over(local_arrays, averages.moving(None))
         self._on_host = not checked.offloads and all(pairs._is_on_host for pairs in checked.pairs)
         self._stable: Pass | None = None
-        if values.are_stable:
+        if values.are_stable and not averages.shown.is_sparse:
             self._stable = checked
 
     # --- the verbs --------------------------------------------------------------------------------
 
-    def over(self, arrays: list[Array] | None, before: Count) -> Pass:
+    def over(self, arrays: list[Array] | None, before: Count, count: Count | None = None) -> Pass:
         """Return the next pass; nothing has moved yet.
 
         Args:
             arrays: The new values, as `Values.matched` returns them. None: those given at first.
             before: The count until now.
+            count: The count after it. None: no average will move.
 
         Raises:
             ValueError: The values do not fit those given at first.
@@ -133,19 +143,19 @@ class Passes:
         stable = self._stable
         # before averages leave zero values are paired anew, so that what does not fit is noticed first
         if stable is None or before.has_zeros or arrays is not None:
-            return self.over_sources(self._values.sources(arrays))
+            return self.over_sources(self._values.sources(arrays), count)
         return stable
 
     def pair_anew(self) -> None:
         """Pair averages with values that were given other memory."""
         self.wait()
         if self._stable is not None:
-            self._stable = self._pass_over(self._values.local_arrays())
+            self._stable = self._pass_over(self._values.local_arrays(), self._stable.lists)
 
-    def over_sources(self, sources: Sequence[Array | None]) -> Pass:
-        """Return a pass over what `Values.sources` returned."""
+    def over_sources(self, sources: Sequence[Array | None], count: Count | None) -> Pass:
+        """Return a pass over what `Values.sources` returned, to a count as for `over`."""
         self.wait()
-        return self._pass_over(self._values.local_arrays(sources))
+        return self._pass_over(self._values.local_arrays(sources), self._averages.moving(count))
 
     def average(
         self,
@@ -167,7 +177,7 @@ class Passes:
             non_finite: See `EMA.update`.
             held: The count after it if that keeps averages from moving.
         """
-        over = self.over_sources(sources)
+        over = self.over_sources(sources, count)
         if non_finite != "average" and self.holds(over, non_finite):
             now[0] = held
         else:
@@ -252,7 +262,7 @@ class Passes:
         if over.act is not None and not before.has_zeros:
             pairs, copies = over.act
             decays = count.decays
-            decay = decays[0] if len(decays) == 1 else decays
+            decay = decays[0] if len(decays) == 1 else over.decay(count)
             pairs._move(decay, self._threads, now, count, copies, seed=self._seed, step=count.step)
             return
         over.check()
@@ -291,7 +301,7 @@ class Passes:
     def _go_on(self, rest: Rest, now: Now) -> None:
         """Move what has not moved, and copy; what was copied before is copied again."""
         over, count, moved = rest.over, rest.after, rest.moved
-        decay = count.decays[0] if len(count.decays) == 1 else count.decays
+        decay = over.decay(count)
         for pairs in over.pairs[moved:]:
             moved += 1
             rest = Rest(self, over, count, moved)
@@ -324,20 +334,20 @@ class Passes:
 
     # --- pairing ----------------------------------------------------------------------------------
 
-    def _pass_over(self, local_arrays: Sequence[Locals]) -> Pass:
-        """Pair the averages with local arrays of each leaf; those of each device apart."""
-        over, kept, names = Pass(), self._averages, self._values.names
-        decays = len(kept.by_decay)
+    def _pass_over(self, local_arrays: Sequence[Locals], lists: Sequence[int]) -> Pass:
+        """Pair some lists of averages with local arrays of each leaf; those of each device apart."""
+        over, kept, names = Pass(lists=lists), self._averages, self._values.names
         for leaves in by_device(kept.averaged, local_arrays):
-            averages, carries = kept.rows(leaves)
+            averages, carries = kept.rows(leaves, lists)
             values = [x for i in leaves for x in local_arrays[i]]
             named = [names[i] for i in leaves for _ in local_arrays[i]]
             if kept.on_host and _arrays.device(values[0]) is not None:
                 lying = [_arrays.describe(x) for x in values]
-                _core.check(averages, lying, carries, names=named, averages_per_value=decays)
-                over.offloads.append(_offload(kept, leaves, values))
+                _core.check(averages, lying, carries, names=named, averages_per_value=len(lists))
+                over.offloads.append(_offload(kept, leaves, values, lists))
             else:
-                over.pairs.append(paired(averages, values, carries, names=named, averages_per_value=decays))
+                pairs = paired(averages, values, carries, names=named, averages_per_value=len(lists))
+                over.pairs.append(pairs)
                 over.named.append((named, values))
         copies = kept.by_decay[0]
         for i in kept.copied:
@@ -368,10 +378,10 @@ def _first_non_finite(array: Array) -> str:
     return f"{host[index]} at {index}"
 
 
-def _offload(kept: Averages, leaves: Sequence[int], values: Locals) -> "Offload":
+def _offload(kept: Averages, leaves: Sequence[int], values: Locals, lists: Sequence[int]) -> "Offload":
     from ..cuda import Offload  # noqa: PLC0415 - no CPU needs it
 
-    averages = [[x for i in leaves for x in arrays[i]] for arrays in kept.by_decay]
+    averages = [[x for i in leaves for x in kept.by_decay[k][i]] for k in lists]
     carries = [[x for i in leaves for x in arrays[i]] for arrays in kept.carries]
     return Offload.several(averages, values, carries=carries or None)
 

@@ -122,7 +122,7 @@ class State:
         averages = exchange.averages
         debiased = [
             {i: exchange.average_of(k, i, self.count) for i in averages.averaged}
-            if self.count.divisor(k) != 1.0 or self.count.is_blank
+            if k < averages.shown.lists and (self.count.is_blank or not averages.shown.is_kept(k, self.count))
             else {}
             for k in range(len(averages.by_decay))
         ]

@@ -57,11 +57,8 @@ class Views:
     def module(self, values: Values, averages: Averages, k: int, count: Count) -> AnyArray:
         """Return a module of the averages; see `EMA.module`."""
         module = values.module()
-        if count.divisor(k) != 1.0 or count.products[k] == 1.0:
-            raise ValueError(
-                "initial must be 'values' for module(), which computes with averages as they are kept, "
-                "and not divided as they are shown; got 'zeros'"
-            )
+        if (obstacle := averages.shown.obstacle(k, count)) is not None:
+            raise ValueError(obstacle)
         value: AnyArray
         tensors: dict[int, AnyArray] = {}
         named: dict[int, str] = {}

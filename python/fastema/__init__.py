@@ -12,6 +12,7 @@
 Where is what?
 
 * `EMA`: averages for training loops of your own, in any library; begin here.
+* `BEMA`: a bias-corrected average (`fastema.methods`).
 * `fastema.keras`: a wrapper for the optimizers of Keras, and callbacks for `fit`.
 * `fastema.transformers`: for Hugging Face's Trainer: one that shows averages, and a callback.
 * `schedules`: decays that depend on the step: warm-ups, equal weights, half-lives, power functions.
@@ -45,12 +46,15 @@ if TYPE_CHECKING:
     from . import jax as jax
     from . import keras as keras
     from . import lightning as lightning
+    from . import methods as methods
     from . import tensorflow as tensorflow
     from . import transformers as transformers
+    from .methods import BEMA
 
 __version__: str = _core.build_config()["version"]
 
 __all__ = [
+    "BEMA",
     "EMA",
     "Array",
     "Arrays",
@@ -74,6 +78,7 @@ _ON_DEMAND = {
     "jax": ("jax",),
     "keras": ("keras",),
     "lightning": ("torch",),
+    "methods": (),
     "tensorflow": ("tensorflow",),
     "transformers": ("transformers", "accelerate"),
 }
@@ -87,7 +92,9 @@ _INSTALLED_BY = {
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
-    def __getattr__(name: str) -> ModuleType:
+    def __getattr__(name: str) -> ModuleType | type:
+        if name == "BEMA":
+            return getattr(import_module(".methods", __name__), name)
         if name not in _ON_DEMAND:
             raise AttributeError(f"module 'fastema' has no attribute {name!r}")
         try:

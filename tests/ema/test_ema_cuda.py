@@ -85,13 +85,13 @@ def weights_of(rng):
 class Twins:
     """The same weights in host memory and on the device, each with its averages."""
 
-    def __init__(self, library, rng, *, weights=None, beside=None, **arguments):
+    def __init__(self, library, rng, *, of=fastema.EMA, weights=None, beside=None, **arguments):
         self.library, self.rng = library, rng
         self.here = weights_of(rng) if weights is None else weights
         self.memory = {name: x.copy(order="K") for name, x in self.here.items()}
         self.there = {name: library.device(x) for name, x in self.memory.items()}
-        self.cpu = fastema.EMA(self.here, **arguments)
-        self.gpu = fastema.EMA(self.there, **arguments, **(beside or {}))
+        self.cpu = of(self.here, **arguments)
+        self.gpu = of(self.there, **arguments, **(beside or {}))
 
     def step(self):
         """Do a step of training, and average."""
@@ -105,7 +105,7 @@ class Twins:
 
     def check(self):
         """Compare everything, to the bit."""
-        for k in range(len(self.cpu._pace.decays)):
+        for k in range(self.cpu._parts.averages.shown.lists):
             assert_equal(self.library, self.gpu.averages_of(k), self.cpu.averages_of(k))
         assert_equal(self.library, self.there, self.here)
         ours, theirs = self.gpu.state_dict(), self.cpu.state_dict()
@@ -161,6 +161,28 @@ def test_averages_and_swaps_have_the_bits_of_the_cpu(library, rng, way, beside):
                 twins.check()
         twins.check()
     assert_equal(library, twins.gpu.copy_to(), twins.cpu.copy_to())
+    twins.check()
+
+
+METHODS = {
+    "BEMA": {"of": fastema.BEMA, "every": 2},
+    "BEMA from a step on": {"of": fastema.BEMA, "every": 1, "start_step": 3},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_have_the_bits_of_the_cpu(library, rng, method, beside):
+    twins = Twins(library, rng, **METHODS[method], beside=beside)
+    twins.check()
+    for _ in range(6):
+        twins.step()
+        twins.check()
+    with twins.gpu.swapped(), twins.cpu.swapped():
+        twins.check()
+    twins.check()
+    twins.cpu.reset()
+    twins.gpu.reset()
+    twins.step()
     twins.check()
 
 

@@ -22,7 +22,13 @@ SETTINGS = {
     "compensated": {"dtype": "bfloat16", "rounding": "compensated"},
     "every second": {"every": 2},
     "late": {"start_step": 3},
+    "BEMA": {"of": fastema.BEMA, "every": 2, "lag": 1},
+    "BEMA from a step on": {"of": fastema.BEMA, "every": 1, "start_step": 2},
 }
+
+
+def made(values, *, of=fastema.EMA, **arguments):
+    return of(values, **({"decay": 0.75} | arguments if of is fastema.EMA else arguments))
 
 
 def weights(seed):
@@ -52,7 +58,7 @@ def snapshot(ema, values):
 
 def set_up(arguments, updates):
     values = weights(0)
-    ema = fastema.EMA(values, **{"decay": 0.75, **arguments})
+    ema = made(values, **arguments)
     for seed in range(1, updates + 1):
         train(values, seed)
         ema.update()
@@ -86,7 +92,7 @@ def check_everywhere(setting, call, every):
     """Interrupt a call at each so manieth instruction, and compare what is found with before and after."""
     arguments, act = SETTINGS[setting], CALLS[call]
     for updates in (0, 1, 2):
-        other = fastema.EMA(weights(4), **{"decay": 0.75, **arguments})
+        other = made(weights(4), **arguments)
         other.update(weights(5))
         state = other.state_dict()
         ema, values = set_up(arguments, updates)
@@ -114,6 +120,8 @@ def check_everywhere(setting, call, every):
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_of_a_call_that_is_interrupted_all_has_happened_or_nothing(setting, call):
+    if call == "setting the step" and "of" in SETTINGS[setting]:
+        pytest.skip(f"{setting} has a step that cannot be set")
     check_everywhere(setting, call, 67)
 
 

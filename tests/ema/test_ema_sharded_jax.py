@@ -214,6 +214,26 @@ def test_a_set_is_loaded_into_any_other_sharding_and_goes_on_to_the_bit(tmp_path
     run(code, tmp_path)
 
 
+def test_other_methods_average_shards_and_go_on_in_another_sharding(tmp_path):
+    run(
+        """
+        path = sys.argv[1]
+        for method, options in ((fastema.BEMA, {"every": 2}),):
+            whole, sharded = (method(placed(whole_at(0), how), **options) for how in (None, "rows"))
+            for one, how in ((whole, None), (sharded, "rows")):
+                train(one, range(1, 6), how)
+            assert same(whole, sharded)
+            sharded.save(path)
+            other = method.load(path, placed(whole_at(9), "both"))
+            assert same(whole, other)
+            train(whole, range(6, 9), None)
+            train(other, range(6, 9), "both")
+            assert same(whole, other)
+        """,
+        tmp_path / "set.safetensors",
+    )
+
+
 def test_a_set_in_another_type_holds_rounded_averages_and_nothing_to_go_on_from(tmp_path):
     code = """
         import re

@@ -19,6 +19,7 @@ MODULES = {  # module -> what must be installed for it
     "fastema.posthoc": None,
     "fastema.schedules": None,
     "fastema.cuda": None,
+    "fastema.methods": None,
     "fastema.jax": "jax",
     "fastema.keras": "keras",
     "fastema.lightning": "torch",

@@ -4,7 +4,7 @@ What is worked on are *local arrays*, as `local_array` returns them: NumPy's arr
 CUDA devices those of torch and CuPy.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from .._types import AnyArray, DType
 from .base import Carried, Descriptor, Leaf, Library, Location, Storage
 from .complex import ComplexLeaf
-from .packing import packed
+from .packing import elementwise, packed
 from .watched import Addresses
 
 KINDS = "a NumPy array, a torch tensor, a JAX array or anything else with __dlpack__"
@@ -230,6 +230,24 @@ def clear(array: AnyArray) -> None:
 def quotient(average: AnyArray, divisor: float) -> AnyArray:
     """Return an average divided by a number, rounded to its own type."""
     return _storage(average).quotient(average, divisor)
+
+
+def computed(
+    function: Callable[[Iterator[np.ndarray]], np.ndarray], arrays: Sequence[AnyArray], dtype: DType
+) -> AnyArray:
+    """Return a function of local arrays, where the first one lies; computed on the host.
+
+    Args:
+        function: Of a piece of each array, in float64, one after the other; it may change them.
+        arrays: Of one shape, one or more.
+        dtype: Of what is returned, rounded once.
+    """
+    found = elementwise(function, [host(array) for array in arrays], dtype)
+    if isinstance(arrays[0], np.ndarray):
+        return found
+    made = _storage(arrays[0]).empty_like(arrays[0], dtype)
+    write(found, made)
+    return made
 
 
 def cast(array: AnyArray, dtype: DType) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How are many arrays laid out in one piece of host memory?"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .._types import FLOATS
+from .._types import FLOATS, DType, narrowed
 
 
 class Layout(Protocol):
@@ -24,6 +24,7 @@ class Layout(Protocol):
 
 
 _LINE = 64  # bytes: of a cache line, and of the widest vector
+_PIECE = 1 << 16  # elements: what is computed at a time
 
 
 def packed_copies(arrays: Sequence[np.ndarray], dtypes: Sequence[DTypeLike]) -> list[np.ndarray]:
@@ -99,3 +100,23 @@ def laid_out(flat: np.ndarray, like: Layout) -> np.ndarray:
 def axes_of(like: Layout) -> list[int]:
     """Return the axes in their order in memory, that of the farthest steps first."""
     return sorted(range(len(like.shape)), key=lambda axis: -abs(like.strides[axis]))
+
+
+def elementwise(
+    function: Callable[[Iterator[np.ndarray]], np.ndarray], arrays: Sequence[np.ndarray], dtype: DType
+) -> np.ndarray:
+    """Return a function of arrays of one shape, computed in float64 and rounded once.
+
+    Args:
+        function: Takes a piece of each array, one after the other, which it may change.
+        arrays: One or more.
+        dtype: Of what is returned.
+    """
+    axes = axes_of(arrays[0])
+    flat = [array.transpose(axes).reshape(-1) for array in arrays]
+    made = np.empty(arrays[0].size, dtype)
+    with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
+        for begin in range(0, made.size, _PIECE):
+            pieces = (array[begin : begin + _PIECE].astype(np.float64) for array in flat)
+            made[begin : begin + _PIECE] = narrowed(function(pieces), dtype)
+    return laid_out(made, arrays[0])

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 from numpy.typing import DTypeLike
 
@@ -24,6 +24,7 @@ class Resumable(ABC):
     _parts: Parts
     _now: Now
     _config: dict[str, Any]  # what is saved of the arguments
+    _method: ClassVar[str | None] = None  # what states say that they are of; None: an EMA
 
     @abstractmethod
     def __init__(self, values: Nested, **options: Any) -> None: ...
@@ -88,6 +89,11 @@ class Resumable(ABC):
         self.wait()
         self._parts.exchange.check_not_swapped("load_state_dict()")
         exchange = self._followed().exchange
+        method = state.get("config", {}).get("method", {}).get("name")
+        if method != self._method:
+            raise ValueError(
+                f"state must be of fastema.{self._method or 'EMA'}, got one of fastema.{method or 'EMA'}"
+            )
         fitted = State.from_dict(state).local(exchange).fitted(exchange)
         to_the_end(fitted.go_on, exchange, self._now)
 
@@ -157,7 +163,7 @@ class Resumable(ABC):
             OSError: A file cannot be read, or is missing in a set.
         """
         with Saved.opened(path) as saved:
-            arguments = {**saved.plain.config.arguments(decay, path), **options}
+            arguments = {**saved.plain.config.arguments(cls._method, decay, path), **options}
             if options.get("memory") is not None:
                 check_not_loaded_from(options["memory"], saved.paths)
             values = list(values) if isinstance(values, Iterator) else values
@@ -171,5 +177,6 @@ class Resumable(ABC):
 
     def _state(self, contents: Callable[[_arrays.Leaf, Array], Array]) -> State:
         self.wait()
-        config = {key: self._config[key] for key in ("every", "start_step", "rounding", "seed")}
+        known = ("every", "start_step", "rounding", "seed", "method")
+        config = {key: self._config[key] for key in known if key in self._config}
         return State.of(self._followed().exchange, self._settled(), config, contents)

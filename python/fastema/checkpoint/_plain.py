@@ -11,6 +11,12 @@ from ._json import LARGEST, Entry, parsed, shown
 from ._replace import StrPath
 from ._source import Source
 
+METHODS = {
+    "BEMA": ("ema_power", "bias_power", "lag", "multiplier", "min_decay"),
+}
+"""Of what is no EMA but kept alike, the arguments of its own."""
+_SHARED = {"BEMA": ("every", "start_step", "dtype", "buffers")}
+
 STATE = "fastema"  # in the metadata, and where names of tensors begin that are for an EMA alone
 VERSION = 1  # of what is written here
 
@@ -23,6 +29,7 @@ class Config:
         decay: Of each average a number or a schedule, or what only the name is known of.
         several: Whether they were given as a sequence.
         every, start_step, rounding, seed, dtype, buffers: As of `EMA`.
+        method: Of what is no EMA its name, and the arguments of its own. None: it is one.
     """
 
     decay: tuple[Any, ...]
@@ -33,6 +40,7 @@ class Config:
     seed: int
     dtype: str | None
     buffers: str
+    method: tuple[str, dict[str, float]] | None
 
     @classmethod
     def of(cls, entry: Entry) -> "Config":
@@ -49,8 +57,10 @@ class Config:
                 raise entry.refused(f"of {', '.join(known)} alone, without {shown(key)}")
         decay = entry.field("decay")
         several = isinstance(decay.value, list)
+        decays = tuple(map(_restored, decay.entries() if several else [decay]))
+        method = _method(entry.field("method"), len(decays)) if entry.has("method") else None
         return cls(
-            tuple(map(_restored, decay.entries() if several else [decay])),
+            decays,
             several,
             entry.field("every").whole(1),
             entry.field("start_step").whole(),
@@ -58,27 +68,53 @@ class Config:
             entry.field("seed").whole(0, 2**64 - 1),
             entry.field("dtype").choice(None, *map(str, FLOATS)),
             entry.field("buffers").choice("copy", "average", "ignore"),
+            method,
         )
 
-    def arguments(self, decay: Any, path: StrPath) -> dict[str, Any]:
+    def arguments(self, method: str | None, decay: Any, path: StrPath) -> dict[str, Any]:
         """Return the arguments of the constructor.
 
         Args:
+            method: What is to be made. None: an EMA.
             decay: Takes the place of the file's. None: the file's.
             path: Of the file, for errors.
 
         Raises:
-            ValueError: `decay` must be given.
+            ValueError: The file is of something else, or `decay` must be given, or must not.
         """
+        name, own = self.method or (None, {})
+        if name != method:
+            raise ValueError(
+                f"{path} must hold the state of {_called(method)}, and holds that of {_called(name)}: use "
+                f"{_called(name)}.load()"
+            )
+        if name is not None:
+            if decay is not None:
+                raise ValueError(f"decay must be None for {_called(name)}, got {shown(decay)}")
+            return {**{key: getattr(self, key) for key in _SHARED[name]}, **own}
         if decay is None:
             for named in (each for each in self.decay if isinstance(each, _Named)):
                 name = shown(named.name)[1:-1]
                 raise ValueError(f"decay must be given: of the schedule {name} {path} holds only the name")
             decay = list(self.decay) if self.several else self.decay[0]
-        return {
-            **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "several"},
-            "decay": decay,
-        }
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("several", "method")}
+        return {**known, "decay": decay}
+
+
+def _called(method: str | None) -> str:
+    return f"fastema.{method or 'EMA'}"
+
+
+def _method(entry: Entry, lists: int) -> tuple[str, dict[str, float]]:
+    """Return the name and the arguments of what is no EMA, of so many lists of arrays."""
+    name = entry.field("name").choice(*METHODS)
+    if sorted([*METHODS[name], "name"]) != sorted(key for key, _ in entry.fields()):
+        raise entry.refused(" or ".join(f"{known} with {', '.join(own)}" for known, own in METHODS.items()))
+    own = {key: entry.field(key) for key in METHODS[name]}
+    found = {key: x.number() for key, x in own.items()}
+    if lists != 3:  # before so many are made
+        raise entry.refused(f"of {lists} lists")
+    return name, found
 
 
 @dataclass(frozen=True)

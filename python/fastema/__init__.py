@@ -12,7 +12,7 @@
 Where is what?
 
 * `EMA`: averages for training loops of your own, in any library; begin here.
-* `BEMA`: a bias-corrected average (`fastema.methods`).
+* `BEMA`, `Window`: a bias-corrected average, and the mean of the last snapshots (`fastema.methods`).
 * `fastema.keras`: a wrapper for the optimizers of Keras, and callbacks for `fit`.
 * `fastema.transformers`: for Hugging Face's Trainer: one that shows averages, and a callback.
 * `schedules`: decays that depend on the step: warm-ups, equal weights, half-lives, power functions.
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from . import methods as methods
     from . import tensorflow as tensorflow
     from . import transformers as transformers
-    from .methods import BEMA
+    from .methods import BEMA, Window
 
 __version__: str = _core.build_config()["version"]
 
@@ -61,6 +61,7 @@ __all__ = [
     "Decay",
     "Pairs",
     "Rounding",
+    "Window",
     "build_config",
     "checkpoint",
     "copies",
@@ -93,7 +94,7 @@ _INSTALLED_BY = {
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
     def __getattr__(name: str) -> ModuleType | type:
-        if name == "BEMA":
+        if name in ("BEMA", "Window"):
             return getattr(import_module(".methods", __name__), name)
         if name not in _ON_DEMAND:
             raise AttributeError(f"module 'fastema' has no attribute {name!r}")

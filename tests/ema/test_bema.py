@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastema
 import oracle
 import tolerances
 from fastema import BEMA, EMA, checkpoint
@@ -236,8 +237,8 @@ def test_another_process_goes_on_to_the_bit(tmp_path):
 
 def test_states_of_an_ema_and_of_others_are_told_apart(tmp_path):
     path, weight = tmp_path / "x.safetensors", {"w": np.zeros(2)}
-    bema, ema = BEMA(weight), EMA(weight, [0.5, 0.5, 0.5])
-    for one, other in itertools.permutations([bema, ema], 2):
+    bema, ema, window = BEMA(weight), EMA(weight, [0.5, 0.5, 0.5]), fastema.Window(weight, 3)
+    for one, other in itertools.permutations([bema, ema, window], 2):
         names = [f"fastema.{type(x).__name__}" for x in (one, other)]
         with pytest.raises(ValueError, match=f"state must be of {names[1]}, got one of {names[0]}"):
             other.load_state_dict(one.state_dict())
@@ -256,9 +257,11 @@ def test_states_of_an_ema_and_of_others_are_told_apart(tmp_path):
     [
         (None, r"must be an object"),
         ({}, r"must have 'name'"),
-        ({"name": "EMA"}, r"must be 'BEMA'"),
-        ({"name": None}, r"must be 'BEMA'"),
+        ({"name": "EMA"}, r"must be 'BEMA' or 'Window'"),
+        ({"name": None}, r"must be 'BEMA' or 'Window'"),
         ({"name": "BEMA"}, r"must be BEMA with ema_power"),
+        ({"name": "Window", "size": 10**12}, r"must be of 3 lists"),
+        ({"name": "Window", "size": 3.0}, r"must be a whole number"),
         ({**OWN, "memory": "victim"}, r"must be BEMA with ema_power"),
         ({**OWN, "lag": "x"}, r"must be a finite number"),
         ({**OWN, "lag": -1.0}, r"lag must be from 0, and finite, got -1\.0"),
@@ -271,8 +274,9 @@ def test_a_file_is_believed_in_nothing(tmp_path, method, message):
     state = json.loads(file.metadata["fastema"])
     state["config"]["method"] = method
     checkpoint.write(path, file, {"fastema": json.dumps(state)})
+    kind = fastema.Window if method and method.get("name") == "Window" else BEMA
     with pytest.raises(ValueError, match=message):
-        BEMA.load(path, weight)
+        kind.load(path, weight)
 
 
 def test_the_arrays_may_lie_in_a_file(rng, tmp_path):

@@ -167,6 +167,8 @@ def test_averages_and_swaps_have_the_bits_of_the_cpu(library, rng, way, beside):
 METHODS = {
     "BEMA": {"of": fastema.BEMA, "every": 2},
     "BEMA from a step on": {"of": fastema.BEMA, "every": 1, "start_step": 3},
+    "Window": {"of": fastema.Window, "size": 3},
+    "more snapshots than one launch updates": {"of": fastema.Window, "size": 10},
 }
 
 

@@ -24,6 +24,7 @@ SETTINGS = {
     "late": {"start_step": 3},
     "BEMA": {"of": fastema.BEMA, "every": 2, "lag": 1},
     "BEMA from a step on": {"of": fastema.BEMA, "every": 1, "start_step": 2},
+    "Window": {"of": fastema.Window, "size": 2},
 }
 
 

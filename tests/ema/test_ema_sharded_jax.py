@@ -218,7 +218,7 @@ def test_other_methods_average_shards_and_go_on_in_another_sharding(tmp_path):
     run(
         """
         path = sys.argv[1]
-        for method, options in ((fastema.BEMA, {"every": 2}),):
+        for method, options in ((fastema.BEMA, {"every": 2}), (fastema.Window, {"size": 3})):
             whole, sharded = (method(placed(whole_at(0), how), **options) for how in (None, "rows"))
             for one, how in ((whole, None), (sharded, "rows")):
                 train(one, range(1, 6), how)

@@ -13,9 +13,10 @@ from ._source import Source
 
 METHODS = {
     "BEMA": ("ema_power", "bias_power", "lag", "multiplier", "min_decay"),
+    "Window": ("size",),
 }
 """Of what is no EMA but kept alike, the arguments of its own."""
-_SHARED = {"BEMA": ("every", "start_step", "dtype", "buffers")}
+_SHARED = {"BEMA": ("every", "start_step", "dtype", "buffers"), "Window": ("every", "start_step", "buffers")}
 
 STATE = "fastema"  # in the metadata, and where names of tensors begin that are for an EMA alone
 VERSION = 1  # of what is written here
@@ -111,8 +112,8 @@ def _method(entry: Entry, lists: int) -> tuple[str, dict[str, float]]:
     if sorted([*METHODS[name], "name"]) != sorted(key for key, _ in entry.fields()):
         raise entry.refused(" or ".join(f"{known} with {', '.join(own)}" for known, own in METHODS.items()))
     own = {key: entry.field(key) for key in METHODS[name]}
-    found = {key: x.number() for key, x in own.items()}
-    if lists != 3:  # before so many are made
+    found = {key: x.whole(1) if key == "size" else x.number() for key, x in own.items()}
+    if lists != found.get("size", 3):  # before so many are made
         raise entry.refused(f"of {lists} lists")
     return name, found
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import fastema
 import oracle
+import tolerances
 from processes import skip_without
 
 KINDS = {  # of a value and of its average
@@ -86,6 +87,64 @@ def test_lookahead_is_an_average_every_few_steps_and_a_pull():
             slow = slow + 0.5 * (expected - slow)  # Zhang et al. 2019, algorithm 1
             expected = slow.copy()
         np.testing.assert_allclose(fast, expected, rtol=1e-12)  # the third power of the third root
+
+
+def descent(rng, steps, shape=(4,)):
+    """Return what each step of a training adds to the weights, whatever they are."""
+    return 0.1 * rng.standard_normal((steps, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.8])
+def test_lookahead_is_an_update_and_a_pull_every_few_steps(rng, alpha):
+    """Zhang et al. 2019, algorithm 1: phi += alpha (theta - phi), and theta goes on from phi."""
+    weight = {"w": rng.standard_normal(4).astype(np.float32)}
+    ema = fastema.EMA(weight, 1.0 - alpha)
+    theta = phi = weight["w"].copy()
+    for step, change in enumerate(descent(rng, 60), 1):
+        weight["w"] += change
+        theta = theta + change
+        if step % 5 == 0:
+            ema.update()
+            ema.pull()
+            theta = phi = oracle.update(phi, theta, 1.0 - alpha)
+        assert oracle.same_bits(weight["w"], theta)
+
+
+@pytest.mark.parametrize("period", [7, 20])
+def test_switch_ema_and_hare_and_tortoise_are_a_pull_once_in_a_while(rng, period):
+    """Li et al. 2024 after each epoch, Lee et al. 2024 each so many steps: the weights become their EMA."""
+    weight = {"w": rng.standard_normal(4).astype(np.float32)}
+    ema = fastema.EMA(weight, 0.9)
+    hare = tortoise = weight["w"].copy()
+    for step, change in enumerate(descent(rng, 60), 1):
+        weight["w"] += change
+        hare = hare + change
+        ema.update()
+        tortoise = oracle.update(tortoise, hare, 0.9)
+        if step % period == 0:
+            ema.pull()
+            hare = tortoise
+        assert oracle.same_bits(weight["w"], hare)
+        assert oracle.same_bits(ema.averages["w"], tortoise)
+
+
+def test_keras_overwrites_as_a_pull_does(rng):
+    skip_without("keras")
+    import keras
+
+    start, gradients = rng.standard_normal(4).astype(np.float32), descent(rng, 30)
+    variable = keras.Variable(start)
+    optimizer = keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4)
+    optimizer.build([variable])
+    weight = {"w": start.copy()}
+    ema = fastema.EMA(weight, 0.9, start_step=2)  # their first step copies
+    for step, gradient in enumerate(gradients, 1):
+        optimizer.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+        weight["w"] -= np.float32(0.5) * gradient
+        ema.update()
+        if step % 4 == 0:
+            ema.pull()
+        tolerances.assert_close(keras.ops.convert_to_numpy(variable), weight["w"], tolerances.FRAMEWORK)
 
 
 def test_a_torch_module_is_pulled_in_place_and_autograd_is_told(torch):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import fastema
 import tolerances
 from fastema import schedules
+from ids import shown
 
 DECAYS = [
     0.9,
@@ -27,7 +28,7 @@ DECAYS = [
     schedules.growing(0.4, 8),
     lambda step: 0.5 if step < 8 else 0.9,
 ]
-every_decay = pytest.mark.parametrize("decay", DECAYS, ids=repr)
+every_decay = pytest.mark.parametrize("decay", DECAYS, ids=shown)
 
 
 def decay_at(decay, step, start):

@@ -12,6 +12,7 @@ import fastema
 import oracle
 import tolerances
 from fastema import schedules
+from ids import shown
 from processes import output_of, skip_without
 from torch_ranks import run
 
@@ -154,7 +155,7 @@ DECAYS = [
 ]
 
 
-@pytest.mark.parametrize("decay", DECAYS, ids=repr)
+@pytest.mark.parametrize("decay", DECAYS, ids=shown)
 @given(
     every=st.integers(1, 3),
     first=st.integers(0, 6),

@@ -584,7 +584,9 @@ def test_only_must_choose_something():
     assert ema.averages[0] is None
 
 
-@pytest.mark.parametrize("nothing", [[], {}, (), iter([]), {"a": None}], ids=str)
+@pytest.mark.parametrize(
+    "nothing", [[], {}, (), iter([]), {"a": None}], ids=["list", "dictionary", "tuple", "iterator", "None"]
+)
 def test_nothing_to_average_is_refused(nothing):
     with pytest.raises(ValueError, match="must hold an array"):
         fastema.EMA(nothing)

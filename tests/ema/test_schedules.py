@@ -16,6 +16,7 @@ import installed
 import oracle
 import tolerances
 from fastema import schedules
+from ids import shown
 
 
 @given(st.integers(1, 2**40), st.floats(0, 1), st.integers(0, 2**20))
@@ -357,7 +358,7 @@ def stylegan(images, kimg, rampup):
         (schedules.growing(0.3), lambda t: stylegan(t, 1e9, 0.3), 10_000),
         (schedules.dynamic(0.999, width=30), lambda t: min(0.999, (1 + t) / (30 + t)), 40_000),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_a_schedule_is_the_formula_of_its_source(ours, theirs, steps):
     for step in [*range(1, min(steps, 300)), *range(300, steps, 101), steps]:

@@ -63,7 +63,8 @@ def main(arguments):
         [sys.executable, "-c", FREED], env=environment(), capture_output=True, text=True, check=False
     )
     assert "heap-use-after-free" in found.stderr, found
-    tests = [sys.executable, "-c", PYTEST, str(PACKAGE), *arguments]
+    # one process: its workers would import what is installed
+    tests = [sys.executable, "-c", PYTEST, str(PACKAGE), "-n0", *arguments]
     return subprocess.run(tests, env=environment(), cwd=ROOT, check=False).returncode
 
 

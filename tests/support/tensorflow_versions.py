@@ -6,9 +6,8 @@
 
 The wheel is built once and unpacked beside the environments, so that all of them load the same files and none
 is asked for what fastema's `keras` extra wants. An environment FOLDER/tf2.18.1 holds that TensorFlow,
-fastema's own requirements, pytest and Hypothesis; a new one is made with the Python that runs this, for which
-all versions must have wheels (3.11 and 3.12 do). Exits with 1 where a test
-failed.
+fastema's own requirements, pytest with xdist and Hypothesis; a new one is made with the Python that runs
+this, for which all versions must have wheels (3.11 and 3.12 do). Exits with 1 where a test failed.
 """
 
 import argparse
@@ -22,6 +21,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
+TOOLS = ["pytest", "pytest-xdist", "hypothesis"]
 VERSIONS = ["2.18.1", "2.20.0", "2.21.0"]
 TIER = """
 import fastema, fastema.tensorflow, tensorflow as tf
@@ -64,7 +64,7 @@ def environment(folder, version):
     if not python.exists():
         venv.create(python.parents[1], with_pip=True)
         needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-        pip("install", f"tensorflow=={version}", *needed, "pytest", "hypothesis", python=python)
+        pip("install", f"tensorflow=={version}", *needed, *TOOLS, python=python)
     return python
 
 

@@ -3,12 +3,15 @@
 A variable's buffer may be shared: with a tensor read earlier, with a constant, with another
 variable. So nothing here writes into a buffer that somebody else holds. Of our two ops
 (cpp/tensorflow/ops.cpp) one averages in place, under TensorFlow's locks, in buffers that it has made the
-variables' own. Where TensorFlow does not export what that needs (2.20, 2.21), the other makes new averages
-beside the old, which are then assigned; whoever holds the old ones keeps them unchanged.
+variables' own. Where TensorFlow does not export what that needs (2.20, 2.21), XLA averages large variables
+in place, under the same locks; the other op makes new small ones beside the old, which are then assigned.
+Whoever holds the old ones keeps them unchanged.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
@@ -53,15 +56,18 @@ def update(
             the averages stay.
         when: A boolean tensor: where it is false, nothing changes. None: always.
         engine: ``"native"``: the C++ core; ``"graph"``: TensorFlow's operations; ``"auto"``: native where
-            it can run. All have NumPy's bits; but TensorFlow's operations, XLA's too, take subnormal
-            numbers for zeros. A ``tf.function`` keeps what it was traced with: traced outside of XLA first
-            and called within a jit-compiled function then, it needs ``"graph"``.
+            it can run; with TensorFlow 2.20 and 2.21, where it cannot run in place, averages from 1 MiB on
+            by XLA (in a ``tf.function`` and, towards variables, in eager code). All have NumPy's bits; but
+            TensorFlow's operations, XLA's too, take subnormal numbers for zeros. A ``tf.function`` keeps
+            what it was traced with: traced outside of XLA first and called within a jit-compiled function
+            then, it needs ``"graph"``.
         bucket_bytes: Where new averages are made beside the old, so many bytes of them at a time, or the
             largest average where that is more: this bounds the further memory. Buckets of some tens
             of megabytes cost a few percent.
 
     Returns:
-        What did it, ``"native"`` or ``"graph"``; in a ``tf.function``, what will.
+        What did it, ``"native"`` or ``"graph"``, which XLA's part of a list makes it; in a ``tf.function``,
+        what will.
 
     Raises:
         TypeError: An average is no tf.Variable, an average, a value or the decay of another than a
@@ -83,6 +89,10 @@ def update(
     """
     averages, values = list(averages), list(values)
     check_choice(engine, "engine", ("auto", "native", "graph"))
+    key = (engine, bucket_bytes, *map(id, averages), *map(id, values))
+    again = _again(key)
+    if again is not None:
+        return again(_checked_decay(decay), when)
     _check_variables(averages, "averages", "fastema.update")
     for name, arrays in (("averages", averages), ("values", values)):
         for i, array in enumerate(arrays):
@@ -104,8 +114,14 @@ def update(
         compiled = _under_xla() or (engine == "graph" and not tf.executing_eagerly())
         _update_by_framework(averages, values, _asserted(decay), when, tf.bitcast if compiled else None)
         return "graph"
-    _do(lambda: _update_natively(averages, values, decay, bucket_bytes), when)
-    return "native"
+    again = _remember(key, averages, values, engine, bucket_bytes)
+    if again is not None:
+        return again(decay, when)
+    if not averages:
+        return "native"
+    large = _better_compiled(averages, values) if engine == "auto" and not tf.executing_eagerly() else []
+    _do(lambda: _update_in_parts(averages, values, decay, large, bucket_bytes), when)
+    return "graph" if large else "native"
 
 
 def _do(action: Callable[[], None], when: tf.Tensor | None) -> None:
@@ -290,22 +306,135 @@ def _operations() -> ModuleType | str:
     return library
 
 
-def _update_natively(
-    averages: list[tf.Variable], values: list[Value], decay: tf.Tensor, bucket_bytes: int
+def _better_compiled(averages: list[tf.Variable], values: list[Value]) -> list[int]:
+    """Return the places of averages that XLA moves in place, where native code makes new ones beside them.
+
+    Each takes some 10 ms to compile; in eager code, at each call. Beside other devices XLA could choose one.
+    """
+    if _averages_in_place() or len(tf.config.list_logical_devices()) > 1:
+        return []
+    pairs = enumerate(zip(averages, values, strict=True))
+    known = [i for i, (a, v) in pairs if a.shape.is_fully_defined() and v.shape.is_fully_defined()]
+    return [i for i in known if _bytes(averages[i]) >= _LARGE]
+
+
+@dataclass(frozen=True)
+class _Again:
+    """An eager update of one list of variables, as a function of the decay."""
+
+    function: Callable[[tf.Tensor], None]
+    carrier: Literal["native", "graph"]
+    variables: list["weakref.ref[tf.Variable]"]  # when one is gone, so is this
+
+    def __call__(self, decay: tf.Tensor, when: tf.Tensor | None) -> Literal["native", "graph"]:
+        _do(lambda: self.function(decay), when)
+        return self.carrier
+
+
+_lists: dict[tuple[object, ...], _Again] = {}
+_MOST = 16  # lists that are functions: to trace one anew at each step would be worse than none
+_MANY = 16  # variables, from which on eager calls cost more than the averaging
+
+
+def _again(key: tuple[object, ...]) -> _Again | None:
+    """Return the function by which eager code updates a list, which has been checked then."""
+    fit = (
+        tf.executing_eagerly() and not tf.config.functions_run_eagerly() and not tf.distribute.has_strategy()
+    )
+    return _lists.get(key) if fit else None
+
+
+def _remember(
+    key: tuple[object, ...],
+    averages: list[tf.Variable],
+    values: list[Value],
+    engine: Engine,
+    bucket_bytes: int,
+) -> _Again | None:
+    """Make a function of an eager update that gains by one; return it if even its first call does.
+
+    That is where XLA takes a part. Where variables are many, each takes 10 us in a function, and 50 one by
+    one, but a millisecond to trace.
+    """
+    if not tf.executing_eagerly() or tf.config.functions_run_eagerly() or _averages_in_place():
+        return None
+    if len(_lists) >= _MOST or not all(isinstance(value, tf.Variable) for value in values):
+        return None
+    count = len(averages)
+    compiled = engine == "auto" and bool(_better_compiled(averages, values))
+    if not compiled and count < _MANY:
+        return None
+
+    def forget(_: object) -> None:
+        _lists.pop(key, None)  # with one of its variables goes what holds the memory of the others
+
+    variables = [weakref.ref(variable, forget) for variable in [*averages, *values]]
+
+    def update_again(decay: tf.Tensor) -> None:
+        there: list[Any] = [variable() for variable in variables]
+        update(there[:count], there[count:], decay, engine=engine, bucket_bytes=bucket_bytes)
+
+    carrier: Literal["native", "graph"] = "graph" if compiled else "native"
+    again = _lists[key] = _Again(tf.function(update_again, autograph=False), carrier, variables)
+    return again if compiled else None
+
+
+def _averages_in_place() -> bool:
+    return hasattr(_operations(), "fastema_update_in_place")
+
+
+def _update_in_parts(
+    averages: list[tf.Variable], values: list[Value], decay: tf.Tensor, large: list[int], bucket_bytes: int
 ) -> None:
-    if not averages:
-        return
+    """Have XLA update those in the places `large`, in a graph, and our op the others."""
+    others = [i for i in range(len(averages)) if i not in set(large)]
+
+    def update_large() -> list[tf.Tensor]:
+        checked = _asserted(decay)  # XLA does not
+
+        def update() -> tf.Tensor:
+            those = [averages[i] for i in large], [values[i] for i in large]
+            _update_by_framework(*those, checked, None, tf.bitcast)
+            return checked  # something that others can wait for
+
+        return [tf.function(update, autograph=False, jit_compile=True)()] if large else []
+
+    if others:
+        _update_natively(
+            [averages[i] for i in others], [values[i] for i in others], decay, bucket_bytes, update_large
+        )
+    else:
+        update_large()
+
+
+def _update_natively(
+    averages: list[tf.Variable],
+    values: list[Value],
+    decay: tf.Tensor,
+    bucket_bytes: int,
+    between: Callable[[], list[tf.Tensor]],
+) -> None:
+    """Have our op update a list.
+
+    Args:
+        averages: At least one.
+        values: As many.
+        decay: A scalar.
+        bucket_bytes: See `update`.
+        between: Is done when a first bucket has been computed, and before anything is assigned: so where
+            one of the two fails, nothing has changed, and none takes the other's processors.
+    """
     sizes = list(map(_bytes, averages))
     operations = _operations()
     assert not isinstance(operations, str)  # `_obstacle` was asked before
-    if hasattr(operations, "fastema_update_in_place"):
+    if _averages_in_place():
         operations.fastema_update_in_place(
             decay=decay,
             averages=[average.handle for average in averages],
             values=list(map(_read, values, sizes)),
         )
         return
-    done: list[tf.Operation] = []  # the assignments of one bucket, after which the next one begins
+    done: list[Any] = []  # what the next step waits for
     for bucket in _buckets(sizes, bucket_bytes):
         with tf.control_dependencies(done):
             updated = operations.fastema_update(
@@ -313,6 +442,10 @@ def _update_natively(
                 averages=list(map(_read, averages[bucket], sizes[bucket])),
                 values=list(map(_read, values[bucket], sizes[bucket])),
             )
+        if bucket.start == 0:
+            with tf.control_dependencies(updated):
+                done = between()
+        with tf.control_dependencies(done):
             done = list(map(_assign, averages[bucket], updated))
 
 

@@ -42,7 +42,7 @@ def test_every_mix_of_types_has_numpys_bits(rng, mode, average_type, value_type,
     a, v = (rng.standard_normal(size, np.float32).astype(t) for t in (average_type, value_type))
     average, value = tf.Variable(a), tf.Variable(v)
     said = []
-    run(mode, lambda: said.append(engines.update([average], [value], 0.9)))
+    run(mode, lambda: said.append(engines.update([average], [value], 0.9, engine="native")))
     assert said == ["native"]
     assert oracle.same_bits(average.numpy(), oracle.update(a, v, 0.9))
     assert oracle.same_bits(value.numpy(), v)
@@ -224,7 +224,7 @@ def test_new_averages_take_no_fresh_pages_step_after_step():
         pages = sum(sizes) * 4 // resource.getpagesize()
         averages = [tf.Variable(tf.zeros(size)) for size in sizes]
         values = [tf.Variable(tf.ones(size)) for size in sizes]
-        step = tf.function(lambda: engines.update(averages, values, 0.5, engine="native") and None)
+        step = tf.function(lambda: engines.update(averages, values, 0.5) and None)
         for _ in range(6):
             step()
         before, held = faults(), [average.read_value() for average in averages]

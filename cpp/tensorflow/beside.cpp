@@ -3,41 +3,59 @@
 
 #include <atomic>
 #include <cstddef>
+#include <memory>
+#include <new>
 #include <vector>
 
-#include "beside_buffers.hpp"
 #include "ops.hpp"
 
 namespace fastema {
 namespace {
 
-// Bytes of averages: smaller ones lie together in packs, which bounds what one that somebody holds
-// keeps alive; of larger ones it is noticed where their memory comes from.
+// Bytes of averages: smaller ones lie together in packs, as TensorFlow's allocator takes longer for
+// each than the averaging; a pack's size bounds what one that somebody holds keeps alive.
 constexpr std::size_t kSmall = std::size_t{16} << 10;
-constexpr std::size_t kPack = std::size_t{64} << 10;
-constexpr std::size_t kLarge = std::size_t{1} << 20;
+constexpr std::size_t kPackBytes = std::size_t{64} << 10;
+constexpr std::size_t kLine = 64;
 
-// Whether one kernel's large new averages get memory of our own: so after TensorFlow's was fresh
-// several times in a row.
-class Outputs : public Kept {
+// Memory that begins on a line and goes when the last of its tensors does.
+class Pack {
  public:
-  using Kept::Kept;
+  // Held once, by the caller.
+  static Pack* make() { return new Pack; }
 
-  bool own() const noexcept { return fresh_calls_ >= 3; }
-  void note(std::size_t bytes, std::size_t fresh) noexcept {
-    if (bytes >= kLarge) fresh_calls_ = 2 * fresh > bytes ? fresh_calls_ + 1 : 0;
+  void* place(std::size_t bytes) {
+    std::byte* begin = memory_.get() + used_;
+    used_ += (bytes + kLine - 1) / kLine * kLine;
+    return begin;
+  }
+  bool full() const noexcept { return used_ + kSmall > kPackBytes; }
+  void hold() noexcept { ++holders_; }
+  void drop() noexcept {
+    if (--holders_ == 0) delete this;
   }
 
  private:
-  std::atomic<int> fresh_calls_{0};
+  struct Free {
+    void operator()(std::byte* memory) const noexcept {
+      ::operator delete[](memory, std::align_val_t{kLine});
+    }
+  };
+
+  std::unique_ptr<std::byte[], Free> memory_{
+      static_cast<std::byte*>(::operator new[](kPackBytes, std::align_val_t{kLine}))};
+  std::size_t used_ = 0;
+  std::atomic<std::size_t> holders_{1};
+};
+
+struct Drop {
+  void operator()(Pack* pack) const noexcept { pack->drop(); }
 };
 
 class BesideCall : public Call {
  public:
-  using Kept = Outputs;
-
-  BesideCall(tf::OpKernelContext* context, Outputs& outputs)
-      : Call(context, outputs), outputs_(outputs) {}
+  using Kept = fastema::Kept;
+  using Call::Call;
 
   bool take_pairs() {
     std::vector<const tf::Tensor*> averages;
@@ -45,24 +63,13 @@ class BesideCall : public Call {
       averages.push_back(average(i));
       if (!fine() || !add(averages.back(), value(i))) return false;
     }
-    const bool own = outputs_.own();
-    std::size_t large = 0, fresh = 0;  // bytes that TensorFlow gave
     for (int i = 0; i < count_; ++i) {
       const tf::Tensor* average = averages[static_cast<std::size_t>(i)];
-      const std::size_t bytes = tf::TensorByteSize(average);
-      const TensorPtr made(bytes < kSmall ? packed(i, average)
-                           : own ? set_output(i, average, BufferPtr(Buffer::take(bytes)).get(), 0)
-                                 : allocate(i, average));
+      const bool small = tf::TensorByteSize(average) < kSmall;
+      const TensorPtr made(small ? packed(i, average) : allocate(i, average));
       if (!fine()) return false;
-      void* output = tf::TensorData(made.get());
-      pairs_[static_cast<std::size_t>(i)].into = output;
-      if (own || bytes < kLarge) continue;
-      large += bytes;
-      if (!is_fresh(output, bytes)) continue;
-      fresh += bytes;
-      advise_huge(output, bytes);
+      pairs_[static_cast<std::size_t>(i)].into = tf::TensorData(made.get());
     }
-    if (!own) outputs_.note(large, fresh);
     return true;
   }
 
@@ -74,32 +81,18 @@ class BesideCall : public Call {
   }
 
   tf::Tensor* packed(int i, const tf::Tensor* average) {
-    constexpr std::size_t kLine = 64;
-    if (pack_ == nullptr || pack_used_ + kSmall > kPack) {
-      pack_.reset(Buffer::take(kPack));
-      pack_used_ = 0;
-    }
-    tf::Tensor* made = set_output(i, average, pack_.get(), pack_used_);
-    pack_used_ += (tf::TensorByteSize(average) + kLine - 1) / kLine * kLine;
-    return made;
-  }
-
-  // A null buffer is no memory of our own: TensorFlow may have some.
-  tf::Tensor* set_output(int i, const tf::Tensor* average, Buffer* buffer, std::size_t begin) {
-    if (buffer == nullptr) return allocate(i, average);
+    if (pack_ == nullptr || pack_->full()) pack_.reset(Pack::make());
     const Shape shape(average);
-    buffer->hold();
+    const std::size_t bytes = tf::TensorByteSize(average);
+    pack_->hold();
     tf::Tensor* made = tf::NewTensor(
-        tf::TensorType(average), shape.dims, shape.count, buffer->data() + begin,
-        tf::TensorByteSize(average),
-        [](void*, std::size_t, void* held) { static_cast<Buffer*>(held)->drop(); }, buffer);
+        tf::TensorType(average), shape.dims, shape.count, pack_->place(bytes), bytes,
+        [](void*, std::size_t, void* held) { static_cast<Pack*>(held)->drop(); }, pack_.get());
     tf::SetOutput(context_, i, made, status_.get());
     return made;
   }
 
-  Outputs& outputs_;
-  BufferPtr pack_;  // of small averages, the one that is being filled
-  std::size_t pack_used_ = 0;
+  std::unique_ptr<Pack, Drop> pack_;  // the one that is being filled
 };
 
 }  // namespace
@@ -110,8 +103,8 @@ bool register_beside() {
                       .averages = "averages: A",
                       .output = "updated: A",
                       .compute = compute<BesideCall>,
-                      .create = create<Outputs>,
-                      .destroy = destroy<Outputs>});
+                      .create = create<Kept>,
+                      .destroy = destroy<Kept>});
 }
 
 }  // namespace fastema

@@ -43,7 +43,7 @@ def contestants(shapes: Shapes, only: str | None = None) -> dict[str, Callable[[
 
     def ours() -> Callable[[], object]:
         lists = [[tf.Variable(array) for array in x] for x in (averages, values)]
-        return lambda: fastema.tensorflow.update(*lists, DECAY, engine="native")
+        return lambda: fastema.tensorflow.update(*lists, DECAY)
 
     makers = {
         "fastema": lambda: tf.function(ours()),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from numpy.typing import DTypeLike
 
-from ._arrays.torch import copied_state
+from ._arrays.modules import copied_state
 from ._ema.averages import Form
 from ._ema.background import Background, Task
 from ._ema.count import Count, Now, Pace, Rule, check_span, settled

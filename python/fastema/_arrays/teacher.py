@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 from .._types import AnyArray
-from .torch import Members, members_of, unwrapped
+from .modules import Members, members_of, unwrapped
 
 
 @cache

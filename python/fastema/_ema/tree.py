@@ -11,7 +11,7 @@ import numpy as np
 
 from .._arrays import flax
 from .._arrays.jax import Registered, registered
-from .._arrays.torch import members_of
+from .._arrays.modules import members_of
 from .._types import Array
 
 Nested = Any  # arrays in sequences, mappings and modules, within each other

@@ -14,8 +14,9 @@ import fake_cuda
 import fastema
 import oracle
 from fake_cuda import Array
-from fastema import _arrays, schedules
+from fastema import _arrays
 from fastema.cuda import _offload
+from twins import WAYS, Twins, assert_equal, hosted, weights_of
 
 bfloat16 = ml_dtypes.bfloat16
 CUPY, TORCH = 2, 1  # the handles of their streams
@@ -69,77 +70,6 @@ def library(request):
     return request.param()
 
 
-def weights_of(rng):
-    return {
-        "kernel": rng.standard_normal((40, 3)).astype(np.float32),
-        "fortran": np.asfortranarray(rng.standard_normal((3, 4, 5))),
-        "half": rng.standard_normal(1000).astype(np.float16),
-        "brain": rng.standard_normal((7, 11)).astype(bfloat16),
-        "scalar": np.array(rng.standard_normal(), np.float32),
-        "none": np.zeros((0, 4), np.float32),
-        "count": np.array(3),
-        "mask": rng.integers(0, 2, 5).astype(bool),
-    }
-
-
-class Twins:
-    """The same weights in host memory and on the device, each with its averages."""
-
-    def __init__(self, library, rng, *, of=fastema.EMA, weights=None, beside=None, **arguments):
-        self.library, self.rng = library, rng
-        self.here = weights_of(rng) if weights is None else weights
-        self.memory = {name: x.copy(order="K") for name, x in self.here.items()}
-        self.there = {name: library.device(x) for name, x in self.memory.items()}
-        self.cpu = of(self.here, **arguments)
-        self.gpu = of(self.there, **arguments, **(beside or {}))
-
-    def step(self):
-        """Do a step of training, and average."""
-        for name, weight in self.here.items():
-            change = self.rng.standard_normal(weight.shape)
-            with np.errstate(all="ignore"):
-                weight[...] = (weight + change).astype(weight.dtype)
-            self.memory[name][...] = weight
-        self.cpu.update()
-        self.gpu.update()
-
-    def check(self):
-        """Compare everything, to the bit."""
-        for k in range(self.cpu._parts.averages.shown.lists):
-            assert_equal(self.library, self.gpu.averages_of(k), self.cpu.averages_of(k))
-        assert_equal(self.library, self.there, self.here)
-        ours, theirs = self.gpu.state_dict(), self.cpu.state_dict()
-        for key in ("step", "decay", "products", "swapped"):
-            assert ours[key] == theirs[key]
-        for key in ("averages", "carries"):
-            for one, other in zip(ours[key], theirs[key], strict=True):
-                assert_equal(self.library, one, other)
-        for key in ("copied", "values"):
-            assert_equal(self.library, ours[key], theirs[key])
-
-
-def hosted(library, array):
-    return array if isinstance(array, np.ndarray) else library.host(array)
-
-
-def assert_equal(library, ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        found = hosted(library, ours[name])
-        assert isinstance(found, np.ndarray)
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
-        assert found.tobytes() == expected.tobytes(), name
-
-
-WAYS = {
-    "plain": {"decay": 0.9},
-    "dynamic": {"decay": schedules.dynamic(0.99)},
-    "several": {"decay": [0.5, 0.9, 0.99]},
-    "every": {"decay": 0.9, "every": 2},
-    "late": {"decay": 0.9, "start_step": 3},
-    "zeros": {"decay": 0.9, "initial": "zeros"},
-    "several from zeros": {"decay": [0.9, 0.99], "initial": "zeros", "start_step": 2},
-}
 OFFLOADED = {"device": "cpu"}
 
 

@@ -1,10 +1,13 @@
 """What all tests share."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 import fastema
+from other_devices import cpu_is_elsewhere
 
 settings.register_profile(
     "fastema", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -19,6 +22,14 @@ def every_instruction_set(request):
     fastema.use_instruction_set(request.param)
     yield request.param
     fastema.use_instruction_set(before)
+
+
+@pytest.fixture(params=["native", "torch"])
+def every_torch_engine(request):
+    """Run a test once as it is, and once with torch's own operations averaging tensors."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    with cpu_is_elsewhere() if request.param == "torch" else contextlib.nullcontext():
+        yield request.param
 
 
 @pytest.fixture

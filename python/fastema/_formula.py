@@ -137,6 +137,23 @@ def round_bf16_at_random(bits: Array, random: Array, where: Where) -> Array:
     return where(is_nan, bits | np.uint32(0x400000), bits + random)
 
 
+def join_bf16(upper: Array, lower: Array) -> Array:
+    """Return the bits of float32 numbers that were split, from words with a half each, in the lower half.
+
+    Args:
+        upper: The bfloat16.
+        lower: The signed difference to it, with its sign extended.
+    """
+    return (upper << np.uint32(16)) + lower
+
+
+def split_bf16(bits: Array, where: Where) -> tuple[Array, Array]:
+    """Return words with the bfloat16 in the upper half, and the difference to it in the lower."""
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    high = where(is_nan, bits | np.uint32(0x400000), bits + np.uint32(0x8000))
+    return high, where(is_nan, np.uint32(0), bits)
+
+
 def narrow_f16_at_random(bits: Array, random: Array, bitcast: Bitcast, cast: Cast, where: Where) -> Array:
     """Return the float16 in the lower half of words of 32 bits, of those of float32 numbers."""
     least, infinite, bias = (np.uint32(x << 23) for x in (127 - 14, 127 + 16, 127 - 15))

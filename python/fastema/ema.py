@@ -20,6 +20,7 @@ from ._ema.tree import Buffers, Nested, Only, Selection
 from ._ema.views import Views
 from ._types import Decay, check_choice, check_count, check_share, float_type
 from .checkpoint._replace import StrPath
+from .functional import Engine
 
 
 class EMA(Resumable):
@@ -27,8 +28,10 @@ class EMA(Resumable):
 
     ``average += (1 - decay) * (value - average)``, with NumPy's bits, by native code and in one call for
     all arrays. Takes what a model of any library is made of: NumPy arrays, torch tensors and modules, JAX
-    arrays, tf.Variables and keras.Variables, all in CPU memory; and torch tensors and CuPy arrays on CUDA
-    devices, whose averages lie there too. Averages start at the values.
+    arrays, tf.Variables and keras.Variables, all in CPU memory; torch tensors and CuPy arrays on CUDA
+    devices, whose averages lie there too; and torch tensors on any other device (MPS, XPU, XLA, ...), which
+    torch's own operations average there, with the bits that its arithmetic gives. Averages start at the
+    values.
 
     Sharded values, which are torch's DTensors (parameters of `fully_shard`) and JAX arrays over several
     devices, are averaged where they lie: each process has the averages of its shards, nothing is gathered, no
@@ -71,7 +74,7 @@ class EMA(Resumable):
             ``"average"``: as parameters; ``"ignore"``.
         device: Where averages are kept. None: where their values are. ``"cpu"``: in host memory, also those
             of values on a CUDA device, as by `fastema.cuda.Offload`; what is copied, not averaged, stays on
-            the device.
+            the device. Averages of values on any other device lie beside these.
         background: Average in another thread, while the next step runs. Only for arrays that cannot change
             meanwhile: JAX's, which must not be donated to that step.
         threads: How many threads to use at most; 0: as many as OpenMP would.
@@ -183,7 +186,7 @@ class EMA(Resumable):
                 values that do not fit any more; or this update or the one before failed in host memory beside
                 the device, and some averages may have moved.
             ValueError: The values do not fit those given at first; or `non_finite` is to look at values on a
-                CUDA device, or sharded over processes. Nothing has changed then.
+                device, or sharded over processes. Nothing has changed then.
         """
         parts = self._parts
         if non_finite != "average":
@@ -334,6 +337,14 @@ class EMA(Resumable):
         if not decays:
             return None
         return decays if self._pace.several else decays[0]
+
+    @property
+    def engine(self) -> Engine:
+        """What moves the averages: ``"native"`` code, ``"cuda"`` kernels, or ``"torch"`` on any other device.
+
+        Of values in several places the last of these.
+        """
+        return self._parts.passes.engine
 
     @property
     def averages(self) -> Nested:

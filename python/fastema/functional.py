@@ -1,14 +1,28 @@
 """Averaging and swapping lists of arrays, without any state of its own."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from . import _core
-from ._arrays import as_list, interleaved, is_on_cuda, packed_copies, plain, rebinds, views, watch
+from ._arrays import (
+    as_list,
+    interleaved,
+    is_elsewhere,
+    is_on_cuda,
+    packed_copies,
+    plain,
+    rebinds,
+    views,
+    watch,
+)
 from ._types import FLOATS, Array, Arrays, Rounding, Terms, average_type
 
 if TYPE_CHECKING:
+    from ._elsewhere import ElsewherePairs
     from .cuda._pairs import DevicePairs
+
+Engine = Literal["native", "cuda", "torch"]
+"""What moves averages: the core, our kernels on CUDA devices, or torch's own operations elsewhere."""
 
 
 def update(
@@ -35,8 +49,9 @@ def update(
     Args:
         averages: One array, or a sequence of arrays: NumPy's, torch's (also those that require grad),
             CuPy's or anything with ``__dlpack__`` or ``__cuda_array_interface__``; all in CPU memory, or
-            all on one CUDA device. float16, bfloat16 (of ml_dtypes), float32 or float64 in native byte
-            order, without a mask, any shape, dense (in any order), writable. Changed in place.
+            all on one CUDA device, or torch's on one other device. float16, bfloat16 (of ml_dtypes),
+            float32 or float64 in native byte order, without a mask, any shape, dense (in any order),
+            writable. Changed in place.
         values: As `averages`, in shapes and order in memory; may be read-only, as JAX's arrays are.
             Of the averages' types, or float16 or bfloat16 beside float32 averages, or any of these
             beside float64 ones, or float32 beside float16 or bfloat16 ones.
@@ -77,12 +92,12 @@ def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
     """Exchange the contents of arrays, in place and bit for bit.
 
     No temporary copy is made, and no arithmetic: swapping twice is nothing, for NaN payloads,
-    signed zeros and infinities too.
+    signed zeros and infinities too. (On devices other than CUDA's 64 MiB at most are copied at a time.)
 
     Args:
         a: One array, or a sequence of arrays: NumPy's, torch's, CuPy's or anything with ``__dlpack__`` or
-            ``__cuda_array_interface__``; all in CPU memory, or all on one CUDA device. float16, bfloat16,
-            float32 or float64, any shape, dense, writable.
+            ``__cuda_array_interface__``; all in CPU memory, or all on one CUDA device, or torch's on one
+            other device. float16, bfloat16, float32 or float64, any shape, dense, writable.
         b: As `a`, in shapes, types and order in memory.
         threads: How many threads to use at most, and never more than processors. 0: as many as OpenMP
             would (``OMP_NUM_THREADS``, threadpoolctl). Each takes 512 KiB of averages at a time, so
@@ -148,11 +163,13 @@ class Pairs:
     """Averages and values that were checked once, to be updated or swapped many times.
 
     The arrays are kept alive, never copied. An array whose memory moved since (NumPy's ``resize``,
-    torch's ``tensor.data = ...``) is noticed at the next call: in CPU memory that is an error, on a CUDA
+    torch's ``tensor.data = ...``) is noticed at the next call: in CPU memory that is an error, on a
     device the pairs go on with the tensor's new memory. So is one that was made read-only.
 
     On a CUDA device each call is one kernel launch in the current stream of the averages' library, and
-    returns before the device is done. It allocates nothing and can be captured in a CUDA graph.
+    returns before the device is done. It allocates nothing and can be captured in a CUDA graph. On any other
+    device of torch's a call is a few of torch's foreach operations, and allocates 64 MiB at most for each of
+    float32 and float64.
 
     Args:
         averages: As for `update`.
@@ -297,7 +314,7 @@ class Pairs:
             The place in the list of the first value that holds one; None: all are finite.
 
         Raises:
-            ValueError: The arrays lie on a CUDA device, or one was given other memory.
+            ValueError: The arrays lie on a device, or one was given other memory.
 
         Example:
             >>> import fastema, numpy as np
@@ -308,7 +325,7 @@ class Pairs:
         """
         self._check_unmoved()
         if not isinstance(self._native, _core.Pairs):
-            raise ValueError("pairs must lie in host memory to be looked at, and lie on a CUDA device")
+            raise ValueError("pairs must lie in host memory to be looked at, and lie on a device")
         return self._native.first_non_finite(threads)
 
     def _move(
@@ -344,9 +361,16 @@ class Pairs:
             self._native.update(decay, threads, done, now, native, stochastic=True, seed=seed, step=step)
 
     @property
-    def _is_on_host(self) -> bool:
-        """Whether the arrays lie in host memory, and not on a CUDA device."""
-        return isinstance(self._native, _core.Pairs)
+    def _engine(self) -> Engine:
+        """What does it."""
+        return "native" if isinstance(self._native, _core.Pairs) else self._native.engine
+
+    def _swap(self, threads: int, then: tuple[Callable[..., object], object]) -> None:
+        """Exchange contents on a device as `swap`, and call a function of C in the same act."""
+        assert not isinstance(self._native, _core.Pairs)
+        if self._watched is not None:
+            self._check_unmoved()
+        self._native.swap(threads, then)
 
     def _copy(self, threads: int = 0) -> None:
         """Make averages what their values are, bit for bit; of pairs that were made for it."""
@@ -377,8 +401,12 @@ def paired(
 
 def _checked(
     averages: list[Array], values: list[Array], carries: list[Array], terms: Terms
-) -> "_core.Pairs | DevicePairs":
-    """Return the core's pairs, or a CUDA device's where the first average lies on one."""
+) -> "_core.Pairs | DevicePairs | ElsewherePairs":
+    """Return the core's pairs, or a device's where the first average lies on one."""
+    if averages and is_elsewhere(averages[0]):
+        from ._elsewhere import ElsewherePairs  # noqa: PLC0415 - most lists lie in host memory
+
+        return ElsewherePairs(averages, values, carries, **terms)
     if averages and is_on_cuda(averages[0]):
         from .cuda._pairs import DevicePairs  # noqa: PLC0415 - no CPU needs it
 

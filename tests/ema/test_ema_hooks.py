@@ -6,6 +6,8 @@ import pytest
 import fastema
 import oracle
 
+pytestmark = pytest.mark.usefixtures("every_torch_engine")
+
 
 @pytest.mark.parametrize("bad", [None, 1, 2], ids=["", "first step", "second step"])
 def test_averages_move_at_steps_of_the_optimizer_alone_and_not_at_those_that_a_scaler_skips(torch, bad):

@@ -12,6 +12,7 @@ import pytest
 
 import fastema
 from interrupts import Interrupt
+from other_devices import cpu_is_elsewhere
 from processes import output_of, skip_without
 
 SETTINGS = {
@@ -52,14 +53,31 @@ def snapshot(ema, values):
     state = ema.state_dict()
     arrays = {key: state[key] for key in ("averages", "carries", "copied", "values")}
     flat = [*itertools.chain(*([x] if isinstance(x, dict) else x for x in arrays.values()))]
-    held = [{name: x.tobytes() for name, x in named.items()} for named in flat if isinstance(named, dict)]
+    held = [{name: bytes_of(x) for name, x in named.items()} for named in flat if isinstance(named, dict)]
     now = {name: x.tobytes() for name, x in values.items()}
     return state["step"], state["decay"], state["products"], state["swapped"], ema.is_swapped, held, now
 
 
-def set_up(arguments, updates):
+def bytes_of(array):
+    if isinstance(array, np.ndarray):
+        return array.tobytes()
+    return array.contiguous().view(-1).view(array.new_empty(0).byte().dtype).numpy().tobytes()
+
+
+def as_they_are(values):
+    return values
+
+
+def as_tensors(values):
+    """Return torch's tensors in the memory of arrays."""
+    from fastema._arrays.torch import tensor_of
+
+    return {name: tensor_of(x) for name, x in values.items()}
+
+
+def set_up(arguments, updates, given):
     values = weights(0)
-    ema = made(values, **arguments)
+    ema = made(given(values), **arguments)
     for seed in range(1, updates + 1):
         train(values, seed)
         ema.update()
@@ -73,38 +91,38 @@ def evaluate(ema):
 
 
 CALLS = {
-    "update": lambda ema, _: ema.update(),
-    "update with other values": lambda ema, _: ema.update(weights(9)),
-    "update that skips what is not finite": lambda ema, _: ema.update(non_finite="skip"),
-    "swap": lambda ema, _: ema.swap(),
-    "swapped": lambda ema, _: evaluate(ema),
-    "copy_to": lambda ema, _: ema.copy_to(),
-    "state_dict": lambda ema, _: ema.state_dict(),
-    "pull": lambda ema, _: ema.pull(0.25),
-    "reset": lambda ema, _: ema.reset(),
-    "reset to other values": lambda ema, _: ema.reset(weights(9)),
-    "setting the step": lambda ema, _: setattr(ema, "step", 7),
-    "load_state_dict": lambda ema, state: ema.load_state_dict(state),
+    "update": lambda ema, *_: ema.update(),
+    "update with other values": lambda ema, _, others: ema.update(others),
+    "update that skips what is not finite": lambda ema, *_: ema.update(non_finite="skip"),
+    "swap": lambda ema, *_: ema.swap(),
+    "swapped": lambda ema, *_: evaluate(ema),
+    "copy_to": lambda ema, *_: ema.copy_to(),
+    "state_dict": lambda ema, *_: ema.state_dict(),
+    "pull": lambda ema, *_: ema.pull(0.25),
+    "reset": lambda ema, *_: ema.reset(),
+    "reset to other values": lambda ema, _, others: ema.reset(others),
+    "setting the step": lambda ema, *_: setattr(ema, "step", 7),
+    "load_state_dict": lambda ema, state, _: ema.load_state_dict(state),
 }
 ERRORS = KeyboardInterrupt, TimeoutError  # of Ctrl-C, and of a handler of one's own
 
 
-def check_everywhere(setting, call, every):
+def check_everywhere(setting, call, every, given=as_they_are):
     """Interrupt a call at each so manieth instruction, and compare what is found with before and after."""
     arguments, act = SETTINGS[setting], CALLS[call]
     for updates in (0, 1, 2):
-        other = made(weights(4), **arguments)
-        other.update(weights(5))
+        other = made(given(weights(4)), **arguments)
+        other.update(given(weights(5)))
         state = other.state_dict()
-        ema, values = set_up(arguments, updates)
+        ema, values = set_up(arguments, updates, given)
         before = snapshot(ema, values)
-        act(ema, state)
+        act(ema, state, given(weights(9)))
         after = snapshot(ema, values)
         for moment in itertools.count(1 + updates, every):
-            ema, values = set_up(arguments, updates)
-            interrupt = Interrupt(ERRORS[moment % 2], moment)
+            ema, values = set_up(arguments, updates, given)
+            interrupt, others = Interrupt(ERRORS[moment % 2], moment), given(weights(9))
             with interrupt.within():
-                act(ema, state)
+                act(ema, state, others)
             step = ema.step
             found = snapshot(ema, values)
             assert found in (before, after), moment
@@ -124,6 +142,14 @@ def test_of_a_call_that_is_interrupted_all_has_happened_or_nothing(setting, call
     if call == "setting the step" and "of" in SETTINGS[setting]:
         pytest.skip(f"{setting} has a step that cannot be set")
     check_everywhere(setting, call, 67)
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("call", [x for x in CALLS if x != "update that skips what is not finite"])
+@pytest.mark.parametrize("setting", ["plain", "stochastic"])
+def test_nor_does_a_call_happen_in_part_where_torch_moves_averages(setting, call):
+    with cpu_is_elsewhere():
+        check_everywhere(setting, call, 401, as_tensors)
 
 
 @pytest.mark.slow

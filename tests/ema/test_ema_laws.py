@@ -1,5 +1,7 @@
 """The laws of the clock under Hypothesis, for each of what averages on the CPU; CUDA's are in tests/cuda."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 import fastema
 import fastema.tensorflow
 import laws
+import other_devices
 import tolerances
 from fastema import schedules
 from fastema.keras import ExponentialMovingAverage
@@ -22,6 +25,8 @@ every_kind = pytest.mark.parametrize("kind", laws.KINDS.values(), ids=laws.KINDS
 
 class NumPys:
     """An array that training changes in place."""
+
+    place = contextlib.nullcontext
 
     def __init__(self):
         self.value = np.array(laws.FIRST)
@@ -42,6 +47,12 @@ class Torchs(NumPys):
 
     def set(self, number):
         self.value.copy_(self.value.new_tensor(np.asarray(number)))
+
+
+class TorchsElsewhere(Torchs):
+    """Tensors that torch's own operations average."""
+
+    place = other_devices.cpu_is_elsewhere
 
 
 class TensorFlows(NumPys):
@@ -68,19 +79,26 @@ class Jaxs(NumPys):
             return np.asarray(ema.averages)
 
 
-LIBRARIES = {"numpy": NumPys, "torch": Torchs, "tensorflow": TensorFlows, "jax": Jaxs}
+LIBRARIES = {
+    "numpy": NumPys,
+    "torch": Torchs,
+    "elsewhere": TorchsElsewhere,
+    "tensorflow": TensorFlows,
+    "jax": Jaxs,
+}
 every_library = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
 
 def averaged(library, values, spans, *options, **more):
     """Return what an EMA shows after an update with each of these values, over a span each."""
-    weight = library()
-    ema = fastema.EMA(weight.value, *options, **more)
-    for value, span in zip(values, spans, strict=True):
-        weight.set(value)
-        ema.update(weight.given, span=span)
-    assert ema.step == len(spans)
-    return weight.shown(ema)
+    with library.place():
+        weight = library()
+        ema = fastema.EMA(weight.value, *options, **more)
+        for value, span in zip(values, spans, strict=True):
+            weight.set(value)
+            ema.update(weight.given, span=span)
+        assert ema.step == len(spans)
+        return weight.shown(ema)
 
 
 def each_once(library, **options):

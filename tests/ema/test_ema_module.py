@@ -12,6 +12,8 @@ import pytest
 import fastema
 import oracle
 
+pytestmark = pytest.mark.usefixtures("every_torch_engine")
+
 
 @pytest.fixture
 def model(torch):

@@ -18,7 +18,8 @@ FILES = {
 }
 CORE = "fastema._core"
 MODULES = {CORE, *FILES}
-TO_THE_CORE = ["_arrays", "_build", "_ema", "_types", "cuda", "functional"]  # and the face, for the version
+# beside the face, which asks for the version
+TO_THE_CORE = ["_arrays", "_build", "_elsewhere", "_ema", "_types", "cuda", "functional"]
 
 
 class WithoutTypeChecking(ast.NodeTransformer):

@@ -5,7 +5,7 @@ file, and put its `library` in the list below. No library is imported before the
 """
 
 from . import dispatch, flax, interfaces, jax, keras, numpy, tensorflow, torch
-from .base import Carried, Descriptor, Leaf, Location, unmasked
+from .base import Carried, Descriptor, Leaf, Location, Place, unmasked
 from .complex import ComplexLeaf
 from .dispatch import (
     agreed,
@@ -26,6 +26,7 @@ from .dispatch import (
     host_copy,
     interleaved,
     is_array,
+    is_elsewhere,
     is_leaf,
     is_on_cuda,
     leaf,
@@ -51,6 +52,7 @@ __all__ = [
     "Descriptor",
     "Leaf",
     "Location",
+    "Place",
     "Reader",
     "agreed",
     "allocate_like",
@@ -70,6 +72,7 @@ __all__ = [
     "host_copy",
     "interleaved",
     "is_array",
+    "is_elsewhere",
     "is_leaf",
     "is_on_cuda",
     "leaf",

@@ -17,6 +17,8 @@ from .watched import Watched
 CPU = 1  # DLPack's kDLCPU
 CUDA = 2, 13  # its kDLCUDA and kDLCUDAManaged
 
+Place = int | str  # a CUDA device's number, or the name of a device of another kind
+
 
 class Descriptor(NamedTuple):
     """The type, layout and address of an array, whose memory this process may not be able to read.
@@ -146,6 +148,18 @@ class Leaf(ABC):
         """
         return array
 
+    def parts(self, array: AnyArray, name: str) -> AnyArray:  # noqa: ARG002 - what is done with it elsewhere
+        """Return a view of a complex local array on a device that has an axis of its parts.
+
+        Raises:
+            TypeError: There is none.
+        """
+        raise TypeError(f"{name} must lie in host memory, as it is complex: leave it out with only=")
+
+    def joined(self, parts: AnyArray) -> AnyArray:
+        """Return a view of what `parts` returned as complex numbers, or a copy of parts of 16 bits."""
+        raise NotImplementedError
+
     def written(self) -> None:  # noqa: B027 - most libraries need not know
         """Take notice that the local arrays were written behind the library's back."""
 
@@ -180,8 +194,8 @@ class Storage(ABC):
     def describe(self, array: AnyArray) -> Descriptor:
         """Return an array's type, layout and address."""
 
-    def device(self, array: AnyArray) -> int | None:  # noqa: ARG002 - host memory is one place
-        """Return the CUDA device that an array lies on; None: it lies in host memory."""
+    def device(self, array: AnyArray) -> Place | None:  # noqa: ARG002 - host memory is one place
+        """Return the device that an array lies on; None: it lies in host memory."""
         return None
 
     @abstractmethod
@@ -239,6 +253,10 @@ class Library(ABC):
         """Tell whether an array lies in the memory of a CUDA device."""
         return False
 
+    def is_elsewhere(self, array: AnyArray) -> bool:  # noqa: ARG002 - only torch has such devices
+        """Tell whether an array lies on a device that is neither the CPU nor CUDA."""
+        return False
+
     def address(self, array: AnyArray) -> Watched:  # noqa: ARG002 - of most it stays
         """Return what tells where an array lies now, if it can be given other memory."""
         return None
@@ -268,6 +286,10 @@ class Library(ABC):
 
     def _locate(self, array: AnyArray) -> Location:  # noqa: ARG002
         raise TypeError("its library tells no addresses of devices")
+
+    def _on_device(self, array: AnyArray) -> AnyArray:
+        """Return an array elsewhere as what is worked on."""
+        return array
 
     def view(self, array: AnyArray, name: str) -> np.ndarray:
         """Return a NumPy view of an array's host memory.
@@ -306,6 +328,11 @@ class Library(ABC):
         Raises:
             TypeError: Its memory cannot be viewed.
         """
+        if self.is_elsewhere(array):
+            try:
+                return self._on_device(array)
+            except (TypeError, ValueError, RuntimeError) as reason:
+                raise _not_viewed(array, name, "device's", reason) from None
         if self.is_on_cuda(array):
             self.locate(array, name)
             return array

@@ -1,4 +1,4 @@
-"""Complex values of any library in host memory, as pairs of real numbers: the average of each part."""
+"""Complex values of any library, as pairs of real numbers: the average of each part."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,12 @@ class ComplexLeaf(Leaf):
         self.may_move, self.address = inner.may_move, inner.address
 
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
-        return [_parts_of(array, self._name) for array in self._inner.local_arrays(value)]
+        return [
+            _parts_of(array, self._name)
+            if isinstance(array, np.ndarray)
+            else self._inner.parts(array, self._name)
+            for array in self._inner.local_arrays(value)
+        ]
 
     def in_place(self) -> bool:
         return self._inner.in_place()
@@ -28,10 +33,13 @@ class ComplexLeaf(Leaf):
         return self._inner.obstacle()
 
     def assign(self, arrays: Sequence[AnyArray]) -> AnyArray:
-        return self._inner.assign([_complex_of(array) for array in arrays])
+        return self._inner.assign(self._joined(arrays))
 
     def to_library(self, arrays: Sequence[AnyArray]) -> AnyArray:
-        return self._inner.to_library([_complex_of(array) for array in arrays])
+        return self._inner.to_library(self._joined(arrays))
+
+    def _joined(self, arrays: Sequence[AnyArray]) -> list[AnyArray]:
+        return [_complex_of(x) if isinstance(x, np.ndarray) else self._inner.joined(x) for x in arrays]
 
     def to_state(self, array: AnyArray) -> AnyArray:
         return self._inner.to_state(array)
@@ -43,10 +51,8 @@ class ComplexLeaf(Leaf):
         self._inner.written()
 
 
-def _parts_of(array: AnyArray, name: str) -> np.ndarray:
+def _parts_of(array: np.ndarray, name: str) -> np.ndarray:
     """Return a view of a complex array that has an axis of its parts."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must lie in host memory, as it is complex: leave it out with only=")
     array = unmasked(array, name)
     if array.dtype.kind != "c":
         raise TypeError(f"{name} must be complex, as it was at first, got {array.dtype}")

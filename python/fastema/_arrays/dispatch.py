@@ -1,7 +1,7 @@
 """Which library is an array of? Asked here, once, and whoever can do something with it is asked to.
 
-What is worked on are *local arrays*, as `local_array` returns them: NumPy's arrays in host memory, and on
-CUDA devices those of torch and CuPy.
+What is worked on are *local arrays*, as `local_array` returns them: NumPy's arrays in host memory, on
+CUDA devices those of torch and CuPy, and on any other device torch's.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from os import PathLike
 import numpy as np
 
 from .._types import AnyArray, DType
-from .base import Carried, Descriptor, Leaf, Library, Location, Storage
+from .base import Carried, Descriptor, Leaf, Library, Location, Place, Storage
 from .complex import ComplexLeaf
 from .packing import elementwise, packed
 from .watched import Addresses
@@ -63,6 +63,12 @@ def is_on_cuda(value: object) -> bool:
     return library is not None and library.is_on_cuda(value)
 
 
+def is_elsewhere(value: object) -> bool:
+    """Tell whether something is an array on a device that is neither the CPU nor CUDA."""
+    library = library_of(value)
+    return library is not None and library.is_elsewhere(value)
+
+
 def leaf(value: AnyArray, name: str) -> Leaf:
     """Return one of the user's values with what its library can do.
 
@@ -95,7 +101,7 @@ def as_view(array: AnyArray, name: str) -> np.ndarray:
 
 
 def local_array(array: AnyArray, name: str) -> AnyArray:
-    """Return a user's array as what is worked on where it lies: a NumPy view, or itself on a CUDA device.
+    """Return a user's array as what is worked on where it lies: a NumPy view, or itself on a device.
 
     Raises:
         TypeError: It is no array, or its memory cannot be viewed.
@@ -188,8 +194,8 @@ def shape_of(array: AnyArray) -> tuple[int, ...]:
     return _storage(array).describe(array).shape
 
 
-def device(array: AnyArray) -> int | None:
-    """Return the CUDA device that a local array lies on; None: it lies in host memory."""
+def device(array: AnyArray) -> Place | None:
+    """Return the device that a local array lies on; None: it lies in host memory."""
     return None if isinstance(array, np.ndarray) else _storage(array).device(array)
 
 

@@ -8,7 +8,7 @@ from sys import modules
 import numpy as np
 
 from .._types import AnyArray, DType, compute_type
-from .base import Carried, Descriptor, Leaf, Library, Location, Storage, dtype_named, is_loaded
+from .base import Carried, Descriptor, Leaf, Library, Location, Place, Storage, dtype_named, is_loaded
 from .dispatch import local_array, write
 from .modules import FSDP1, RESHARD, groups_of
 from .shards import Block, Shards
@@ -61,19 +61,25 @@ def array_of(tensor: AnyArray) -> np.ndarray:
         ValueError: Its memory holds other numbers than it shows, or none.
     """
     if tensor.device.type != "cpu":
-        raise TypeError(f"it lies on {tensor.device}")
+        cure = ", where there are no numbers: give it memory by to_empty(), and load it"
+        raise TypeError(f"it lies on {tensor.device}{cure if tensor.is_meta else ''}")
     dtype = _dtype(tensor.dtype)
     address = tensor.data_ptr()
     if address == 0:
         if tensor.numel() == 0:
             return np.empty(tensor.shape, dtype)
         raise ValueError("it has no memory, or its storage is empty")
+    _check_numbers(tensor)
+    view = np.asarray(_Memory(tensor, dtype, address))
+    return view if dtype.isbuiltin == 1 else view.view(dtype)
+
+
+def _check_numbers(tensor: AnyArray) -> None:
+    """Raise ValueError if a tensor's memory holds other numbers than it shows."""
     if tensor.is_neg() or tensor.is_conj():
         raise ValueError(
             "it is negated or conjugated only when it is read: give resolve_conj().resolve_neg()"
         )
-    view = np.asarray(_Memory(tensor, dtype, address))
-    return view if dtype.isbuiltin == 1 else view.view(dtype)
 
 
 @cache
@@ -94,12 +100,12 @@ def _kind(dtype: DType) -> AnyArray:
 
 
 class _Tensor(Leaf):
-    """A tensor or parameter in CPU memory or on a CUDA device, with a gradient or without."""
+    """A tensor or parameter on any device, with a gradient or without."""
 
     def __init__(self, tensor: AnyArray, name: str) -> None:
         self._tensor, self._name = tensor, name
         self.may_move = not tensor.is_cuda  # pairs on devices follow theirs
-        self.address = watched(tensor)
+        self.address = library.address(tensor)
         self._look()
 
     def _local(self) -> AnyArray:
@@ -107,7 +113,9 @@ class _Tensor(Leaf):
         return self._tensor
 
     def _layout(self) -> tuple[object, ...]:
-        return self._tensor.data_ptr(), self._tensor.shape, self._tensor.stride()
+        tensor = self._tensor
+        place = _place_of(tensor) if is_elsewhere(tensor) else tensor.data_ptr()
+        return place, tensor.shape, tensor.stride()
 
     def _look(self) -> None:
         self._viewed_at = self._layout()
@@ -136,6 +144,20 @@ class _Tensor(Leaf):
 
     def from_state(self, array: AnyArray, name: str) -> AnyArray:
         return plain(array, name)
+
+    def parts(self, array: AnyArray, name: str) -> AnyArray:
+        import torch  # noqa: PLC0415
+
+        if not is_elsewhere(array):
+            return super().parts(array, name)
+        if not array.is_complex():
+            raise TypeError(f"{name} must be complex, as it was at first, got {array.dtype}")
+        return torch.view_as_real(array.detach())
+
+    def joined(self, parts: AnyArray) -> AnyArray:
+        import torch  # noqa: PLC0415
+
+        return torch.view_as_complex(parts.float() if parts.element_size() < 4 else parts)
 
     def written(self) -> None:
         # or a backward pass through what was there before would be wrong, and say nothing
@@ -289,17 +311,23 @@ def _shards_of(tensor: AnyArray) -> Shards:
 
 
 class _Storage(Storage):
-    """Tensors on CUDA devices, worked on by torch itself in its current stream."""
+    """Tensors on devices, worked on by torch itself in its current stream."""
 
     def describe(self, array: AnyArray) -> Descriptor:
         return _located(array).descriptor
 
-    def device(self, array: AnyArray) -> int | None:
-        return int(array.device.index or 0)
+    def device(self, array: AnyArray) -> Place | None:
+        return str(array.device) if is_elsewhere(array) else int(array.device.index or 0)
 
     def empty_like(self, array: AnyArray, dtype: DType) -> AnyArray:
         strides = self.describe(array).dense_strides()
-        return array.detach().new_empty_strided(array.shape, strides, dtype=_kind(dtype))
+        try:
+            return array.detach().new_empty_strided(array.shape, strides, dtype=_kind(dtype))
+        except TypeError as reason:
+            raise TypeError(
+                f"dtype must be a type that device {array.device} has, got {np.dtype(dtype)}: give "
+                f"'float32', or keep the values in CPU memory ({reason})"
+            ) from None
 
     def host(self, array: AnyArray) -> np.ndarray:
         found = self.describe(array).empty()
@@ -321,10 +349,58 @@ class _Storage(Storage):
 
 
 def _located(tensor: AnyArray) -> Location:
+    return Location(_described(tensor), tensor.device.index or 0, "torch", None, tensor)
+
+
+def _described(tensor: AnyArray) -> Descriptor:
     dtype = _dtype(tensor.dtype)
     strides = tuple(step * dtype.itemsize for step in tensor.stride())
-    descriptor = Descriptor(dtype, tuple(tensor.shape), strides, tensor.data_ptr(), True)
-    return Location(descriptor, tensor.device.index or 0, "torch", None, tensor)
+    if is_elsewhere(tensor):
+        storage, begin = _place_of(tensor)
+        address = (storage << 64) + begin * dtype.itemsize
+    else:
+        address = tensor.data_ptr()
+    return Descriptor(dtype, tuple(tensor.shape), strides, address, True)
+
+
+# --- devices for which fastema has no kernel: neither the CPU nor CUDA --------------------------------
+
+
+def is_elsewhere(tensor: AnyArray) -> bool:
+    """Tell whether a tensor lies where only torch itself can compute; tests have others lie there, too."""
+    return not (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
+
+
+def _place_of(tensor: AnyArray) -> tuple[int, int]:
+    """Return what tells a tensor's memory from others', and where the tensor begins in it.
+
+    Not its address: some devices tell none, and of others (MPS) it is that of something that holds memory.
+    """
+    try:
+        return int(tensor.untyped_storage()._cdata), int(tensor.storage_offset())
+    except (NotImplementedError, RuntimeError):  # it has no such thing: then it shares it with nobody
+        return id(tensor), 0
+
+
+def _tells_address(tensor: AnyArray) -> bool:
+    """Tell whether a tensor on some device has an address, by which other memory can be told from its."""
+    try:
+        return bool(tensor.data_ptr() != 0)
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def descriptors(lists: Sequence[Sequence[AnyArray]]) -> list[list[Descriptor]]:
+    """Describe tensors elsewhere, with addresses that are apart unless the tensors share memory."""
+    storages: dict[int, int] = {}
+
+    def described(tensor: AnyArray) -> Descriptor:
+        storage, begin = _place_of(tensor)
+        place = storages.setdefault(storage, len(storages) + 1)
+        found = _described(tensor)
+        return found._replace(address=(place << 44) + begin * found.itemsize)
+
+    return [[described(tensor) for tensor in tensors] for tensors in lists]
 
 
 class _Torch(Library):
@@ -365,7 +441,12 @@ class _Torch(Library):
     def is_on_cuda(self, array: AnyArray) -> bool:
         return bool(array.is_cuda)
 
+    def is_elsewhere(self, array: AnyArray) -> bool:
+        return is_elsewhere(array)
+
     def address(self, array: AnyArray) -> Watched:
+        if is_elsewhere(array) and not _tells_address(array):
+            return lambda: (_place_of(array), array.shape, array.stride())
         return watched(array)
 
     def _view(self, array: AnyArray) -> np.ndarray:
@@ -373,6 +454,15 @@ class _Torch(Library):
 
     def _locate(self, array: AnyArray) -> Location:
         return _located(array)
+
+    def _on_device(self, array: AnyArray) -> AnyArray:
+        import torch  # noqa: PLC0415
+
+        if array.layout is not torch.strided:
+            raise TypeError(f"it is of layout {array.layout}")
+        _check_numbers(array)
+        _described(array)
+        return array
 
     def are_shown(self, values: Sequence[AnyArray]) -> bool:
         return not _gathered(values)

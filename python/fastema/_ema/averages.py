@@ -56,7 +56,7 @@ class Averages:
         copied: The leaves that are copied at each update; in order, and found as fast as in a set.
         carried: Those that have no local arrays, and are carried along.
         alone: Those of the copied that are copied one by one, and never exchanged: with gaps in memory, or on
-            a device and of single bytes, which no kernel moves.
+            a CUDA device and of single bytes, which no kernel moves.
         by_decay: For each decay, the arrays of each leaf. Those of what is copied are the same in all.
         process: Where they lie in memory that forked processes share, the process that they are of.
         carries: For each decay, what rounding would lose of each averaged leaf; none but with
@@ -246,8 +246,16 @@ def _fits(average: Array, value: Array, dtype: DType, on_host: bool) -> bool:
 
 
 def _check_places(local_arrays: Iterable[Array], form: Form) -> None:
-    if all(_arrays.device(array) is None for array in local_arrays):
+    places = {_arrays.device(array) for array in local_arrays} - {None}
+    if not places:
         return
+    elsewhere = sorted(place for place in places if isinstance(place, str))
+    for name, given in (("device", "cpu" if form.on_host else None), ("memory", form.memory)):
+        if elsewhere and given is not None:
+            raise ValueError(
+                f"{name} must be None where values lie on device {elsewhere[0]}, beside which averages lie, "
+                f"got {given!r}; to have them in host memory, average copies of the values there"
+            )
     if form.memory is not None and not form.on_host:
         raise ValueError("memory must be None where values lie on a CUDA device, unless device is 'cpu'")
     if form.on_host and form.rounding == "stochastic":
@@ -258,9 +266,9 @@ def _check_places(local_arrays: Iterable[Array], form: Form) -> None:
 
 
 def _is_alone(array: Array) -> bool:
-    if _arrays.device(array) is None:
-        return not _arrays.describe(array).is_dense()
-    return _arrays.dtype_of(array).itemsize == 1
+    if isinstance(_arrays.device(array), int):
+        return _arrays.dtype_of(array).itemsize == 1
+    return not _arrays.describe(array).is_dense()
 
 
 def _side_by_side(lists: Sequence[Locals]) -> Locals:

@@ -132,7 +132,7 @@ class Exchange:
         self.swapped: Swapped | None = None
         self._blocks: list[ReferenceType[Block]] = []  # that are open, and not lost
         self._buffers: list[dict[str, Array]] = []  # that a module had before
-        self._exchanged: set[int] = set()  # the devices where contents are exchanged
+        self._exchanged: set[_arrays.Place] = set()  # the devices where contents are exchanged
         # exchanged with those in host memory, and tells so where an interrupt comes up as native code returns
         self._swap_flag = np.zeros(1), np.ones(1)
 
@@ -397,7 +397,7 @@ class Exchange:
 
     # --- exchanging contents ----------------------------------------------------------------------
 
-    def _is_exchanged(self, device: int | None) -> bool:
+    def _is_exchanged(self, device: _arrays.Place | None) -> bool:
         return device in self._exchanged if device is not None else bool(self._swap_flag[0][0])
 
     def _exchangeable(self, k: int, i: int, count: Count) -> bool:
@@ -429,9 +429,11 @@ class Exchange:
                 averages.append(self._swap_flag[0])
                 values.append(self._swap_flag[1])
                 names.append("")  # nobody's
-            paired(averages, values, names=names, verb="swap").swap(self._threads)
-            if device is not None:
-                self._exchanged ^= {device}
+            pairs = paired(averages, values, names=names, verb="swap")
+            if device is None:
+                pairs.swap(self._threads)
+            else:
+                pairs._swap(self._threads, (self._exchanged.symmetric_difference_update, {device}))
         for i in leaves:
             self.values.leaves[i].written()
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import _arrays, _core
 from .._types import Array
-from ..functional import Pairs, paired
+from ..functional import Engine, Pairs, paired
 from .averages import Averages
 from .count import Count, Now
 from .exchange import to_the_end
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..cuda import Offload
 
 NonFinite = Literal["average", "raise", "skip"]
+_ENGINES: list[Engine] = ["native", "cuda", "torch"]  # of several the last one is shown
 
 
 @dataclass
@@ -122,7 +123,9 @@ class Passes:
         self._values, self._averages, self._views = values, averages, views
         self._seed, self._threads = seed, threads
         checked = self._pass_over(local_arrays, averages.moving(None))
-        self._on_host = not checked.offloads and all(pairs._is_on_host for pairs in checked.pairs)
+        self._on_host = not checked.offloads and all(pairs._engine == "native" for pairs in checked.pairs)
+        engines = {pairs._engine for pairs in checked.pairs} or {"native"}
+        self.engine: Engine = max(engines, key=_ENGINES.index)
         self._stable: Pass | None = None
         if values.are_stable and not averages.shown.is_sparse:
             self._stable = checked
@@ -187,9 +190,10 @@ class Passes:
         """Raise if values cannot be looked at here and now.
 
         Raises:
-            ValueError: They lie on a CUDA device, or each process has some of their shards.
+            ValueError: They lie on a device, or each process has some of their shards.
         """
-        place = None if self._on_host else "values lie on a CUDA device"
+        kind = "device" if self.engine == "torch" else "CUDA device"
+        place = None if self._on_host else f"values lie on a {kind}"
         for leaf, name in zip(self._values.leaves, self._values.names, strict=True):
             if leaf.shards is not None and leaf.shards.owners != leaf.shards.mine:
                 place = f"each process sees its own shards alone, as of values[{name!r}]"
@@ -368,7 +372,7 @@ def _at_once(over: Pass) -> tuple[Pairs, Pairs | None] | None:
         return None
     if not over.copies:
         return over.pairs[0], None
-    are_on_host = over.pairs[0]._is_on_host and over.copies[0]._is_on_host
+    are_on_host = over.pairs[0]._engine == over.copies[0]._engine == "native"
     return (over.pairs[0], over.copies[0]) if are_on_host else None
 
 

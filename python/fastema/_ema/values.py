@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .. import _arrays, _core
-from .._arrays import Carried, ComplexLeaf, Leaf
+from .._arrays import Carried, ComplexLeaf, Leaf, Place
 from .._types import FLOATS, AnyArray, Array, DType
 from .tree import Nested, Selection, Tree
 
@@ -18,15 +18,16 @@ class Signature(NamedTuple):
     Attributes:
         dtype: Its type.
         shape: Its shape.
-        device: The CUDA device that it lies on; None: host memory.
+        device: The device that it lies on; None: host memory.
     """
 
     dtype: DType
     shape: tuple[int, ...]
-    device: int | None
+    device: Place | None
 
     def __str__(self) -> str:
-        place = "" if self.device is None else f" on CUDA device {self.device}"
+        kind = "CUDA device" if isinstance(self.device, int) else "device"
+        place = "" if self.device is None else f" on {kind} {self.device}"
         return f"{self.dtype} of shape {self.shape}{place}"
 
 
@@ -419,11 +420,20 @@ def by_device(
 ) -> list[list[int]]:
     """Return leaves whose values lie in one memory together; those in host memory come first."""
     on_host: list[int] = []
-    groups: dict[int, list[int]] = {}
+    groups: dict[Place, list[int]] = {}
     for i in leaves:
         device = _arrays.device(local_arrays[i][0])
         (on_host if device is None else groups.setdefault(device, [])).append(i)
-    return [together for together in (on_host, *(groups[device] for device in sorted(groups))) if together]
+    return [
+        together
+        for together in (on_host, *(groups[device] for device in sorted(groups, key=_rank)))
+        if together
+    ]
+
+
+def _rank(device: Place) -> tuple[bool, Place]:
+    """Return what devices are sorted by: those of CUDA come first."""
+    return isinstance(device, str), device
 
 
 def _memory_of(array: Array) -> object:

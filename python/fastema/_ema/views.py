@@ -95,7 +95,7 @@ def _shown(values: Values, averages: Averages, k: int, place: int) -> AnyArray:
     local = averages.by_decay[k][place]
     tensor: AnyArray = values.leaves[place].to_library(local)
     address = _arrays.describe(local[0]).address
-    if tensor.numel() and tensor.data_ptr() != address:
+    if tensor.numel() and _arrays.describe(tensor).address != address:
         raise ValueError(
             f"values[{values.names[place]!r}] must have an average that a tensor can be for module(), and "
             f"has a complex one of {local[0].dtype}: give dtype='float32'"

@@ -1,7 +1,8 @@
 """Pairs of arrays on one CUDA device: the same checks and verbs as the core's, by one launch a call."""
 
+from collections.abc import Callable
 from threading import Lock
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class DevicePairs:
     No call allocates, copies or waits. The exceptions: the first of each kind compiles its kernel, and
     addresses that changed are uploaded.
     """
+
+    engine: Literal["cuda"] = "cuda"
 
     def __init__(self, a: list[Any], b: list[Any], carries: list[Any], **terms: Unpack[Terms]) -> None:
         a_name, b_name = terms.get("arguments", ("averages", "values"))
@@ -151,8 +154,8 @@ class DevicePairs:
         """As `_core.Pairs.copy`, of types that are averaged."""
         self.update(0.0, threads)
 
-    def swap(self, threads: int = 0) -> None:
-        """As `_core.Pairs.swap`."""
+    def swap(self, threads: int = 0, then: tuple[Callable[..., object], object] | None = None) -> None:
+        """As `_core.Pairs.swap`; calls a function when that is asked for."""
         with self._lock:
             _core.check_numbers(0.0, threads)
             if not self._swappable:
@@ -160,6 +163,8 @@ class DevicePairs:
                 _core.check(*self._group.arrays, **swap)
                 self._swappable = True
             self._launch(SWAP, self._swap_arguments, None)
+            if then is not None:
+                then[0](then[1])
 
     def _launch(self, expression: str, arguments: np.ndarray, schedule: Schedule | None) -> None:
         if self._blocks == 0:

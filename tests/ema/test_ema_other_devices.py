@@ -382,6 +382,22 @@ def test_a_file_goes_on_wherever_the_weights_lie(tmp_path, swapped, initial):
     other.check()
 
 
+@pytest.mark.parametrize("initial", ["values", "zeros"])
+def test_a_file_is_written_by_pieces_of_bounded_size(rng, tmp_path, monkeypatch, initial):
+    from fastema._arrays import torch as library
+
+    monkeypatch.setattr(library, "_PIECE", 100)
+    weights = {"a": rng.standard_normal((40, 3)).astype(np.float32), "b": rng.standard_normal(70)}
+    twins = twins_of(rng, weights=weights, initial=initial)
+    twins.step()
+    seen, host = [], library._Storage.host
+    monkeypatch.setattr(library._Storage, "host", lambda self, x: seen.append(host(self, x)) or seen[-1])
+    twins.gpu.save(tmp_path / "device")
+    twins.cpu.save(tmp_path / "host")
+    assert max(piece.nbytes for piece in seen) <= 100
+    assert (tmp_path / "device").read_bytes() == (tmp_path / "host").read_bytes()
+
+
 # --- what is refused ----------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from . import dispatch, flax, interfaces, jax, keras, numpy, tensorflow, torch
 from .base import Carried, Descriptor, Leaf, Location, Place, unmasked
 from .complex import ComplexLeaf
 from .dispatch import (
+    Remote,
     agreed,
     allocate_like,
     are_shown,
@@ -54,6 +55,7 @@ __all__ = [
     "Location",
     "Place",
     "Reader",
+    "Remote",
     "agreed",
     "allocate_like",
     "are_shown",

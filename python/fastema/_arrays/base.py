@@ -3,7 +3,7 @@
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import ml_dtypes
@@ -205,6 +205,10 @@ class Storage(ABC):
     @abstractmethod
     def host(self, array: AnyArray) -> np.ndarray:
         """Return contents as a NumPy array: the array itself, or a copy where that cannot be."""
+
+    def pieces(self, array: AnyArray) -> Iterator[np.ndarray]:
+        """Yield contents as flat NumPy arrays, in C's order; of large ones a part each, where that can be."""
+        yield np.ascontiguousarray(self.host(array)).reshape(-1)
 
     @abstractmethod
     def write(self, array: AnyArray, target: AnyArray) -> None:

@@ -215,6 +215,26 @@ def host_copy(array: AnyArray) -> np.ndarray:
     return found.copy(order="K") if found is array else found
 
 
+class Remote:
+    """A local array on a device, whose contents come to host memory when they are asked for.
+
+    Attributes:
+        dtype: Its type.
+        shape: Its shape.
+    """
+
+    def __init__(self, array: AnyArray) -> None:
+        self._array, found = array, describe(array)
+        self.dtype, self.shape = found.dtype, found.shape
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Yield its contents as flat arrays, one after the other."""
+        return _storage(self._array).pieces(self._array)
+
+    def __array__(self, dtype: DType | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(host(self._array), dtype)
+
+
 def write(array: AnyArray, target: AnyArray) -> None:
     """Copy a local array to another, wherever each lies, rounded to nearest where the target is narrower."""
     source, there = _storage(array), _storage(target)

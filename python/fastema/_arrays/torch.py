@@ -1,6 +1,6 @@
 """Torch's tensors and parameters, also those that are sharded; what holds them is in `modules`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from sys import modules
@@ -26,6 +26,7 @@ def tensor_of(array: np.ndarray) -> AnyArray:
     return torch.from_numpy(array)
 
 
+_PIECE = 64 << 20  # bytes that come from a device at once, where they are written to a file
 _BYTES = {1: "|u1", 2: "<i2"}  # for types of which NumPy itself does not know
 
 
@@ -333,6 +334,14 @@ class _Storage(Storage):
         found = self.describe(array).empty()
         tensor_of(found).copy_(array.detach())
         return found
+
+    def pieces(self, array: AnyArray) -> Iterator[np.ndarray]:
+        if not array.is_contiguous():
+            yield from super().pieces(array)
+            return
+        flat, each = array.detach().view(-1), max(_PIECE // array.element_size(), 1)
+        for begin in range(0, array.numel(), each):
+            yield self.host(flat[begin : begin + each])
 
     def write(self, array: AnyArray, target: AnyArray) -> None:
         source = tensor_of(array) if isinstance(array, np.ndarray) else array.detach()

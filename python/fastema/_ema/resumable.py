@@ -14,7 +14,7 @@ from .count import Count, Now
 from .exchange import to_the_end
 from .mapping import check_not_loaded_from
 from .parts import Parts
-from .state import State, fitting
+from .state import State, file_content, fitting
 from .tree import Nested, Selection
 
 
@@ -135,7 +135,7 @@ class Resumable(ABC):
             >>> fastema.EMA.load(path, {"w": np.zeros(2)}).averages
             {'w': array([1., 1.])}
         """
-        self._state(lambda _, x: _arrays.host(x)).write(path, self._parts.exchange, self._config, dtype)
+        self._state(lambda _, x: file_content(x)).write(path, self._parts.exchange, self._config, dtype)
 
     @classmethod
     def load(

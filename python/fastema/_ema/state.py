@@ -13,7 +13,7 @@ from .. import _arrays
 from .._arrays import Leaf
 from .._arrays.shards import Shards
 from .._arrays.torch import plain
-from .._types import Array, DType, check_count, check_share, float_type, narrowed
+from .._types import AnyArray, Array, DType, check_count, check_share, float_type, narrowed
 from ..checkpoint import _sets
 from ..checkpoint._replace import StrPath
 from ..checkpoint._state import PlainState, Saved, write_state
@@ -127,7 +127,7 @@ class State:
             for k in range(len(averages.by_decay))
         ]
         shown = [
-            {name: _arrays.host(x) for name, x in exchange.values.by_name(kept).items()} for kept in debiased
+            {name: file_content(x) for name, x in exchange.values.by_name(kept).items()} for kept in debiased
         ]
         layout, save = _sets.layout(_local_shapes(exchange)), token_hex(16)
         is_all = layout is None or len(layout.files) == layout.total  # else others write the rest
@@ -330,10 +330,16 @@ class Fitted(NamedTuple):
             exchange.resume(self.state.swapped, self.weights, self.state.count)
 
 
-def _rounded(average: np.ndarray, dtype: DType, name: str) -> np.ndarray:
+def file_content(array: Array) -> AnyArray:
+    """Return what is written into a file of a local array, wherever it lies; nothing is copied yet."""
+    return array if isinstance(array, np.ndarray) else _arrays.Remote(array)
+
+
+def _rounded(average: AnyArray, dtype: DType, name: str) -> np.ndarray:
     """Return an average in another type, rounded once; raises as `State.write`."""
+    average = np.asarray(average)
     with np.errstate(over="ignore"):
-        rounded = narrowed(np.asarray(average), dtype)
+        rounded = narrowed(average, dtype)
     if (np.isinf(rounded) & np.isfinite(average)).any():
         raise ValueError(f"dtype must hold the average of values[{name!r}], and it is beyond {dtype}")
     return rounded

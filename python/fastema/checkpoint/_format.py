@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from .._arrays import as_view, unmasked
+from .._arrays import Remote, as_view, unmasked
+from .._types import DType
 from ._header import NAMES, TYPES, Tensor, header_of, read_header
 from ._replace import StrPath, replacing
 from ._source import opened
@@ -40,11 +41,14 @@ def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, s
         >>> file["w"].shape, file.metadata
         ((2, 3), {'step': '7'})
     """
-    arrays = {}
+    arrays: dict[str, np.ndarray | Remote] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise TypeError(f"tensors must have names that are texts, got {name!r}")
-        if isinstance(tensor, np.ndarray | np.generic):  # also in another byte order
+        array: np.ndarray | Remote
+        if isinstance(tensor, Remote):
+            array = tensor
+        elif isinstance(tensor, np.ndarray | np.generic):  # also in another byte order
             array = unmasked(np.asanyarray(tensor), f"tensors[{name!r}]")
         else:
             array = as_view(tensor, f"tensors[{name!r}]")
@@ -56,8 +60,15 @@ def write(path: StrPath, tensors: Mapping[str, object], metadata: Mapping[str, s
     with replacing(path) as file:
         file.write(header)
         for name in names:
-            dense = np.ascontiguousarray(arrays[name], layout[name].dtype)
-            file.write(dense.reshape(-1).view(np.uint8).data)
+            for piece in _pieces(arrays[name], layout[name].dtype):
+                file.write(piece.view(np.uint8).data)
+
+
+def _pieces(array: np.ndarray | Remote, dtype: DType) -> Iterator[np.ndarray]:
+    if isinstance(array, Remote):
+        yield from array.pieces()
+    else:
+        yield np.ascontiguousarray(array, dtype).reshape(-1)
 
 
 class File(Mapping[str, np.ndarray]):

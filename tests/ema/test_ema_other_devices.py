@@ -316,6 +316,34 @@ def test_a_tensor_that_was_given_other_memory_is_followed(torch):
         pairs.update(0.5)
 
 
+def test_averages_go_with_weights_that_move_to_another_device_and_back(torch, rng):
+    values = [rng.standard_normal(5).astype(np.float32) for _ in range(4)]
+    model = torch.nn.Linear(5, 1, bias=False)
+    needed = values[0]
+    for value in values[1:]:
+        needed = oracle.update(needed, value, 0.75)
+
+    def train(value):
+        model.weight.data = tensor_of(value.copy()).view(1, 5)
+
+    train(values[0])
+    with cpu_is_elsewhere(lambda _: False):
+        ema = fastema.EMA(model, 0.75)
+        train(values[1])
+        ema.update()
+        assert ema.engine == "native"
+    ema.rebind(model)
+    train(values[2])
+    ema.update()
+    assert ema.engine == "torch"
+    with cpu_is_elsewhere(lambda _: False):
+        ema.rebind(model)
+        train(values[3])
+        ema.update()
+        assert ema.engine == "native"
+        np.testing.assert_array_equal(ema.averages["weight"].numpy()[0], needed)
+
+
 def test_weights_that_share_memory_are_averaged_once(torch):
     weight = torch.ones(6)
     first, second = fastema.EMA([weight, weight.view(6)], 0.5).averages

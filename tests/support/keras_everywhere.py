@@ -229,6 +229,26 @@ def test_averages_may_have_fewer_bits_than_their_weights(dtype):
     assert_same_bits([numpy(weight), *averages_of(optimizer)], [raw, expected])
 
 
+@pytest.mark.parametrize("average", ["float16", "float32"])
+def test_every_float16_weight_is_averaged_as_by_numpy(average):
+    """Subnormal ones too, by `apply` and in a jitted step."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    optimizer = wrap(keras.optimizers.SGD(1.0), initial_average="weights", average_dtype=average)
+    weight = keras.Variable(every, dtype="float16")
+    optimizer.build([weight])
+    start = np.random.default_rng(0).permutation(numpy(optimizer.variables[-1]))
+    optimizer.variables[-1].assign(start)
+    nothing = keras.ops.zeros(every.shape, "float16")
+    if BACKEND == "jax":
+        import jax
+
+        state = [keras.ops.copy(v.value) for v in optimizer.variables]
+        found = jax.jit(optimizer.stateless_apply)(state, [nothing], [weight.value])
+        assert_same_bits([numpy(found[1][-1])], [oracle.update(start, every, 2 / 11)])
+    optimizer.apply([nothing])
+    assert_same_bits([numpy(optimizer.variables[-1])], [oracle.update(start, every, 2 / 11)])
+
+
 def test_averages_that_start_at_the_weights():
     model, optimizer = small_model(), wrap(initial_average="weights")
     start = model_values(model)

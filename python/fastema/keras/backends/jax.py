@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from ... import _formula
+from ..._formula_jax import blend
 from ..kinds import Carrier, Engine, Gradient, Model, Operation, Tensor, Variable, VariableList
 from .base import Backend
 
@@ -25,18 +26,7 @@ def _blended(
 
 
 def _blend(average: jax.Array, value: jax.Array, weight: Scalar, copies: Scalar) -> jax.Array:
-    compute = jnp.float64 if average.dtype == jnp.float64 else jnp.float32
-    blended: jax.Array = _formula.blend(
-        average,
-        value,
-        weight,
-        copies,
-        compute=compute,
-        cast=jnp.asarray,
-        where=jnp.where,
-        bitcast=jax.lax.bitcast_convert_type,
-    )
-    return blended
+    return blend(average, value, weight, copies).astype(average.dtype)
 
 
 def _array(x: Variable | Tensor) -> Tensor:

@@ -63,6 +63,37 @@ def blend(
     return cast(where(copies, new, old + product), average.dtype)
 
 
+def blend_compensated(
+    high: Array,
+    low: Array,
+    value: Array,
+    weight: Array,
+    copies: Array,
+    *,
+    cast: Cast,
+    where: Where,
+    bitcast: Bitcast,
+) -> tuple[Array, Array]:
+    """Return a float32 average and its carry one update later; the twin of ``blend_compensated`` in C++.
+
+    Args:
+        high: The average.
+        low: What rounding lost of it: the average is the sum of both.
+        value: What it moves towards, in float32.
+        weight: As for `blend`.
+        copies: As for `blend`; nothing is lost then.
+        cast: As for `blend`.
+        where: As for `blend`.
+        bitcast: As for `blend`.
+    """
+    difference = (value - high) - low
+    step = low + _rounded(cast(weight, np.float32) * difference, difference, bitcast)
+    total = high + step
+    taken = total - high
+    lost = (high - (total - taken)) + (step - taken)
+    return where(copies, value, total), where(copies, np.float32(0), lost)
+
+
 def _rounded(product: Array, difference: Array, bitcast: Callable[[Array, str], Array]) -> Array:
     """Return the product as it is, in a way that only its rounded bits can be added to anything.
 

@@ -23,6 +23,23 @@ def blend(average: jax.Array, value: jax.Array, weight: Any, copies: Any) -> jax
     return blended
 
 
+def blend_compensated(
+    average: jax.Array, carry: jax.Array, value: jax.Array, weight: Any, copies: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return a float32 or bfloat16 average one update later, and what rounding lost of it."""
+    new = widened(value, np.dtype(np.float32))
+    if average.dtype == np.float32:
+        return _formula.blend_compensated(
+            average, carry, new, weight, copies, cast=jnp.asarray, where=jnp.where, bitcast=bitcast
+        )
+    lower = bitcast(carry.astype(np.int32), np.uint32)
+    joined = bitcast(_formula.join_bf16(bitcast(average, np.uint16).astype(np.uint32), lower), np.float32)
+    high, low = _formula.split_bf16(bitcast(blend(joined, new, weight, copies), np.uint32), jnp.where)
+    return bitcast((high >> np.uint32(16)).astype(np.uint16), average.dtype), bitcast(
+        low.astype(np.uint16), carry.dtype
+    )
+
+
 def widened(x: jax.Array, dtype: DType) -> jax.Array:
     """Return numbers in a type of more bits.
 
@@ -67,10 +84,16 @@ def bitcast(x: jax.Array, dtype: str | DType | type[Any]) -> jax.Array:
 
 
 def words_of(number: jax.Array) -> jax.Array:
-    """Return a float64 as two words."""
+    """Return a float64, or several, as two words each."""
     return bitcast(number, np.uint32)
 
 
 def number_of(words: jax.Array) -> jax.Array:
     """Return the float64 of two words."""
     return bitcast(words, np.float64)
+
+
+def numbers_of(words: jax.Array) -> list[jax.Array]:
+    """Return the float64s of a vector of words."""
+    numbers = number_of(words.reshape(-1, 2))
+    return [numbers[i] for i in range(numbers.shape[0])]

@@ -16,6 +16,9 @@ import fastema.jax  # noqa: E402
 class Halving(schedules.Schedule):
     """A schedule of one's own, with no formula for spans."""
 
+    def __repr__(self):
+        return "Halving()"
+
     def at(self, step, xp):
         return 1.0 - 0.5 / xp.maximum(step, 1.0)
 

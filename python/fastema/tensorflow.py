@@ -11,6 +11,7 @@ Whoever holds the old ones keeps them unchanged.
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -485,8 +486,9 @@ def _update_by_framework(
 
     def update_all(strategy: tf.distribute.Strategy, values: list[Value], when: tf.Tensor | None) -> None:
         def update() -> None:
-            for average, value in zip(averages, values, strict=True):
-                strategy.extended.update(average, update_one, args=(value, weight, copies), group=False)
+            with _rounding_each(bitcast):
+                for average, value in zip(averages, values, strict=True):
+                    strategy.extended.update(average, update_one, args=(value, weight, copies), group=False)
 
         # the condition is asked here: in a replica context no branch of one may wait for other replicas
         _do(update, None if when is None else strategy.experimental_local_results(when)[0])
@@ -500,6 +502,17 @@ def _update_by_framework(
         update_in_replica()
     else:
         strategy.run(update_in_replica)
+
+
+def _rounding_each(bitcast: Callable[[tf.Tensor, str], tf.Tensor] | None) -> AbstractContextManager[None]:
+    """Return a context whose operations round for themselves where no bits hide the product from XLA.
+
+    So they are left out of the clusters that XLA compiles where a program lets it (``--tf_xla_auto_jit``).
+    """
+    if bitcast is not None or tf.executing_eagerly():
+        return nullcontext()
+    context: AbstractContextManager[None] = tf.xla.experimental.jit_scope(compile_ops=False)
+    return context
 
 
 def _compute_type(dtype: tf.DType) -> tf.DType:

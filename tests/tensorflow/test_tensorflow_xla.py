@@ -9,6 +9,7 @@ import oracle
 from fastema import _formula
 from mixes import MIXES, bfloat16
 from modes import run
+from processes import output_of
 
 SIZE = 1_000_000  # of which 2,600 differ if a product and a sum are fused
 
@@ -78,6 +79,49 @@ def test_a_graph_that_is_compiled_later_has_numpys_bits(rng):
     inner.get_concrete_function()
     run("xla", inner)
     assert oracle.same_bits(average.numpy(), oracle.update(a, v, 0.999))
+
+
+CLUSTERED = """
+    import numpy as np
+    import tensorflow as tf
+
+    import fastema.tensorflow as engines
+    import oracle
+    from fastema import _formula
+
+    rng = np.random.default_rng(0)
+    a, v = rng.standard_normal((2, 1_000_000)).astype(np.float32)
+
+    def differing(value, of=lambda: tf.Variable(a), **arguments):
+        average, said = of(), []
+        tf.function(lambda: said.append(engines.update([average], [value], 0.999, **arguments)))()
+        different = average.numpy() != oracle.update(a, value.numpy(), 0.999)
+        print(*said, np.count_nonzero(different))
+
+    def of_a_strategy():
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            return tf.Variable(a)
+
+    same, other = tf.Variable(v), tf.Variable(v, dtype=tf.float64)
+    differing(same)
+    differing(same, engine="graph")
+    differing(same, of_a_strategy)
+    differing(other)  # offered by no native code
+    differing(other, when=tf.Variable(True))
+
+    how = {"compute": tf.float32, "cast": tf.cast, "where": tf.where}
+    weight, copies = _formula.weigh(tf.constant(0.999, tf.float64), tf.equal)
+    average = tf.Variable(a)
+    plain = tf.function(lambda: _formula.blend(average, same, weight, copies, **how))()
+    print(np.count_nonzero(plain.numpy() != oracle.update(a, v, 0.999)) > 1000)
+"""
+
+
+def test_what_xla_clusters_of_itself_has_numpys_bits():
+    """The last line says that it does: it fuses what is not kept from it."""
+    flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
+    said = output_of(CLUSTERED, TF_XLA_FLAGS=flags).split("\n")
+    assert said == ["native 0", "graph 0", "graph 0", "graph 0", "graph 0", "True"]
 
 
 def test_copies_are_exact_whatever_the_bits():

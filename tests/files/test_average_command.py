@@ -288,10 +288,10 @@ def test_bad_options_are_refused(paths, output, options, error, message):
 
 
 def test_paths_must_be_several(paths, output):
-    with pytest.raises(ValueError, match="paths must hold one path or more, got none"):
+    with pytest.raises(ValueError, match="files must hold one path or more, got none"):
         checkpoint.average([], output)
     for path in (paths[0], str(paths[0])):
-        with pytest.raises(TypeError, match="paths must be a sequence of paths"):
+        with pytest.raises(TypeError, match="files must be a sequence of paths"):
             checkpoint.average(path, output)
 
 

@@ -4,11 +4,12 @@ Which file answers what:
 
 * `_format`: a file is written, or read as views; `_replace`: how a file takes another's place, crash or not.
 * `_header`: how named arrays lie in a file; `_json`, `_source`: reading what anyone may have written.
-* `_mean`: the mean of files; `_state`: an EMA's state in a file, of which `_plain` is no array.
-* `_sets`: sharded values in a set of files.
+* `_mean`: the mean of files, by the `_shares` of each.
+* `_state`: an EMA's state in a file, of which `_plain` is no array; `_sets`: sharded values in several.
 """
 
 from ._format import File, write
 from ._mean import average
+from ._shares import shares
 
-__all__ = ["File", "average", "write"]
+__all__ = ["File", "average", "shares", "write"]

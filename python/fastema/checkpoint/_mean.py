@@ -12,6 +12,7 @@ from .._types import narrowed
 from ._header import REALS, header_of
 from ._plain import STATE
 from ._replace import StrPath, replacing
+from ._shares import Style, shares
 from ._source import Source
 from ._state import is_state
 
@@ -19,25 +20,27 @@ _PIECE = 1 << 18  # elements: what `average` holds of a tensor at a time
 
 
 def average(
-    paths: Iterable[StrPath],
-    output: StrPath,
+    files: Iterable[StrPath],
+    target: StrPath,
     *,
+    style: Style = "mean",
     weights: Sequence[float] | None = None,
     dtype: npt.DTypeLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write the mean of safetensors files, as `write` does: all or nothing.
 
-    ``sum(weight * tensor) / sum(weights)`` in float64, in the order of `paths`, rounded once to the type in
+    ``sum(weight * tensor) / sum(weights)`` in float64, in the order of `files`, rounded once to the type in
     the file. Files are read piece by piece: about 10 MB of memory, whatever their number and size.
 
     Tensors of integers and booleans have no mean: they are taken from the last file. The metadata on which
     all files agree are kept. Of files of `EMA.save`, what only an EMA reads is left out.
 
     Args:
-        paths: The files, one or more, with tensors of the same names, shapes and types.
-        output: The file to write; may be one of `paths`.
-        weights: A number for each file. None: all alike.
+        files: The files, one or more, the newest last, with tensors of the same names, shapes and types.
+        target: The file to write; may be one of `files`.
+        style: What each file weighs, as `shares` has it.
+        weights: A number for each file, in the place of a style. None: by `style`.
         dtype: Of the averages: one of the real types of the format. None: as in the files. Complex averages
             keep theirs.
         progress: Called with the bytes done and the bytes in all, after each piece.
@@ -46,10 +49,11 @@ def average(
         The names of the tensors that were taken from the last file.
 
     Raises:
-        TypeError: `paths` is a single path, or `dtype` is none of the format's real types.
-        ValueError: A file is no safetensors file or does not fit the first, or `weights` are not finite,
-            not as many as the files, or add up to 0 or beyond float64; or a file is changed meanwhile.
-        OSError: A file cannot be read, or `output` cannot be written. It is as it was, in all these cases.
+        TypeError: `files` is a single path, or `dtype` is none of the format's real types.
+        ValueError: A file is no safetensors file or does not fit the first; there is no such style, or
+            `weights` are given beside one, are not finite, not as many as the files, or add up to 0 or beyond
+            float64; or a file is changed meanwhile.
+        OSError: A file cannot be read, or `target` cannot be written. It is as it was, in all these cases.
 
     Example:
         >>> import tempfile, numpy as np
@@ -62,20 +66,16 @@ def average(
         >>> checkpoint.File(paths[2])["w"]
         array([0.75, 0.75])
     """
-    if isinstance(paths, str | os.PathLike):
-        raise TypeError(f"paths must be a sequence of paths, got {paths!r}")
-    paths = list(paths)
-    if not paths:
-        raise ValueError("paths must hold one path or more, got none")
-    shares = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
-    if len(shares) != len(paths):
-        raise ValueError(f"weights must hold a number for each of the {len(paths)} files, got {len(shares)}")
-    if not np.isfinite([*shares, sum(shares)]).all() or sum(shares) == 0:
-        raise ValueError(f"weights must be finite and not add up to 0 or to infinity, got {shares}")
+    if isinstance(files, str | os.PathLike):
+        raise TypeError(f"files must be a sequence of paths, got {files!r}")
+    files = list(files)
+    if not files:
+        raise ValueError("files must hold one path or more, got none")
+    relative = _relative(len(files), style, weights)
     narrow = None if dtype is None else np.dtype(dtype)
     if narrow and narrow not in REALS.values():
         raise TypeError(f"dtype must be one of {', '.join(map(str, REALS.values()))}, got {narrow}")
-    sources = [_source(path) for path in paths]
+    sources = [_source(path) for path in files]
     first = sources[0].layout
     for source in sources[1:]:
         _check_fit(sources[0], source)
@@ -86,16 +86,35 @@ def average(
     shared = set.intersection(*(set(source.metadata.items()) for source in sources))
     header, names = header_of(means, {key: text for key, text in sorted(shared) if key != STATE})
     done, total = 0, sum(tensor.nbytes for tensor in means.values())
-    with replacing(output) as written:
+    with replacing(target) as written:
         written.write(header)
         for name in names:
             for begin in range(0, first[name].size, _PIECE):
-                piece = _piece_of_mean(sources, shares, name, begin, means[name].dtype)
+                piece = _piece_of_mean(sources, relative, name, begin, means[name].dtype)
                 written.write(piece.view(np.uint8).data)
                 done += piece.nbytes
                 if progress:
                     progress(done, total)
     return [name for name, tensor in first.items() if not _has_mean(tensor.dtype)]
+
+
+def _relative(count: int, style: Style, weights: Sequence[float] | None) -> list[float]:
+    """Return what each of so many files weighs, relative to the others.
+
+    Raises:
+        ValueError: As `average` does.
+    """
+    by_style: list[float] = shares(style, count).tolist()
+    if weights is None:
+        return [1.0] * count if style in ("mean", "linear") else by_style  # ones are not rounded
+    if style != "mean":
+        raise ValueError(f"weights must not be given beside style={style!r}: either says what files weigh")
+    relative = [float(weight) for weight in weights]
+    if len(relative) != count:
+        raise ValueError(f"weights must hold a number for each of the {count} files, got {len(relative)}")
+    if not np.isfinite([*relative, sum(relative)]).all() or sum(relative) == 0:
+        raise ValueError(f"weights must be finite and not add up to 0 or to infinity, got {relative}")
+    return relative
 
 
 def _has_mean(dtype: np.dtype) -> bool:
@@ -118,7 +137,7 @@ def _piece(source: Source, name: str, begin: int) -> np.ndarray:
 
 
 def _piece_of_mean(
-    sources: Sequence[Source], shares: Sequence[float], name: str, begin: int, dtype: np.dtype
+    sources: Sequence[Source], relative: Sequence[float], name: str, begin: int, dtype: np.dtype
 ) -> np.ndarray:
     """Return a piece of a tensor's mean, from element `begin` on; that of the last file if it has no mean."""
     own = sources[0].layout[name].dtype
@@ -128,9 +147,9 @@ def _piece_of_mean(
     with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
         terms = (
             np.multiply(_piece(source, name, begin), share, dtype=wide)
-            for source, share in zip(sources, shares, strict=True)
+            for source, share in zip(sources, relative, strict=True)
         )
-        return narrowed(reduce(np.add, terms) / sum(shares), dtype)
+        return narrowed(reduce(np.add, terms) / sum(relative), dtype)
 
 
 def _check_fit(first: Source, other: Source) -> None:

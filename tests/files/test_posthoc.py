@@ -304,7 +304,7 @@ def test_memory_is_bounded_by_a_piece_whatever_the_snapshots(tmp_path, monkeypat
     snapshots, size = posthoc.Snapshots(tmp_path), 1_000_000
     for step in range(1, 9):
         snapshots.add(step, {sigma_rel: [np.full(size, step, np.float32)] for sigma_rel in KEPT})
-    monkeypatch.setattr(checkpoint._mean, "_PIECE", 1 << 14)
+    monkeypatch.setattr(checkpoint._pieces, "_PIECE", 1 << 12)  # of which each thread holds some
     tracemalloc.start()
     made = snapshots.average(0.07)
     peak = tracemalloc.get_traced_memory()[1]

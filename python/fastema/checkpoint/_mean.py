@@ -1,22 +1,19 @@
-"""The mean of safetensors files: read piece by piece, so that any number and size fits into little memory."""
+"""The mean of checkpoints: read piece by piece, so that any number and size fits into little memory."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import reduce
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from .._types import narrowed
-from ._header import REALS, header_of
+from ._checkpoints import Checkpoint
+from ._pieces import Computed, Piece, Progress, has_mean, in_type, real_type
 from ._plain import STATE
-from ._replace import StrPath, replacing
+from ._replace import StrPath
 from ._shares import Style, shares
-from ._source import Source
-from ._state import is_state
 
-_PIECE = 1 << 18  # elements: what `average` holds of a tensor at a time
+_EXTRA = "_extra_state"  # how names end of what modules of torch save beside their tensors
 
 
 def average(
@@ -26,33 +23,42 @@ def average(
     style: Style = "mean",
     weights: Sequence[float] | None = None,
     dtype: npt.DTypeLike | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
-    """Write the mean of safetensors files, as `write` does: all or nothing.
+    """Write the mean of checkpoints, all or nothing: of safetensors files, or of Hugging Face's folders.
 
     ``sum(weight * tensor) / sum(weights)`` in float64, in the order of `files`, rounded once to the type in
-    the file. Files are read piece by piece: about 10 MB of memory, whatever their number and size.
+    the file. Files are read piece by piece: about 30 MB of memory, whatever their number and size.
 
-    Tensors of integers and booleans have no mean: they are taken from the last file. The metadata on which
+    Tensors of integers and booleans have no mean: they are taken from the newest checkpoint, the last one, as
+    are those whose names end in ``_extra_state``, which need not even have one shape. The metadata on which
     all files agree are kept. Of files of `EMA.save`, what only an EMA reads is left out.
 
+    A folder has ``model.safetensors``, or shards with ``model.safetensors.index.json``; or others of these
+    endings, where there is only one. The target is what the newest checkpoint is: a file; or a folder with
+    tensors in the same shards, and with its other files, such as ``config.json`` and those of a tokenizer,
+    copied as they are. Weights in other formats, the state of a training (``optimizer.pt``,
+    ``trainer_state.json``), hidden files and folders within are left out.
+
     Args:
-        files: The files, one or more, the newest last, with tensors of the same names, shapes and types.
-        target: The file to write; may be one of `files`.
-        style: What each file weighs, as `shares` has it.
-        weights: A number for each file, in the place of a style. None: by `style`.
+        files: The checkpoints, one or more, the newest last; with tensors of the same names, shapes and
+            types, in whatever shards.
+        target: The file to write, which may be one of `files`; or a folder that is not there yet, or empty.
+        style: What each checkpoint weighs, as `shares` has it.
+        weights: A number for each checkpoint, in the place of a style. None: by `style`.
         dtype: Of the averages: one of the real types of the format. None: as in the files. Complex averages
             keep theirs.
         progress: Called with the bytes done and the bytes in all, after each piece.
 
     Returns:
-        The names of the tensors that were taken from the last file.
+        The names of the tensors that were taken from the newest checkpoint.
 
     Raises:
         TypeError: `files` is a single path, or `dtype` is none of the format's real types.
-        ValueError: A file is no safetensors file or does not fit the first; there is no such style, or
-            `weights` are given beside one, are not finite, not as many as the files, or add up to 0 or beyond
-            float64; or a file is changed meanwhile.
+        ValueError: A file is no safetensors file, a folder no whole checkpoint, or one does not fit the
+            first; there is no such style, or `weights` are given beside one, are not finite, not as many as
+            the files, or add up to 0 or beyond float64; the target is a folder that is there; or a file is
+            changed meanwhile.
         OSError: A file cannot be read, or `target` cannot be written. It is as it was, in all these cases.
 
     Example:
@@ -72,30 +78,28 @@ def average(
     if not files:
         raise ValueError("files must hold one path or more, got none")
     relative = _relative(len(files), style, weights)
-    narrow = None if dtype is None else np.dtype(dtype)
-    if narrow and narrow not in REALS.values():
-        raise TypeError(f"dtype must be one of {', '.join(map(str, REALS.values()))}, got {narrow}")
-    sources = [_source(path) for path in files]
-    first = sources[0].layout
-    for source in sources[1:]:
-        _check_fit(sources[0], source)
-    means = {
-        name: tensor._replace(dtype=narrow) if narrow and tensor.dtype in REALS.values() else tensor
-        for name, tensor in first.items()
+    narrow = real_type(dtype)
+    checkpoints = [Checkpoint.at(path) for path in files]
+    newest = checkpoints[-1]
+    for checkpoint in checkpoints[1:]:
+        _check_fit(checkpoints[0], checkpoint)
+
+    def compute(piece: Piece) -> np.ndarray:
+        name, begin, size, dtype = piece
+        if not _has_mean(name, newest.layout[name].dtype):
+            return newest.piece(name, begin, size)
+        terms = (checkpoint.piece(name, begin, size) for checkpoint in checkpoints)
+        return narrowed(_mean(terms, relative), dtype)
+
+    tensors = {
+        name: tensor if name.endswith(_EXTRA) else in_type(tensor, narrow)
+        for name, tensor in newest.layout.items()
     }
+    sources = [source for checkpoint in checkpoints for source in checkpoint.shards.values()]
     shared = set.intersection(*(set(source.metadata.items()) for source in sources))
-    header, names = header_of(means, {key: text for key, text in sorted(shared) if key != STATE})
-    done, total = 0, sum(tensor.nbytes for tensor in means.values())
-    with replacing(target) as written:
-        written.write(header)
-        for name in names:
-            for begin in range(0, first[name].size, _PIECE):
-                piece = _piece_of_mean(sources, relative, name, begin, means[name].dtype)
-                written.write(piece.view(np.uint8).data)
-                done += piece.nbytes
-                if progress:
-                    progress(done, total)
-    return [name for name, tensor in first.items() if not _has_mean(tensor.dtype)]
+    metadata = {key: text for key, text in shared if key != STATE}
+    newest.write_alike(target, Computed(tensors, metadata, compute, sources, progress))
+    return [name for name, tensor in tensors.items() if not _has_mean(name, tensor.dtype)]
 
 
 def _relative(count: int, style: Style, weights: Sequence[float] | None) -> list[float]:
@@ -117,53 +121,36 @@ def _relative(count: int, style: Style, weights: Sequence[float] | None) -> list
     return relative
 
 
-def _has_mean(dtype: np.dtype) -> bool:
-    return dtype in REALS.values() or dtype.kind == "c"
+def _has_mean(name: str, dtype: np.dtype) -> bool:
+    return not name.endswith(_EXTRA) and has_mean(dtype)
 
 
-def _source(path: StrPath) -> Source:
-    """Return a file to average, without the tensors that only an EMA reads."""
-    source = Source.at(path)
-    own = {name: tensor for name, tensor in source.layout.items() if not is_state(name)}
-    return replace(source, layout=own)
-
-
-def _piece(source: Source, name: str, begin: int) -> np.ndarray:
-    """Read a piece of a tensor, from element `begin` on."""
-    tensor = source.layout[name]
-    piece = np.empty(min(_PIECE, tensor.size - begin), tensor.dtype)
-    source.read(tensor.begin + begin * tensor.dtype.itemsize, piece)
-    return piece
-
-
-def _piece_of_mean(
-    sources: Sequence[Source], relative: Sequence[float], name: str, begin: int, dtype: np.dtype
-) -> np.ndarray:
-    """Return a piece of a tensor's mean, from element `begin` on; that of the last file if it has no mean."""
-    own = sources[0].layout[name].dtype
-    if not _has_mean(own):
-        return _piece(sources[-1], name, begin)
-    wide = np.result_type(own, np.float64)
+def _mean(terms: Iterable[np.ndarray], relative: Sequence[float]) -> np.ndarray:
+    """Return a weighted mean in float64, or complex128, of arrays of one type that come one by one."""
+    total: np.ndarray | None = None
     with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
-        terms = (
-            np.multiply(_piece(source, name, begin), share, dtype=wide)
-            for source, share in zip(sources, relative, strict=True)
-        )
-        return narrowed(reduce(np.add, terms) / sum(relative), dtype)
+        for array, weight in zip(terms, relative, strict=True):
+            term = array.astype(np.result_type(array, np.float64))
+            term *= weight
+            total = term if total is None else np.add(total, term, out=total)
+        assert total is not None
+        total /= sum(relative)
+    return total
 
 
-def _check_fit(first: Source, other: Source) -> None:
-    """Raise ValueError unless two files have tensors of the same names, shapes and types."""
+def _check_fit(first: Checkpoint, other: Checkpoint) -> None:
+    """Raise ValueError unless two checkpoints have tensors of the same names, shapes and types."""
     for name in sorted(first.layout.keys() ^ other.layout.keys()):
-        has, lacks = (first, other) if name in first.layout else (other, first)
-        raise ValueError(
-            f"all files must have the same tensors: {has.path} has {name!r}, {lacks.path} has not"
-        )
+        if not name.endswith(_EXTRA):
+            has, lacks = (first, other) if name in first.layout else (other, first)
+            raise ValueError(
+                f"all files must have the same tensors: {has.path} has {name!r}, {lacks.path} has not"
+            )
     for name, tensor in first.layout.items():
-        for what in ("shape", "dtype"):
+        for what in () if name.endswith(_EXTRA) else ("shape", "dtype"):
             needed, got = getattr(tensor, what), getattr(other.layout[name], what)
             if needed != got:
                 raise ValueError(
                     f"{name!r} must have one {what} in all files, "
-                    f"got {needed} in {first.path} and {got} in {other.path}"
+                    f"got {needed} in {first.place(name)} and {got} in {other.place(name)}"
                 )

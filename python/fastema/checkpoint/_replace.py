@@ -1,14 +1,15 @@
 """Replacing a file so that a crash at any moment leaves the old one or the new one, each whole.
 
 The new one is written beside the old one, under a name of its own, flushed to the disk and renamed. Nobody
-waits: of several writers the last to rename wins, and each has written a whole file. Nothing else knows of
-locks, flushes and renames.
+waits: of several writers the last to rename wins, and each has written a whole file. New folders are made
+likewise. Nothing else knows of locks, flushes and renames.
 """
 
 import errno
 import fcntl
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,8 +43,7 @@ def replacing(path: StrPath) -> Iterator[BufferedWriter]:
         status = None
     if status is not None and not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} must be a file or not be there")
-    if not target.parent.is_dir():  # said of the folder, and not of a file that nobody knows
-        raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
+    _check_parent(target)
     _remove_what_crashes_left(target)
     rights = _ANYBODY if status is None else stat.S_IMODE(status.st_mode) & 0o777
     beside = _Beside(target)
@@ -58,11 +58,54 @@ def replacing(path: StrPath) -> Iterator[BufferedWriter]:
     except BaseException:
         beside.path.unlink(missing_ok=True)  # an interrupt may come when it has its new name
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
+    _flush(target.parent)  # the new name; without it the old file could be back after a power failure
+
+
+@contextmanager
+def new_folder(path: StrPath) -> Iterator[Path]:
+    """Make a folder to fill, which is at `path`, whole, when the ``with`` block ends without an error.
+
+    It is filled beside, flushed and renamed. Nothing is ever replaced but an empty folder.
+
+    Raises:
+        ValueError: `path` is there, and no empty folder.
+        OSError: The folder cannot be made or filled. Nothing is at `path` then that was not there, unless it
+            was its parent that could not be flushed.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{path} must not be there, or be an empty folder: a folder is never replaced")
+    _check_parent(target)
+    _remove_what_crashes_left(target)
+    beside = _Beside(target)
+    descriptor = beside.made()
     try:
-        os.fsync(folder)  # the new name; without it the old file could be back after a power failure
+        yield beside.path
+        for entry in beside.path.iterdir():
+            _flush(entry)
+        _flush(beside.path)
+        beside.path.rename(target)
+    except BaseException:
+        shutil.rmtree(beside.path, ignore_errors=True)  # an interrupt may come when it has its new name
+        raise
     finally:
-        os.close(folder)
+        os.close(descriptor)
+    _flush(target.parent)
+
+
+def _check_parent(target: Path) -> None:
+    """Raise FileNotFoundError of the folder that a target is in, and not of a name that nobody knows."""
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _prefix(target: Path) -> str:
@@ -73,7 +116,7 @@ def _prefix(target: Path) -> str:
 
 
 class _Beside:
-    """The path of a new file until it is whole."""
+    """The path of a new file or folder until it is whole."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -93,16 +136,31 @@ class _Beside:
             except FileExistsError:
                 self._choose()
                 continue
-            if _is_locked(file) and _has_name(file, self.path):
+            if self._is_ours(file.fileno()):
                 return file
             file.close()  # another writer takes it for what a crash left
             self._choose()
 
+    def made(self) -> int:
+        """Make the folder, which nobody else has; return a descriptor that holds its lock until closed."""
+        while True:
+            with suppress(FileExistsError):
+                self.path.mkdir()
+                with suppress(FileNotFoundError):  # another writer takes it for what a crash left
+                    descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                    if self._is_ours(descriptor):
+                        return descriptor
+                    os.close(descriptor)
+            self._choose()
 
-def _is_locked(file: BufferedWriter) -> bool:
-    """Lock a new file; tell whether nobody else has. Where there are no locks, nobody has."""
+    def _is_ours(self, descriptor: int) -> bool:
+        return _is_locked(descriptor) and _has_name(descriptor, self.path)
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock what is new; tell whether nobody else has. Where there are no locks, nobody has."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # of some network file systems
@@ -110,16 +168,16 @@ def _is_locked(file: BufferedWriter) -> bool:
     return True
 
 
-def _has_name(file: BufferedWriter, path: Path) -> bool:
-    """Tell whether a file that is open is still to be found at a path."""
+def _has_name(descriptor: int, path: Path) -> bool:
+    """Tell whether what is open is still to be found at a path."""
     try:
-        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:
         return False
 
 
 def _remove_what_crashes_left(target: Path) -> None:
-    """Remove what writers of a target began and never will finish: the files whose lock nobody holds."""
+    """Remove what writers of a target began and never will finish: that whose lock nobody holds."""
     name = re.compile(re.escape(_prefix(target)) + r"([0-9a-f]{16}\.)?partial")
     with suppress(OSError):  # a folder that cannot be listed may well be written to
         left = [entry for entry in os.listdir(target.parent) if name.fullmatch(entry)]
@@ -129,15 +187,17 @@ def _remove_what_crashes_left(target: Path) -> None:
 
 
 def _remove_unless_locked(path: Path) -> None:
-    """Remove a file that nobody is writing.
+    """Remove a file or folder that nobody is writing.
 
     Raises:
-        OSError: Somebody is, or it is no file, or another user's.
+        OSError: Somebody is, or it is neither, or another user's.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    how = os.O_RDONLY if stat.S_ISDIR(path.lstat().st_mode) else os.O_RDWR
+    descriptor = os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            shutil.rmtree(path) if stat.S_ISDIR(mode) else path.unlink()
     finally:
         os.close(descriptor)

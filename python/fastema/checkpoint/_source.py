@@ -88,7 +88,16 @@ class Source:
             while rest and (count := os.preadv(file.fileno(), [rest], begin)):
                 rest, begin = rest[count:], begin + count
             if rest or _identity(file.fileno()) != self.identity:
-                raise ValueError(f"{self.path} was changed while it was read")
+                raise self._changed()
+
+    def check(self) -> None:
+        """Raise ValueError if the file was changed since its header was read; OSError if it is gone."""
+        with opened(self.path) as file:
+            if _identity(file.fileno()) != self.identity:
+                raise self._changed()
+
+    def _changed(self) -> ValueError:
+        return ValueError(f"{self.path} was changed while it was read")
 
 
 @contextmanager

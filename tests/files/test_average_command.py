@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import oracle
 from fastema import __main__ as command
 from fastema import checkpoint
+from fastema._commands.progress import Progress
 from processes import output_of
 
 bfloat16 = ml_dtypes.bfloat16
@@ -350,8 +351,11 @@ def test_the_command_writes_the_mean_and_says_what_was_not_averaged(paths, outpu
     assert (mean == 1.25).all()
     printed, progress = capsys.readouterr()
     assert printed.splitlines() == [
-        f"{output}: 1 tensors averaged over 3 files",
-        f"1 of integers or booleans taken from {paths[2]}: steps",
+        f"  0.2500  {paths[0]}",
+        f"  0.2500  {paths[1]}",
+        f"  0.5000  {paths[2]}",
+        f"{output}: the mean of 3 checkpoints",
+        f"1 tensors taken from {paths[2]}: steps",
     ]
     assert progress.splitlines()[-1] == "100 %"
 
@@ -370,16 +374,31 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
-    for stream in (Terminal(), io.StringIO()):
-        show = command.Progress(stream)
-        for done in range(1, 1001):
-            show(done, 1000)
-        printed = stream.getvalue()
-        if stream.isatty():
-            states = printed.split("\r")[1:]
-            assert len(states) == 101
-            assert states[50] == f"[{'#' * 25}{' ' * 25}]  50 %"
-            assert states[-1] == f"[{'#' * 50}] 100 %\n"
-        else:
-            assert printed.splitlines() == [f"{percent} %" for percent in range(0, 101, 10)]
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere_with_the_time_left(stream):
+    seconds = iter(range(10_000))
+    show = Progress(stream, lambda: next(seconds) * 36)
+    for done in range(1001):
+        show(done, 1000)
+    printed = stream.getvalue()
+    if stream.isatty():
+        states = printed.split("\r")[1:]
+        assert len(states) == 101
+        assert states[0] == f"[{' ' * 50}]   0 %"
+        assert states[50] == f"[{'#' * 25}{' ' * 25}]  50 %, 30 min 00 s left"
+        assert states[-1] == f"[{'#' * 50}] 100 %{' ' * len(', 36 s left')}\n"
+    else:
+        lines = printed.splitlines()
+        assert [line.split(",")[0] for line in lines] == [f"{percent} %" for percent in range(0, 101, 10)]
+        assert lines[1] == "10 %, 54 min 00 s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59, "59 s"), (61, "1 min 01 s"), (3600, "1 h 00 min"), (90_061, "25 h 01 min")],
+)
+def test_durations_are_told_in_their_two_largest_units(seconds, text):
+    stream = io.StringIO()
+    times = iter([0, seconds])
+    Progress(stream, lambda: next(times))(1, 2)
+    assert stream.getvalue() == f"50 %, {text} left\n"

@@ -77,7 +77,7 @@ def average(
     files = list(files)
     if not files:
         raise ValueError("files must hold one path or more, got none")
-    relative = _relative(len(files), style, weights)
+    relative = relative_weights(len(files), style, weights)
     narrow = real_type(dtype)
     checkpoints = [Checkpoint.at(path) for path in files]
     newest = checkpoints[-1]
@@ -102,8 +102,8 @@ def average(
     return [name for name, tensor in tensors.items() if not _has_mean(name, tensor.dtype)]
 
 
-def _relative(count: int, style: Style, weights: Sequence[float] | None) -> list[float]:
-    """Return what each of so many files weighs, relative to the others.
+def relative_weights(count: int, style: Style, weights: Sequence[float] | None) -> list[float]:
+    """Return what each of so many checkpoints weighs in `average`, relative to the others.
 
     Raises:
         ValueError: As `average` does.

@@ -1,0 +1,1 @@
+"""The commands of ``python -m fastema`` that need more than a few lines, each in its file."""

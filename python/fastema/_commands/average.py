@@ -50,6 +50,18 @@ def add_to(commands: Any) -> None:
         metavar="WEIGHT",
         help="one for each file, which stay in their order then",
     )
+    how.add_argument(
+        "--between",
+        action="store_true",
+        help="of two running means (EMA.save of schedules.equal_weights): the mean of what came in between",
+    )
+    parser.add_argument(
+        "--clocks",
+        nargs=2,
+        type=float,
+        metavar=("N1", "N2"),
+        help="of --between: how much each is the mean of, where the files do not say so",
+    )
     parser.add_argument("--last", type=int, metavar="K", help="take the last K of the files alone")
     parser.add_argument("--best", type=int, metavar="N", help="take the best N of them, by --metric")
     parser.add_argument(
@@ -75,25 +87,52 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Average checkpoints; return the exit status."""
     try:
-        files = _chosen(options)
-        weights = relative_weights(len(files), options.style, options.weights)
-        for file, weight in zip(files, weights, strict=True):
-            print(f"{weight / sum(weights):8.4f}  {file}")
-        kept = checkpoint.average(
-            files,
-            options.output,
-            style=options.style,
-            weights=options.weights,
-            dtype=options.dtype,
-            progress=Progress(sys.stderr),
-        )
+        newest, kept = (_between if options.between else _mean)(options)
     except (OSError, ValueError) as reason:
         print(f"{options.output} is not written: {reason}", file=sys.stderr)
         return 1
-    print(f"{options.output}: the mean of {len(files)} checkpoints")
     if kept:
-        print(f"{len(kept)} tensors taken from {files[-1]}: {', '.join(kept)}")
+        print(f"{len(kept)} tensors taken from {newest}: {', '.join(kept)}")
     return 0
+
+
+def _mean(options: argparse.Namespace) -> tuple[StrPath, list[str]]:
+    """Write the mean; return the newest checkpoint, and which tensors are its own."""
+    if options.clocks is not None:
+        raise ValueError("--clocks must be given with --between")
+    files = _chosen(options)
+    weights = relative_weights(len(files), options.style, options.weights)
+    for file, weight in zip(files, weights, strict=True):
+        print(f"{weight / sum(weights):8.4f}  {file}")
+    kept = checkpoint.average(
+        files,
+        options.output,
+        style=options.style,
+        weights=options.weights,
+        dtype=options.dtype,
+        progress=Progress(sys.stderr),
+    )
+    print(f"{options.output}: the mean of {len(files)} checkpoints")
+    return files[-1], kept
+
+
+def _between(options: argparse.Namespace) -> tuple[StrPath, list[str]]:
+    """Write the mean between two running means; return the later one, and which tensors are its own."""
+    if len(options.files) != 2 or any(x is not None for x in (options.last, options.best, options.metric)):
+        raise ValueError(
+            f"--between must have two files, and no others to choose from, got {len(options.files)}"
+        )
+    earlier, later = options.files if options.clocks else by_number(options.files)
+    kept = checkpoint.between(
+        earlier,
+        later,
+        options.output,
+        clocks=options.clocks,
+        dtype=options.dtype,
+        progress=Progress(sys.stderr),
+    )
+    print(f"{options.output}: the mean between {earlier} and {later}")
+    return later, kept
 
 
 def _chosen(options: argparse.Namespace) -> Sequence[StrPath]:

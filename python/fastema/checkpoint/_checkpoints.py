@@ -7,7 +7,7 @@ them each tensor is. Where there is none of this name, a single file or index of
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import numpy as np
 from ._header import Tensor
 from ._json import parsed, shown
 from ._pieces import Computed
+from ._plain import STATE
 from ._replace import StrPath, new_folder, replacing
 from ._source import Source, opened
 from ._state import is_state
 
 _FILE = ".safetensors"
 _INDEX = ".safetensors.index.json"
+EXTRA = "_extra_state"  # how names end of what modules of torch save beside their tensors
 _MOST = 100_000_000  # bytes of an index, as of a header
 
 # what is in no folder that is made of others: weights in other formats, and the state of a training
@@ -146,6 +148,31 @@ class Checkpoint:
             ensure_ascii=False,
         )
         return f"{text}\n".encode()
+
+
+def check_fit(first: Checkpoint, other: Checkpoint) -> None:
+    """Raise ValueError unless two checkpoints have tensors of the same names, shapes and types."""
+    for name in sorted(first.layout.keys() ^ other.layout.keys()):
+        if not name.endswith(EXTRA):
+            has, lacks = (first, other) if name in first.layout else (other, first)
+            raise ValueError(
+                f"all files must have the same tensors: {has.path} has {name!r}, {lacks.path} has not"
+            )
+    for name, tensor in first.layout.items():
+        for what in () if name.endswith(EXTRA) else ("shape", "dtype"):
+            needed, got = getattr(tensor, what), getattr(other.layout[name], what)
+            if needed != got:
+                raise ValueError(
+                    f"{name!r} must have one {what} in all files, "
+                    f"got {needed} in {first.place(name)} and {got} in {other.place(name)}"
+                )
+
+
+def shared_metadata(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+    """Return the metadata on which all files agree, but for an EMA's state."""
+    sources = [source for checkpoint in checkpoints for source in checkpoint.shards.values()]
+    shared = set.intersection(*(set(source.metadata.items()) for source in sources))
+    return {key: text for key, text in shared if key != STATE}
 
 
 def _is_companion(path: Path) -> bool:

@@ -7,13 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .._types import narrowed
-from ._checkpoints import Checkpoint
+from ._checkpoints import EXTRA, Checkpoint, check_fit, shared_metadata
 from ._pieces import Computed, Piece, Progress, has_mean, in_type, real_type
-from ._plain import STATE
 from ._replace import StrPath
 from ._shares import Style, shares
-
-_EXTRA = "_extra_state"  # how names end of what modules of torch save beside their tensors
 
 
 def average(
@@ -82,7 +79,7 @@ def average(
     checkpoints = [Checkpoint.at(path) for path in files]
     newest = checkpoints[-1]
     for checkpoint in checkpoints[1:]:
-        _check_fit(checkpoints[0], checkpoint)
+        check_fit(checkpoints[0], checkpoint)
 
     def compute(piece: Piece) -> np.ndarray:
         name, begin, size, dtype = piece
@@ -92,13 +89,11 @@ def average(
         return narrowed(_mean(terms, relative), dtype)
 
     tensors = {
-        name: tensor if name.endswith(_EXTRA) else in_type(tensor, narrow)
+        name: tensor if name.endswith(EXTRA) else in_type(tensor, narrow)
         for name, tensor in newest.layout.items()
     }
     sources = [source for checkpoint in checkpoints for source in checkpoint.shards.values()]
-    shared = set.intersection(*(set(source.metadata.items()) for source in sources))
-    metadata = {key: text for key, text in shared if key != STATE}
-    newest.write_alike(target, Computed(tensors, metadata, compute, sources, progress))
+    newest.write_alike(target, Computed(tensors, shared_metadata(checkpoints), compute, sources, progress))
     return [name for name, tensor in tensors.items() if not _has_mean(name, tensor.dtype)]
 
 
@@ -122,7 +117,7 @@ def relative_weights(count: int, style: Style, weights: Sequence[float] | None) 
 
 
 def _has_mean(name: str, dtype: np.dtype) -> bool:
-    return not name.endswith(_EXTRA) and has_mean(dtype)
+    return not name.endswith(EXTRA) and has_mean(dtype)
 
 
 def _mean(terms: Iterable[np.ndarray], relative: Sequence[float]) -> np.ndarray:
@@ -136,21 +131,3 @@ def _mean(terms: Iterable[np.ndarray], relative: Sequence[float]) -> np.ndarray:
         assert total is not None
         total /= sum(relative)
     return total
-
-
-def _check_fit(first: Checkpoint, other: Checkpoint) -> None:
-    """Raise ValueError unless two checkpoints have tensors of the same names, shapes and types."""
-    for name in sorted(first.layout.keys() ^ other.layout.keys()):
-        if not name.endswith(_EXTRA):
-            has, lacks = (first, other) if name in first.layout else (other, first)
-            raise ValueError(
-                f"all files must have the same tensors: {has.path} has {name!r}, {lacks.path} has not"
-            )
-    for name, tensor in first.layout.items():
-        for what in () if name.endswith(_EXTRA) else ("shape", "dtype"):
-            needed, got = getattr(tensor, what), getattr(other.layout[name], what)
-            if needed != got:
-                raise ValueError(
-                    f"{name!r} must have one {what} in all files, "
-                    f"got {needed} in {first.place(name)} and {got} in {other.place(name)}"
-                )

@@ -92,7 +92,7 @@ class Source:
 
     def check(self) -> None:
         """Raise ValueError if the file was changed since its header was read; OSError if it is gone."""
-        with opened(self.path) as file:
+        with opened(self.path) if self.held is None else nullcontext(self.held) as file:
             if _identity(file.fileno()) != self.identity:
                 raise self._changed()
 
@@ -164,6 +164,17 @@ class Stored:
         spans = [slice(at, at + size) for at, size in zip(begin, self.shape, strict=True)]
         if target.size:
             self._fill(self._tensor.begin, self._tensor.shape, spans, target)
+
+    def flat(self, begin: int, size: int) -> np.ndarray:
+        """Read so many elements of a whole tensor, from one on, in a row.
+
+        Raises:
+            ValueError: The file was changed.
+            OSError: It cannot be read.
+        """
+        array = np.empty(size, self.dtype)
+        self._source.read(self._tensor.begin + begin * self.dtype.itemsize, array)
+        return array
 
     def _fill(self, begin: int, shape: tuple[int, ...], spans: list[slice], target: np.ndarray) -> None:
         """Fill an array with the part that spans are of one in the file that begins at a byte."""

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastema info``, ``average``, ``demo`` and ``bench``."""
+"""The command line: ``python -m fastema info``, ``average``, ``posthoc``, ``demo`` and ``bench``."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import build_config
-from ._commands import average
+from ._commands import average, posthoc
 
 
 def info() -> None:
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print what this build is and what it finds on this machine")
     average.add_to(commands)
+    posthoc.add_to(commands)
     demo = commands.add_parser("demo", help="train on handwritten digits: raw against averaged weights")
     demo.add_argument("--epochs", type=int, default=20)
     demo.add_argument("--seed", type=int, default=0)
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "average":
         return average.run(options)
+    if options.command == "posthoc":
+        return posthoc.run(options)
     if options.command == "bench":
         measure(options.quick, options.samples, options.folder)
         return 0

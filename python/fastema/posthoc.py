@@ -13,7 +13,7 @@ A profile is what each step's value weighs in an average. That of a power averag
 import operator
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from ._arrays import as_view, is_array, unmasked
 from ._ema.tree import Selection, Tree
 from .checkpoint._replace import StrPath
 
-__all__ = ["Snapshots", "weights"]
+__all__ = ["Snapshots", "error", "search", "weights"]
 
 _PIECE = 1 << 20  # steps: what is held of a schedule's profile at a time
+_GRID = 5  # evaluations of a search before the golden section
+_GOLDEN = (3 - 5**0.5) / 2  # its smaller part
 
 
 def weights(
@@ -74,6 +76,121 @@ def weights(
         >>> posthoc.weights(steps, sigma_rels, schedules.constant(0.99)).round(3)
         array([-0.001,  0.002,  0.228,  0.771])
     """
+    t, sigmas, target, end = _checked(steps, sigma_rels, target, target_step)
+    same = _same(t, sigmas, target, end)
+    if same.any():
+        return same.astype(np.float64)
+    order, again, increments = _Increments.between(t, sigmas)
+    shares = increments.closest_to(target, end)
+    # an increment is its snapshot less what is left in it of the one before
+    shares[:-1] -= np.where(again, increments.left() * shares, 0.0)[1:]
+    as_given: np.ndarray = shares[np.argsort(order)]
+    return as_given
+
+
+def error(
+    steps: Sequence[int] | np.ndarray,
+    sigma_rels: Sequence[float] | np.ndarray,
+    target: float | schedules.Schedule,
+    target_step: int | None = None,
+) -> float:
+    """Return how far the average that `weights` makes is from one that was not kept, by their profiles.
+
+    That is the length of the difference of the profiles, relative to the target's: 0 is the average itself,
+    1 is as far as nothing. Averages of values that are independent from step to step differ by as much, those
+    of a random walk by far less.
+
+    Args:
+        steps: As of `weights`, like all others.
+        sigma_rels: Of the snapshots.
+        target: A sigma_rel, or any schedule.
+        target_step: When the average is taken.
+
+    Returns:
+        The relative error; below 1e-7 it is that of rounding.
+
+    Raises:
+        ValueError: As `weights` does.
+
+    Example:
+        >>> from fastema import posthoc
+        >>> steps, sigma_rels = [500, 500, 1000, 1000], [0.05, 0.10, 0.05, 0.10]
+        >>> [round(posthoc.error(steps, sigma_rels, target), 3) for target in (0.03, 0.05, 0.075, 0.2)]
+        [0.176, 0.0, 0.048, 0.449]
+    """
+    t, sigmas, target, end = _checked(steps, sigma_rels, target, target_step)
+    if _same(t, sigmas, target, end).any():
+        return 0.0
+    _, _, increments = _Increments.between(t, sigmas)
+    return increments.distance(increments.closest_to(target, end), target, end)
+
+
+def search(
+    score: Callable[[float], float],
+    low: float,
+    high: float,
+    evaluations: int = 12,
+    *,
+    higher: bool = False,
+) -> dict[float, float]:
+    """Find the sigma_rel whose average has the best score, by few evaluations.
+
+    The first five are at equal ratios from `low` to `high`; then the golden section goes on between the
+    neighbours of the best, as for a score that has one optimum there.
+
+    Args:
+        score: Returns the score of a sigma_rel: `Snapshots.average` and an evaluation of it.
+        low: The least sigma_rel.
+        high: The largest.
+        evaluations: How often `score` is called, three times or more.
+        higher: Whether higher scores are better. Lower ones are, of losses.
+
+    Returns:
+        sigma_rel -> score, of all that were evaluated, the best first. Scores that are NaN are worse than all
+        others.
+
+    Raises:
+        ValueError: The range is empty or has what is no sigma_rel, or `evaluations` is below three.
+
+    Example:
+        >>> from fastema import posthoc
+        >>> found = posthoc.search(lambda sigma_rel: (sigma_rel - 0.08) ** 2, 0.03, 0.25, 15)
+        >>> round(next(iter(found)), 3)
+        0.08
+    """
+    if not schedules.power(low).sigma_rel < schedules.power(high).sigma_rel:
+        raise ValueError(f"low must be below high, got {low} and {high}")
+    if not operator.index(evaluations) >= 3:
+        raise ValueError(f"evaluations must be at least 3, got {evaluations}")
+    sign = -1.0 if higher else 1.0
+    scores: dict[float, float] = {}
+
+    def ranked(sigma: float) -> tuple[bool, float]:
+        return np.isnan(scores[sigma]), sign * scores[sigma]
+
+    for sigma in np.geomspace(low, high, min(_GRID, evaluations)).tolist():
+        scores[sigma] = float(score(sigma))
+    for _ in range(evaluations - len(scores)):
+        sigmas = sorted(scores)
+        i = sigmas.index(min(sigmas, key=ranked))
+        before, best, after = np.log([sigmas[max(i - 1, 0)], sigmas[i], sigmas[min(i + 1, len(sigmas) - 1)]])
+        larger = after if after - best > best - before else before
+        sigma = float(np.exp(best + _GOLDEN * (larger - best)))
+        scores[sigma] = float(score(sigma))
+    return {sigma: scores[sigma] for sigma in sorted(scores, key=ranked)}
+
+
+def _checked(
+    steps: Sequence[int] | np.ndarray,
+    sigma_rels: Sequence[float] | np.ndarray,
+    target: float | schedules.Schedule,
+    target_step: int | None,
+) -> tuple[np.ndarray, np.ndarray, schedules.Schedule, float]:
+    """Return the arguments of `weights` as arrays, a schedule and the step of the average.
+
+    Raises:
+        ValueError: As `weights` does.
+    """
     t, sigmas = np.asarray(steps, np.float64), np.asarray(sigma_rels, np.float64)
     if t.ndim != 1 or t.shape != sigmas.shape or t.size == 0:
         raise ValueError(
@@ -83,32 +200,25 @@ def weights(
     unfit = t[~((t >= 1) & (t < np.inf))]
     if unfit.size:
         raise ValueError(f"steps must be finite and at least 1, the first update, got {unfit[0]:g}")
-    gamma_of = {sigma: schedules.power(float(sigma)).gamma for sigma in set(sigmas)}
+    for sigma in set(sigmas):
+        schedules.power(float(sigma))
     end = t.max() if target_step is None else float(target_step)
     if not 1 <= end <= t.max():
         raise ValueError(
             f"target_step must be from 1 to {t.max():.0f}, the last snapshot, got {target_step!r}"
         )
-    if not isinstance(target, schedules.Schedule):
-        target = schedules.power(float(target))
-    if isinstance(target, schedules.power):
-        same: np.ndarray = (t == end) & (sigmas == target.sigma_rel)
-        if same.any():
-            return same.astype(np.float64)
+    return (
+        t,
+        sigmas,
+        target if isinstance(target, schedules.Schedule) else schedules.power(float(target)),
+        end,
+    )
 
-    order = np.lexsort((t, sigmas))
-    t, sigmas = t[order], sigmas[order]
-    again = np.append(False, sigmas[1:] == sigmas[:-1])
-    before = np.where(again, np.roll(t, 1), 0.0)
-    if (before == t).any():
-        twice = int(np.argmax(before == t))
-        raise ValueError(f"snapshots must be different, got step {t[twice]:.0f} of {sigmas[twice]} twice")
-    increments = _Increments(np.array([gamma_of[sigma] for sigma in sigmas]), before, t)
-    shares = increments.closest_to(target, end)
-    # an increment is its snapshot less what is left in it of the one before
-    shares[:-1] -= np.where(again, increments.left() * shares, 0.0)[1:]
-    as_given: np.ndarray = shares[np.argsort(order)]
-    return as_given
+
+def _same(t: np.ndarray, sigmas: np.ndarray, target: schedules.Schedule, end: float) -> np.ndarray:
+    """Tell of each snapshot whether it is the target itself."""
+    same: np.ndarray = (t == end) & (sigmas == getattr(target, "sigma_rel", None))
+    return same
 
 
 @dataclass(frozen=True)
@@ -124,6 +234,23 @@ class _Increments:
     gamma: np.ndarray
     begin: np.ndarray
     end: np.ndarray
+
+    @classmethod
+    def between(cls, t: np.ndarray, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray, "_Increments"]:
+        """Return the order of snapshots, which of them have one of their sigma_rel before, and increments.
+
+        Raises:
+            ValueError: A snapshot is there twice.
+        """
+        order = np.lexsort((t, sigmas))
+        t, sigmas = t[order], sigmas[order]
+        again = np.append(False, sigmas[1:] == sigmas[:-1])
+        before = np.where(again, np.roll(t, 1), 0.0)
+        if (before == t).any():
+            twice = int(np.argmax(before == t))
+            raise ValueError(f"snapshots must be different, got step {t[twice]:.0f} of {sigmas[twice]} twice")
+        gamma_of = {sigma: schedules.power(float(sigma)).gamma for sigma in set(sigmas)}
+        return order, again, cls(np.array([gamma_of[sigma] for sigma in sigmas]), before, t)
 
     def left(self) -> np.ndarray:
         """Return the share that the average at the beginning has in the one at the end."""
@@ -145,6 +272,19 @@ class _Increments:
             free[group], unit[group] = solved.T
         shares: np.ndarray = free + (1.0 - mass @ free) / (mass @ unit) * unit
         return shares
+
+    def distance(self, shares: np.ndarray, target: schedules.Schedule, end: float) -> float:
+        """Return how far a sum is from the profile of a target at a step, relative to the target's length."""
+        if isinstance(target, schedules.power):
+            goal = _Increments(np.array(target.gamma), np.array(0.0), np.array(end))
+            square = float(goal.times(goal))
+        else:
+            square = sum(float(part @ part) for _, part in _profile(target, int(end)))
+        apart = square - 2.0 * float(shares @ self.along(target, end))
+        for group in self.overlapping(end):
+            these = _Increments(self.gamma[group], self.begin[group], self.end[group])
+            apart += float(shares[group] @ these.column().times(these) @ shares[group])
+        return float(max(apart / square, 0.0) ** 0.5)
 
     def overlapping(self, end: float) -> Iterator[np.ndarray]:
         """Yield the indices of those that begin before a step, in groups that do not overlap in time."""
@@ -286,6 +426,7 @@ class Snapshots:
         *,
         output: StrPath | None = None,
         dtype: npt.DTypeLike | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Any:
         """Make the average that another profile would have given.
 
@@ -297,6 +438,7 @@ class Snapshots:
             output: A safetensors file to write. None: one in the folder that is gone when nobody uses the
                 averages any more.
             dtype: Of the averages, as for `fastema.checkpoint.average`. None: as in the snapshots.
+            progress: Called with the bytes done and the bytes in all, after each piece.
 
         Returns:
             The averages as they were added, in NumPy: an array, a list, or a mapping name -> array, where
@@ -313,9 +455,9 @@ class Snapshots:
         shares = dict(zip(paths.values(), weights(steps, sigma_rels, target, step), strict=True))
         shares = {path: float(share) for path, share in shares.items() if share != 0.0}
         if output is not None:
-            return _averaged(shares, output, dtype)
+            return _averaged(shares, output, dtype, progress)
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            return _averaged(shares, Path(folder, "average.safetensors"), dtype)
+            return _averaged(shares, Path(folder, "average.safetensors"), dtype, progress)
 
     def _layout(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Return name -> (shape, type) of the snapshots; nothing where there is none."""
@@ -325,9 +467,15 @@ class Snapshots:
         return {}
 
 
-def _averaged(shares: Mapping[Path, float], output: StrPath, dtype: npt.DTypeLike | None) -> Any:
+def _averaged(
+    shares: Mapping[Path, float],
+    output: StrPath,
+    dtype: npt.DTypeLike | None,
+    progress: Callable[[int, int], None] | None,
+) -> Any:
     """Write the sum of snapshots into a file, and return what it holds in the form that was added."""
-    checkpoint.average(list(shares), output, weights=list(shares.values()), dtype=dtype)
+    relative = list(shares.values())
+    checkpoint.average(list(shares), output, weights=relative, dtype=dtype, progress=progress)
     file = checkpoint.File(output)
     form = file.metadata.get("form")
     names = [str(i) for i in range(len(file))] if form in ("array", "sequence") else list(file)

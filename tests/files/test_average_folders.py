@@ -368,12 +368,9 @@ def test_memory_does_not_grow_with_shards(tmp_path):
         weight_map = {f"w{number}": name_of(number, 3) for number in (1, 2, 3)}
         (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     code = """
-        import resource, sys
+        import sys
         from fastema import checkpoint
-
-        def peak():
-            unit = 1 if sys.platform == "darwin" else 1024
-            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        from memory import peak
 
         before = peak()
         checkpoint.average(sys.argv[2:], sys.argv[1], dtype="float16")

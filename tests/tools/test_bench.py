@@ -1,6 +1,7 @@
 """The benchmarks run, and what they say of memory holds; their times are nobody's to assert."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fastema.bench import (
     bench_keras,
     bench_lightning,
     bench_memory,
+    bench_merge,
     bench_posthoc,
     bench_tensorflow,
     bench_transformers,
@@ -46,6 +48,16 @@ def test_a_call_takes_less_than_a_mebibyte_of_memory():
     assert bench_memory.extra_kilobytes("ResNet-50", "update") < 1024
     assert bench_memory.extra_kilobytes("ResNet-50", "swap") < 1024
     assert bench_memory.extra_kilobytes("ResNet-50", "NumPy") > 8 * 1024, "the measure sees nothing"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' count of the peak")
+@pytest.mark.skipif(not shutil.which("dd"), reason="dd is not installed")
+def test_a_merge_takes_little_memory_beside_dd_and_leaves_nothing(tmp_path, capsys):
+    bench_merge.main(["--quick", "--folder", str(tmp_path), "--dtype", "bfloat16"])
+    printed = capsys.readouterr().out
+    assert "5 checkpoints of 2 files, 0.0 GB in all" in printed
+    assert float(printed.split("peak of memory ")[1].split()[0]) < 200, "MB, NumPy and fastema included"
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_contestant_refuses_is_said_and_the_others_are_measured(capsys):

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import schedules
-from .._types import as_number, narrowed
+from .._types import as_number
 from ._checkpoints import EXTRA, Checkpoint, check_fit, shared_metadata
 from ._header import Tensor
-from ._pieces import Computed, Piece, Progress, has_mean, in_type, real_type
+from ._pieces import Computed, Piece, Progress, has_mean, in_type, real_type, rounded, wide_type
 from ._plain import Plain
 from ._replace import StrPath
 from ._source import Stored
@@ -120,7 +120,7 @@ def between(
                 return newest.piece(name, begin, size)
             with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
                 sums = n2 * second.mean(name, begin, size) - n1 * first.mean(name, begin, size)
-                return narrowed(sums / (n2 - n1), dtype)
+                return rounded(sums / (n2 - n1), dtype)
 
         checkpoints = [first.checkpoint, newest]
         tensors = {
@@ -213,7 +213,7 @@ def _whole(path: StrPath, arrays: Mapping[str, object]) -> dict[str, Stored]:
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    wide: np.ndarray = array.astype(np.result_type(array, np.float64))
+    wide: np.ndarray = array.astype(wide_type(array.dtype))
     return wide
 
 

@@ -99,17 +99,20 @@ class Checkpoint:
         """Return the path of the file that a tensor is in."""
         return self.shards[self.shard_of[name]].path
 
-    def piece(self, name: str, begin: int, count: int) -> np.ndarray:
-        """Read so many elements of a tensor, from one on.
+    def read_piece(self, name: str, begin: int, target: np.ndarray) -> np.ndarray:
+        """Fill an array with as many elements of a tensor, from one on, and return it.
 
         Raises:
             ValueError: Its file was changed.
             OSError: It cannot be read.
         """
         tensor = self.layout[name]
-        piece = np.empty(count, tensor.dtype)
-        self.shards[self.shard_of[name]].read(tensor.begin + begin * tensor.dtype.itemsize, piece)
-        return piece
+        self.shards[self.shard_of[name]].read(tensor.begin + begin * tensor.dtype.itemsize, target)
+        return target
+
+    def piece(self, name: str, begin: int, size: int) -> np.ndarray:
+        """Return so many elements of a tensor, from one on; raises as `read_piece`."""
+        return self.read_piece(name, begin, np.empty(size, self.layout[name].dtype))
 
     def write_alike(self, target: StrPath, computed: Computed) -> None:
         """Write what is computed as a checkpoint of this layout, all or nothing; see `average`.

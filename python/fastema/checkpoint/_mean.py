@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .._types import narrowed
 from ._checkpoints import EXTRA, Checkpoint, check_fit, shared_metadata
-from ._pieces import Computed, Piece, Progress, has_mean, in_type, real_type
+from ._pieces import Computed, Piece, Progress, Scratch, has_mean, in_type, real_type, rounded, wide_type
 from ._replace import StrPath
 from ._shares import Style, shares
 
@@ -81,12 +80,20 @@ def average(
     for checkpoint in checkpoints[1:]:
         check_fit(checkpoints[0], checkpoint)
 
+    scratch = Scratch()
+
     def compute(piece: Piece) -> np.ndarray:
         name, begin, size, dtype = piece
-        if not _has_mean(name, newest.layout[name].dtype):
+        own = newest.layout[name].dtype
+        if not _has_mean(name, own):
             return newest.piece(name, begin, size)
-        terms = (checkpoint.piece(name, begin, size) for checkpoint in checkpoints)
-        return narrowed(_mean(terms, relative), dtype)
+        read, total = scratch.array("read", size, own), scratch.array("total", size, wide_type(own))
+        for i, (checkpoint, weight) in enumerate(zip(checkpoints, relative, strict=True)):
+            checkpoint.read_piece(name, begin, read)
+            _add(total, read, weight, scratch, first=i == 0)
+        with np.errstate(all="ignore"):
+            total /= sum(relative)
+            return rounded(total, dtype)
 
     tensors = {
         name: tensor if name.endswith(EXTRA) else in_type(tensor, narrow)
@@ -120,14 +127,17 @@ def _has_mean(name: str, dtype: np.dtype) -> bool:
     return not name.endswith(EXTRA) and has_mean(dtype)
 
 
-def _mean(terms: Iterable[np.ndarray], relative: Sequence[float]) -> np.ndarray:
-    """Return a weighted mean in float64, or complex128, of arrays of one type that come one by one."""
-    total: np.ndarray | None = None
+def _add(total: np.ndarray, array: np.ndarray, weight: float, scratch: Scratch, *, first: bool) -> None:
+    """Add an array times a weight to a total in float64, or let the total be the first one."""
     with np.errstate(all="ignore"):  # infinities and NaN pass as they do in sums
-        for array, weight in zip(terms, relative, strict=True):
-            term = array.astype(np.result_type(array, np.float64))
+        if first:
+            np.copyto(total, array)
+            if weight != 1.0:
+                total *= weight
+        elif weight == 1.0:
+            np.add(total, array, out=total)
+        else:
+            term = scratch.array("term", total.size, total.dtype)
+            np.copyto(term, array)
             term *= weight
-            total = term if total is None else np.add(total, term, out=total)
-        assert total is not None
-        total /= sum(relative)
-    return total
+            total += term

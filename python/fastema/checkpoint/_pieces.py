@@ -1,6 +1,7 @@
 """Files that are computed from others: piece by piece, by several threads, and written in order."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,10 +11,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .._types import narrowed
 from ._header import REALS, Tensor, header_of
 from ._source import Source
 
 _PIECE = 1 << 18  # elements: what a thread holds of a tensor at a time
+_BLOCK = 1 << 13  # elements: what is rounded at a time, so that what NumPy makes meanwhile is in caches
 _MOST_THREADS = 4  # so many are faster than disks, and bound the memory
 
 Progress = Callable[[int, int], None]
@@ -34,6 +37,21 @@ class Piece(NamedTuple):
     begin: int
     size: int
     dtype: np.dtype
+
+
+class Scratch(threading.local):
+    """Arrays that a thread uses again for each piece: memory that is new takes longer than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, np.ndarray] = {}
+
+    def array(self, use: str, size: int, dtype: np.dtype) -> np.ndarray:
+        """Return an array with what it held before; nothing else may have the same use meanwhile."""
+        nbytes = size * dtype.itemsize
+        kept = self._kept.get(use)
+        if kept is None or kept.nbytes < nbytes:
+            kept = self._kept[use] = np.empty(nbytes, np.uint8)
+        return kept[:nbytes].view(dtype)
 
 
 class Writer(Protocol):
@@ -106,6 +124,21 @@ def real_type(dtype: npt.DTypeLike | None) -> np.dtype | None:
     if narrow and narrow not in REALS.values():
         raise TypeError(f"dtype must be one of {', '.join(map(str, REALS.values()))}, got {narrow}")
     return narrow
+
+
+def wide_type(dtype: np.dtype) -> np.dtype:
+    """Return what numbers of a type are added up in: float64, or complex128."""
+    return np.result_type(dtype, np.float64)
+
+
+def rounded(wide: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round numbers once to a type, by `narrowed`, whose temporary arrays are no larger than a block."""
+    if dtype.isbuiltin == 1:
+        return narrowed(wide, dtype)
+    made = np.empty(wide.size, dtype)
+    for begin in range(0, wide.size, _BLOCK):
+        made[begin : begin + _BLOCK] = narrowed(wide[begin : begin + _BLOCK], dtype)
+    return made
 
 
 def in_type(tensor: Tensor, narrow: np.dtype | None) -> Tensor:

@@ -73,7 +73,8 @@ class ema:  # noqa: N801 - used as a function
     """Exponential moving averages as pure functions: `init`, `update` and `averages`, also inside of jit.
 
     ``average += (1 - decay) * (value - average)``, with the bits of `fastema.EMA` and of NumPy: XLA alone
-    would fuse the product and the sum.
+    would fuse the product and the sum. (But for subnormal numbers: "Bits, not tolerances" in
+    python/docs/averages.md.)
 
     Floating arrays are averaged, complex ones by their parts; other arrays (counters, masks) are copied at
     each update that averages, and keys of random numbers and what is no array are carried along. Two with the

@@ -58,10 +58,10 @@ def update(
         when: A boolean tensor: where it is false, nothing changes. None: always.
         engine: ``"native"``: the C++ core; ``"graph"``: TensorFlow's operations; ``"auto"``: native where
             it can run; with TensorFlow 2.20 and 2.21, where it cannot run in place, averages from 1 MiB on
-            by XLA (in a ``tf.function`` and, towards variables, in eager code). All have NumPy's bits; but
-            TensorFlow's operations, XLA's too, take subnormal numbers for zeros. A ``tf.function`` keeps
-            what it was traced with: traced outside of XLA first and called within a jit-compiled function
-            then, it needs ``"graph"``.
+            by XLA (in a ``tf.function`` and, towards variables, in eager code). All have NumPy's bits,
+            TensorFlow's operations and XLA but for subnormal numbers ("Bits, not tolerances" in
+            python/docs/averages.md). A ``tf.function`` keeps what it was traced with: traced outside of XLA
+            first and called within a jit-compiled function then, it needs ``"graph"``.
         bucket_bytes: Where new averages are made beside the old, so many bytes of them at a time, or the
             largest average where that is more: this bounds the further memory. Buckets of some tens
             of megabytes cost a few percent.

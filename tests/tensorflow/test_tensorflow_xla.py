@@ -136,6 +136,18 @@ def test_copies_are_exact_whatever_the_bits():
     assert oracle.same_bits(average.numpy(), tiny)
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("average_type", [np.float16, np.float32])
+def test_every_float16_is_averaged_as_by_numpy(rng, average_type, mode):
+    """Subnormal ones too: they are normal numbers of float32."""
+    every = np.arange(1 << 16, dtype=np.uint16)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        start = rng.permutation(every).view(np.float16).astype(average_type)
+    average, value = tf.Variable(start), tf.Variable(every.view(np.float16))
+    run(mode, lambda: engines.update([average], [value], 0.9, engine="graph") and None)
+    assert oracle.same_bits(average.numpy(), oracle.update(start, every.view(np.float16), 0.9))
+
+
 def test_subnormals_are_zeros():
     """TensorFlow has XLA's code run so; the native op keeps them."""
     average = tf.Variable(np.float32([1e-40]))

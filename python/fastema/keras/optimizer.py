@@ -43,8 +43,8 @@ class ExponentialMovingAverage(
     where ``t`` is ``iterations`` after the step (1 at the first).
 
     On the CPU, outside of XLA, the averages are computed by the native core. They have NumPy's bits in
-    all modes; but TensorFlow's and JAX's own operations, as under ``jit_compile=True``, take subnormal
-    numbers for zeros.
+    all modes, other than the native core but for subnormal numbers ("Bits, not tolerances" in
+    python/docs/averages.md).
 
     Args:
         optimizer: The optimizer that trains: an instance, a name or a config. One of tf_keras, legacy or

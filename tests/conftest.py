@@ -8,11 +8,16 @@ from hypothesis import HealthCheck, settings
 
 import fastema
 from other_devices import cpu_is_elsewhere
+from processes import end_when_told
 
 settings.register_profile(
     "fastema", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("fastema")
+
+
+def pytest_configure():
+    end_when_told()
 
 
 @pytest.fixture(params=fastema.instruction_sets())

@@ -1,11 +1,12 @@
 """fastema.lightning.WeightAverages: which steps are averaged, and who sees the averages."""
 
 import importlib
+import signal
 
 import pytest
 
 import fastema
-from processes import output_of, skip_without
+from processes import output_of, python, skip_without
 
 # Lightning's own advice on workers and missing loaders, and what it uses of torch that will change
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:::pytorch_lightning", "ignore:::torch")
@@ -468,3 +469,29 @@ def test_each_package_trains_with_its_own_callback(package):
         print(runs.same(runs.shown(averages), runs.replay(record.steps, 0.75)), averages.state_key)
     """
     assert output_of(code, package, LIGHTNING=package).splitlines()[-1] == "True WeightAverages"
+
+
+# --- tests that train -------------------------------------------------------------------------------
+
+TOLD = """
+    import signal
+    import processes
+
+    processes.end_when_told()
+    import lightning_runs as runs
+
+    class Told(runs.pl.Callback):
+        def on_train_batch_end(self, *_):
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        runs.pl.Trainer(callbacks=[Told()], max_epochs=1, **runs.QUIET).fit(runs.Model(), runs.batches())
+    except BaseException:
+        pass  # as pytest, which goes on with the next test
+"""
+
+
+def test_a_run_of_tests_that_is_told_to_end_ends(runs):
+    """Else the test that trains just then fails."""
+    del runs
+    assert python(TOLD).returncode == -signal.SIGTERM

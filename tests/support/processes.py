@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,21 @@ import pytest
 
 SUPPORT = Path(__file__).parent
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def end_when_told():
+    """Have SIGTERM end this process, as `timeout` means it.
+
+    Lightning would only end the training of the moment: the test that trains fails, and the run goes on. But
+    it calls a handler that was there before.
+    """
+
+    def end(number, frame):
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def skip_without(package):

@@ -1,4 +1,4 @@
-"""Keras on TensorFlow, JAX and torch: keras_everywhere.py on each, in a process of its own."""
+"""Keras on TensorFlow, JAX and torch: two files of tests/support on each, in a process of its own."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def test_what_holds_everywhere_holds_here(backend):
             "-q",
             "-p",
             "no:cacheprovider",
-            str(SUPPORT / "keras_everywhere.py"),
+            *(str(SUPPORT / name) for name in ("keras_everywhere.py", "keras_recipes.py")),
         ],
         cwd=SUPPORT,
         env={**os.environ, "KERAS_BACKEND": backend},

@@ -182,9 +182,20 @@ class Averages:
         self._assign_loaded()
 
     def know(self, model: Model) -> None:
-        """Keep in mind (weakly) whose variables these are; raises as `check_models`."""
-        self._models.setdefault(model, set())
+        """Keep in mind (weakly) whose variables these are; raises as `check_models`.
+
+        Raises:
+            ValueError: It has none of the variables that are averaged.
+        """
+        had = self._models.setdefault(model, set())
         self.check_models()
+        if self.pairs and not had and model.built:
+            self._models.pop(model)
+            raise ValueError(
+                f"model must have variables that its optimizer averages, got {model.name!r}, which has none "
+                f"of those {len(self.pairs)} (as {name_of(self.pairs[0][0])}): compile each model with an "
+                "optimizer of its own"
+            )
 
     def check_models(self) -> None:
         """Raise if a model that is known computes with other variables than those averaged.

@@ -1,6 +1,8 @@
 """Callbacks that give a model its averaged weights while it evaluates, predicts or is saved."""
 
+import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -24,7 +26,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras i
 
     With ``swap_on_epoch=True`` the model also holds the averages from the end of each epoch until
     the next one begins, for the callbacks that come after this one: a ``ModelCheckpoint`` saves them,
-    ``EarlyStopping(restore_best_weights=True)`` restores them. Put this callback first in the list.
+    ``EarlyStopping(restore_best_weights=True)`` restores them. Put this callback first in the list, and
+    only ``BackupAndRestore`` before it if you like: with ``use_ema=True`` it has to be there.
 
     Where an exception leaves ``fit``, ``evaluate`` or ``predict``, Keras tells no callback, and the
     averages stay in the model. They leave it when the callback is used again, with `restore`, or at
@@ -45,7 +48,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras i
         swap_on_epoch: Whether other callbacks see averaged weights at the end of an epoch.
 
     Raises:
-        ValueError: The model's optimizer keeps no averages.
+        ValueError: The model's optimizer keeps no averages, or those of another model. Or another callback
+            stands on the wrong side of this one, and would keep averages for weights.
         RuntimeError: It has none yet.
 
     Example:
@@ -80,6 +84,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras i
         """Begin a run; one before it may have ended by an exception."""
         self.restore()
         _prepare(model, type(self).__name__)
+        _check_others(self, model)
         super().set_model(model)
 
     def _show_averages(self, since: str) -> None:
@@ -152,7 +157,8 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[m
 
     Raises:
         TypeError: `filepath` is no path.
-        ValueError: The model's optimizer keeps no averages.
+        ValueError: The model's optimizer keeps no averages, or those of another model. Or, with
+            `update_weights`, a ``BackupAndRestore`` comes before this callback.
         RuntimeError: It has none yet, or the weights to update are swapped.
 
     Example:
@@ -169,6 +175,11 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[m
     def set_model(self, model: Model) -> None:
         """Begin a run."""
         _prepare(model, type(self).__name__)
+        if self.update_weights and any(isinstance(one, _Backup) for one in _others(self)[0]):
+            raise ValueError(
+                "callbacks must have BackupAndRestore after AverageModelCheckpoint(update_weights=True), got "
+                "it before: its backup would hold the weights from before they are updated"
+            )
         super().set_model(model)
 
     def on_train_begin(self, logs: Logs = None) -> None:  # noqa: ARG002, D102
@@ -189,6 +200,69 @@ class AverageModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[m
             if self._averaged and not keep:
                 self._averaged.end()
             self._averaged = None
+
+
+# --- other callbacks ----------------------------------------------------------------------------------
+
+_Backup = keras.callbacks.BackupAndRestore
+_Orbax = getattr(keras.callbacks, "OrbaxCheckpoint", ())  # of newer Keras alone
+
+
+def _others(callback: keras.callbacks.Callback) -> tuple[list[Any], list[Any]]:
+    """Return the callbacks before and after this one, in the list that Keras is going through now.
+
+    Keras tells a callback nothing of the others: their list is found among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            found = [one is callback for one in caller.callbacks]
+            if True in found:
+                place = found.index(True)
+                return caller.callbacks[:place], caller.callbacks[place + 1 :]
+        frame = frame.f_back
+    return [], []
+
+
+def _check_others(swap: SwapEMAWeights, model: Model) -> None:
+    """Raise, or warn, where another callback would take averages for weights, or weights for averages.
+
+    Raises:
+        ValueError: It would, for it stands on the wrong side of `swap`.
+    """
+    before, after = _others(swap)
+    stopping = [
+        one
+        for one in [*before, *after]
+        if isinstance(one, keras.callbacks.EarlyStopping) and one.restore_best_weights
+    ]
+    if not swap.swap_on_epoch:
+        if any(one.monitor.startswith("val_") for one in stopping):
+            warnings.warn(
+                "EarlyStopping(restore_best_weights=True) will restore weights, chosen by the validation of "
+                "averages: put SwapEMAWeights(swap_on_epoch=True) before it",
+                stacklevel=2,
+            )
+        return
+    if any(one in before for one in stopping):
+        raise ValueError(
+            "callbacks must have EarlyStopping(restore_best_weights=True) after "
+            "SwapEMAWeights(swap_on_epoch=True), got it before: it would put weights in the averages' place"
+        )
+    saving = [one for one in after if getattr(one, "save_freq", None) == "epoch"]
+    remembered = all(isinstance(one, Wrapper) for one in _averaging(model.optimizer))
+    if not remembered and any(isinstance(one, _Backup) for one in saving):
+        raise ValueError(
+            "callbacks must have BackupAndRestore before SwapEMAWeights(swap_on_epoch=True) where the "
+            "optimizer has use_ema=True, got it after: its backup would hold the averages alone"
+        )
+    if any(isinstance(one, _Orbax) and not one.save_weights_only for one in saving):
+        raise ValueError(
+            "callbacks must have OrbaxCheckpoint before SwapEMAWeights(swap_on_epoch=True), got it after: "
+            "its files do not say that weights and averages are swapped; for files of averages alone, give "
+            "it save_weights_only=True"
+        )
 
 
 # --- which averages -----------------------------------------------------------------------------------

@@ -372,7 +372,18 @@ class ExponentialMovingAverage(
         self._optimizer._apply_weight_decay(variables)
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
-        """Do what the wrapped optimizer does at the end of training; the averages stay aside."""
+        """Do what the wrapped optimizer does at the end of training; the averages stay aside.
+
+        Raises:
+            RuntimeError: The optimizer was built for the variables of another model. Keras on JAX trains
+                this one with their state, where other backends refuse it before the first step.
+        """
+        trained = self._trainable_variables_indices
+        if var_list and self.built and not any(self._key_of(variable) in trained for variable in var_list):
+            raise RuntimeError(
+                f"{self.name} was built for the variables of another model, whose averages are spoilt now: "
+                "compile each model with an optimizer of its own"
+            )
         self._optimizer.finalize_variable_values(var_list)
 
     def exclude_from_weight_decay(

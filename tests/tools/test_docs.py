@@ -22,8 +22,9 @@ MODULES = sorted(
 PAGES = [ROOT / "README.md", *sorted((ROOT / "python" / "docs").glob("*.md"))]
 ALL_PAGES = [*PAGES, ROOT / ".github" / "CONTRIBUTING.md"]
 OPTIONAL = (
-    *("accelerate", "diffusers", "ema_pytorch", "equinox", "flax", "jax", "lightning", "optax", "peft"),
-    *("schedulefree", "tf_keras", "timm", "torch", "torch_ema", "transformers", "triton"),
+    *("accelerate", "diffusers", "ema_pytorch", "equinox", "flax", "jax", "keras_tuner", "lightning"),
+    *("optax", "orbax", "peft", "schedulefree", "tensorboard", "tf_keras", "timm", "torch", "torch_ema"),
+    *("transformers", "triton"),
 )
 
 
@@ -78,8 +79,8 @@ def test_examples_in_docstrings(name):
         for path, code in sections(page).items()
     ],
 )
-# Lightning's own advice on workers, and what it uses of torch that will change
-@pytest.mark.filterwarnings("ignore:::lightning", "ignore:::torch")
+# Lightning's own advice on workers, and what it uses of torch, and KerasTuner of Python, that will change
+@pytest.mark.filterwarnings("ignore:::lightning", "ignore:::torch", "ignore:::keras_tuner")
 def test_examples_on_pages(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, module in installed.without_their_dependencies().items():
@@ -88,7 +89,7 @@ def test_examples_on_pages(page, code, tmp_path, monkeypatch):
         exec(compile(code, page, "exec"), {})
 
 
-@pytest.mark.parametrize("name", ["coming_from.md", "lightning.md"])
+@pytest.mark.parametrize("name", ["coming_from.md", "keras.md", "lightning.md"])
 def test_calls_in_tables_are_in_examples(name):
     page = ROOT / "python" / "docs" / name
     code = "\n".join(sections(page).values())

@@ -19,6 +19,7 @@ def test_what_holds_everywhere_holds_here(backend):
             "-m",
             "pytest",
             "-q",
+            "-n0",
             "-p",
             "no:cacheprovider",
             *(str(SUPPORT / name) for name in ("keras_everywhere.py", "keras_recipes.py")),

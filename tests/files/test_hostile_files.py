@@ -410,7 +410,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(folder, there):
                 print(type(error).__name__, sys.argv[1] in str(error))
     """
     kind = "IsADirectoryError" if there == "." else "ValueError"
-    assert output_of(code, there) == "\n".join([f"{kind} True"] * 3)
+    kinds = [kind, kind, "ValueError"]  # a folder may be a checkpoint to average, and this one has no weights
+    assert output_of(code, there) == "\n".join(f"{kind} True" for kind in kinds)
 
 
 def test_a_file_that_is_cut_off_while_it_is_loaded_is_an_error(folder):

@@ -30,8 +30,7 @@ class EMA(Resumable):
     all arrays. Takes what a model of any library is made of: NumPy arrays, torch tensors and modules, JAX
     arrays, tf.Variables and keras.Variables, all in CPU memory; torch tensors and CuPy arrays on CUDA
     devices, whose averages lie there too; and torch tensors on any other device (MPS, XPU, XLA, ...), which
-    torch's own operations average there, with the bits that its arithmetic gives. Averages start at the
-    values.
+    torch's own operations average there, as exactly as it computes. Averages start at the values.
 
     Sharded values, which are torch's DTensors (parameters of `fully_shard`) and JAX arrays over several
     devices, are averaged where they lie: each process has the averages of its shards, nothing is gathered, no
@@ -340,10 +339,7 @@ class EMA(Resumable):
 
     @property
     def engine(self) -> Engine:
-        """What moves the averages: ``"native"`` code, ``"cuda"`` kernels, or ``"torch"`` on any other device.
-
-        Of values in several places the last of these.
-        """
+        """What moves averages: ``"native"`` code, ``"cuda"`` kernels, or ``"torch"``; the last of several."""
         return self._parts.passes.engine
 
     @property

@@ -93,10 +93,9 @@ CLUSTERED = """
     a, v = rng.standard_normal((2, 1_000_000)).astype(np.float32)
 
     def differing(value, of=lambda: tf.Variable(a), **arguments):
-        average, said = of(), []
-        tf.function(lambda: said.append(engines.update([average], [value], 0.999, **arguments)))()
-        different = average.numpy() != oracle.update(a, value.numpy(), 0.999)
-        print(*said, np.count_nonzero(different))
+        average = of()
+        tf.function(lambda: engines.update([average], [value], 0.999, **arguments) and None)()
+        print(np.count_nonzero(average.numpy() != oracle.update(a, value.numpy(), 0.999)))
 
     def of_a_strategy():
         with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
@@ -121,7 +120,7 @@ def test_what_xla_clusters_of_itself_has_numpys_bits():
     """The last line says that it does: it fuses what is not kept from it."""
     flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
     said = output_of(CLUSTERED, TF_XLA_FLAGS=flags).split("\n")
-    assert said == ["native 0", "graph 0", "graph 0", "graph 0", "graph 0", "True"]
+    assert said == ["0", "0", "0", "0", "0", "True"]
 
 
 def test_copies_are_exact_whatever_the_bits():

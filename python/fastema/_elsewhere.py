@@ -24,7 +24,6 @@ class ElsewherePairs:
         first, second = terms.get("arguments", ("averages", "values"))
         self._arguments = {first: a, second: b, "carries": carries}
         self._terms = terms
-        self._swappable = terms.get("verb") == "swap"
         self.follow()
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ import oracle
 from fake_cuda import Array
 from fastema import _arrays
 from fastema.cuda import _offload
+from twins import METHODS as SHARED
 from twins import WAYS, Twins, assert_equal, hosted, weights_of
 
 bfloat16 = ml_dtypes.bfloat16
@@ -80,42 +81,16 @@ def beside(request):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_averages_and_swaps_have_the_bits_of_the_cpu(library, rng, way, beside):
-    twins = Twins(library, rng, **WAYS[way], beside=beside)
-    twins.check()
-    last = len(twins.cpu._pace.decays) - 1
-    for _ in range(5):
-        twins.step()
-        twins.check()
-        for k in {0, last}:
-            with twins.gpu.swapped(k), twins.cpu.swapped(k):
-                twins.check()
-        twins.check()
-    assert_equal(library, twins.gpu.copy_to(), twins.cpu.copy_to())
-    twins.check()
+    Twins(library, rng, **WAYS[way], beside=beside).check_steps_and_swaps()
 
 
-METHODS = {
-    "BEMA": {"of": fastema.BEMA, "every": 2},
-    "BEMA from a step on": {"of": fastema.BEMA, "every": 1, "start_step": 3},
-    "Window": {"of": fastema.Window, "size": 3},
-    "more snapshots than one launch updates": {"of": fastema.Window, "size": 10},
-}
+MANY = "more snapshots than one launch updates"
+METHODS = {**SHARED, MANY: {"of": fastema.Window, "size": 10}}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_have_the_bits_of_the_cpu(library, rng, method, beside):
-    twins = Twins(library, rng, **METHODS[method], beside=beside)
-    twins.check()
-    for _ in range(6):
-        twins.step()
-        twins.check()
-    with twins.gpu.swapped(), twins.cpu.swapped():
-        twins.check()
-    twins.check()
-    twins.cpu.reset()
-    twins.gpu.reset()
-    twins.step()
-    twins.check()
+    Twins(library, rng, **METHODS[method], beside=beside).check_steps_and_reset()
 
 
 @pytest.mark.parametrize(
@@ -214,23 +189,9 @@ def test_weights_that_share_memory_are_averaged_once(library, rng):
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_state_goes_on_wherever_the_weights_lie(library, rng, beside, swapped):
-    twins = Twins(library, rng, decay=[0.9, 0.99], initial="zeros", beside=beside)
-    for _ in range(3):
-        twins.step()
-    if swapped:
-        twins.cpu.swap(1)
-        twins.gpu.swap(1)
-    ours, theirs = twins.gpu.state_dict(), twins.cpu.state_dict()
-    twins.check()
-    other = Twins(library, rng, decay=[0.9, 0.99], initial="zeros", beside=beside)
-    other.gpu.load_state_dict(theirs)
-    other.cpu.load_state_dict(ours)
-    if swapped:
-        other.gpu.swap()
-        other.cpu.swap()
-        assert_equal(library, other.there, other.here)
-    other.step()
-    other.check()
+    arguments = {"decay": [0.9, 0.99], "initial": "zeros", "beside": beside}
+    twins, other = (Twins(library, rng, **arguments) for _ in range(2))
+    twins.check_states_go_to(other, swapped=swapped)
 
 
 def test_a_state_is_a_copy(library, rng, beside):

@@ -15,7 +15,7 @@ import mixes
 import oracle
 from other_devices import cpu_is_elsewhere
 from processes import output_of
-from twins import WAYS, Twins, assert_equal
+from twins import METHODS, WAYS, Twins, assert_equal
 
 bfloat16 = ml_dtypes.bfloat16
 pytest.importorskip("torch", reason="torch is not installed")
@@ -61,40 +61,12 @@ def twins_of(rng, **arguments):
 @pytest.mark.usefixtures("bound")
 @pytest.mark.parametrize("way", WAYS)
 def test_averages_and_swaps_have_the_bits_of_the_cpu(rng, way):
-    twins = twins_of(rng, **WAYS[way])
-    twins.check()
-    for _ in range(5):
-        twins.step()
-        twins.check()
-        for k in {0, twins.cpu._parts.averages.shown.lists - 1}:
-            with twins.gpu.swapped(k), twins.cpu.swapped(k):
-                twins.check()
-        twins.check()
-    assert_equal(Library, twins.gpu.copy_to(), twins.cpu.copy_to())
-    twins.check()
-
-
-METHODS = {
-    "BEMA": {"of": fastema.BEMA, "every": 2},
-    "BEMA from a step on": {"of": fastema.BEMA, "every": 1, "start_step": 3},
-    "Window": {"of": fastema.Window, "size": 3},
-}
+    twins_of(rng, **WAYS[way]).check_steps_and_swaps()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_have_the_bits_of_the_cpu(rng, method):
-    twins = twins_of(rng, **METHODS[method])
-    twins.check()
-    for _ in range(6):
-        twins.step()
-        twins.check()
-    with twins.gpu.swapped(), twins.cpu.swapped():
-        twins.check()
-    twins.check()
-    twins.cpu.reset()
-    twins.gpu.reset()
-    twins.step()
-    twins.check()
+    twins_of(rng, **METHODS[method]).check_steps_and_reset()
 
 
 @pytest.mark.usefixtures("bound")
@@ -370,23 +342,8 @@ def test_inference_tensors_are_averaged_and_swapped(torch):
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_state_goes_on_wherever_the_weights_lie(rng, swapped):
-    twins = twins_of(rng, decay=[0.9, 0.99], initial="zeros")
-    for _ in range(3):
-        twins.step()
-    if swapped:
-        twins.cpu.swap(1)
-        twins.gpu.swap(1)
-    ours, theirs = twins.gpu.state_dict(), twins.cpu.state_dict()
-    twins.check()
-    other = twins_of(rng, decay=[0.9, 0.99], initial="zeros")
-    other.gpu.load_state_dict(theirs)
-    other.cpu.load_state_dict(ours)
-    if swapped:
-        other.gpu.swap()
-        other.cpu.swap()
-        assert_equal(Library, other.there, other.here)
-    other.step()
-    other.check()
+    twins, other = (twins_of(rng, decay=[0.9, 0.99], initial="zeros") for _ in range(2))
+    twins.check_states_go_to(other, swapped=swapped)
 
 
 @pytest.mark.parametrize(("swapped", "initial"), [*itertools.product([False, True], ["values", "zeros"])])

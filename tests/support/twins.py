@@ -19,6 +19,13 @@ WAYS = {
 }
 
 
+METHODS = {
+    "BEMA": {"of": fastema.BEMA, "every": 2},
+    "BEMA from a step on": {"of": fastema.BEMA, "every": 1, "start_step": 3},
+    "Window": {"of": fastema.Window, "size": 3},
+}
+
+
 def weights_of(rng):
     return {
         "kernel": rng.standard_normal((40, 3)).astype(np.float32),
@@ -66,6 +73,51 @@ class Twins:
                 assert_equal(self.library, one, other)
         for key in ("copied", "values"):
             assert_equal(self.library, ours[key], theirs[key])
+
+    def check_steps_and_swaps(self):
+        """Compare everything while averages move, are swapped in and are copied out."""
+        self.check()
+        for _ in range(5):
+            self.step()
+            self.check()
+            for k in {0, self.cpu._parts.averages.shown.lists - 1}:
+                with self.gpu.swapped(k), self.cpu.swapped(k):
+                    self.check()
+            self.check()
+        assert_equal(self.library, self.gpu.copy_to(), self.cpu.copy_to())
+        self.check()
+
+    def check_steps_and_reset(self):
+        """Compare everything while averages move, are swapped in and begin again."""
+        self.check()
+        for _ in range(6):
+            self.step()
+            self.check()
+        with self.gpu.swapped(), self.cpu.swapped():
+            self.check()
+        self.check()
+        self.cpu.reset()
+        self.gpu.reset()
+        self.step()
+        self.check()
+
+    def check_states_go_to(self, other, *, swapped):
+        """Compare everything after others have taken these states, each that of the other place."""
+        for _ in range(3):
+            self.step()
+        if swapped:
+            self.cpu.swap(1)
+            self.gpu.swap(1)
+        ours, theirs = self.gpu.state_dict(), self.cpu.state_dict()
+        self.check()
+        other.gpu.load_state_dict(theirs)
+        other.cpu.load_state_dict(ours)
+        if swapped:
+            other.gpu.swap()
+            other.cpu.swap()
+            assert_equal(self.library, other.there, other.here)
+        other.step()
+        other.check()
 
 
 def hosted(library, array):

@@ -159,7 +159,7 @@ def timm_v3(averages: Arrays, values: Arrays, decay: float) -> Call:
 def _tf_variables(arrays: Arrays) -> list[Any]:
     import tensorflow as tf
 
-    return [tf.Variable(array) for array in arrays]
+    return [array if isinstance(array, tf.Variable) else tf.Variable(array) for array in arrays]
 
 
 def _tf_step(averages: Arrays, values: Arrays, decay: float) -> Call:

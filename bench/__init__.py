@@ -4,3 +4,7 @@ Each script answers one question and runs on its own (``python -m fastema.bench.
 ``python -m fastema bench`` runs those of updates, swaps and memory. ``--record`` keeps what they say of a
 processor; ``fastema.bench.compare`` tells what got slower, and ``fastema.bench.page`` writes it down.
 """
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tables, not TensorFlow's log

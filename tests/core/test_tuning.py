@@ -11,7 +11,7 @@ import fastema
 import mixes
 import oracle
 from fastema import _core
-from processes import output_of, python, skip_without
+from processes import PATIENCE, output_of, python, skip_without
 
 BEYOND = 4_500_003  # elements: of 16 bits, too, more than caches may hold
 DISTANCES = [0, 256, 2048, 10**6]
@@ -132,7 +132,7 @@ AFTER_TORCH = f"""
     x @ x
     fastema.update(a, v, 0.9)
     expected += w * (v - expected)
-    before, end = threads(), time.monotonic() + 60
+    before, end = threads(), time.monotonic() + {PATIENCE}
     while _core.calls_by_openmp() < 10 and time.monotonic() < end:
         for _ in range(3):
             x @ x
@@ -142,7 +142,7 @@ AFTER_TORCH = f"""
     assert threads() == before
     child = os.fork()
     if child == 0:  # where OpenMP would hang
-        signal.alarm(60)
+        signal.alarm({PATIENCE})
         for _ in range(3):
             fastema.update(a, v, 0.9)
             expected += w * (v - expected)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastema
-from processes import output_of
+from processes import PATIENCE, output_of
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_del_frees_an_ema_in_the_background():
         ema.update(weights)
     ema.wait()
     del ema
-    end = time.monotonic() + 60  # the thread may be about to forget what it has done
+    end = time.monotonic() + PATIENCE  # the thread may be about to forget what it has done
     while any(x() is not None for x in alive) and time.monotonic() < end:
         time.sleep(0.01)
     assert [x for x in alive if x() is not None] == []

@@ -317,7 +317,7 @@ def test_a_name_that_is_too_long_is_the_systems_own_error_and_nothing_is_written
 
 
 def test_killed_at_any_moment_a_writer_leaves_the_old_file_or_the_new(path):
-    """A child that rewrites the file again and again is killed 40 times, at random moments."""
+    """A child that rewrites the file again and again is killed 40 times or more, at random moments."""
     code = """
         import os, random, signal, sys, time
         from pathlib import Path
@@ -340,8 +340,10 @@ def test_killed_at_any_moment_a_writer_leaves_the_old_file_or_the_new(path):
             return generation
 
         write(0)
-        generations, left_behind = [0], 0
-        for _ in range(40):
+        generations, left_behind, kills = [0], 0, 0
+        # on a busy machine a child may hardly have begun: then it takes more of them
+        while kills < 40 or min(left_behind, len(set(generations))) <= 5:
+            kills += 1
             child = os.fork()
             if child == 0:
                 generation = generations[-1]
@@ -361,11 +363,9 @@ def test_killed_at_any_moment_a_writer_leaves_the_old_file_or_the_new(path):
         write(generations[-1] + 1)
         assert read() == generations[-1] + 1
         assert os.listdir(path.parent) == [path.name]
-        print(left_behind, len(set(generations)))
+        print("all were whole")
     """
-    interrupted, written = map(int, output_of(code, path).split())
-    assert interrupted > 5, "hardly a kill came while a file was written: the test proves little"
-    assert written > 5, "hardly a file was written between kills: the test proves little"
+    assert output_of(code, path) == "all were whole"
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from processes import SUPPORT, skip_without
+from processes import PATIENCE, SUPPORT, skip_without
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
@@ -28,7 +28,7 @@ def test_what_holds_everywhere_holds_here(backend):
         env={**os.environ, "KERAS_BACKEND": backend},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

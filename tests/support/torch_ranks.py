@@ -29,7 +29,7 @@ rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.set_num_threads(1)
 dist.init_process_group(
     "gloo", init_method=f"file://{os.environ['STORE']}", rank=rank, world_size=ranks,
-    timeout=timedelta(seconds=60),
+    timeout=timedelta(seconds=600),
 )
 """
 

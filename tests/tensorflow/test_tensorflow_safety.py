@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -169,7 +168,7 @@ def test_variables_that_were_used_sparsely_are_averaged_and_swapped_exactly(
 @pytest.mark.parametrize("read", ["memory", "graph", "rows"])
 def test_readers_in_other_threads_never_see_half_an_update_or_a_swap(update, read):
     """All elements are alike, before and after each write; two threads write, two read."""
-    size, reads, deadline = SIZES[1], 1000, time.monotonic() + 60
+    size, reads = SIZES[1], 1000
     average, other = tf.Variable(tf.zeros(size)), tf.Variable(tf.fill([size], 2.0))
     up, down = tf.ones(size), tf.fill([size], -1.0)
 
@@ -201,7 +200,7 @@ def test_readers_in_other_threads_never_see_half_an_update_or_a_swap(update, rea
 
     def reader():
         seen = []
-        while len(seen) < reads and not stop.is_set() and time.monotonic() < deadline:
+        while len(seen) < reads and not stop.is_set():
             seen.append(look())
         return seen
 

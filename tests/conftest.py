@@ -44,6 +44,12 @@ def rng():
 
 
 @pytest.fixture
+def tf():
+    """Return TensorFlow."""
+    return pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+
+
+@pytest.fixture
 def torch():
     """Return torch."""
     return pytest.importorskip("torch", reason="torch is not installed")

@@ -2,20 +2,21 @@
 
 import contextlib
 
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastema
-import fastema.tensorflow
-import laws
-import other_devices
-import tolerances
-from fastema import schedules
-from fastema.keras import ExponentialMovingAverage
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+import keras  # noqa: E402
+
+import fastema  # noqa: E402
+import fastema.tensorflow  # noqa: E402
+import laws  # noqa: E402
+import other_devices  # noqa: E402
+import tolerances  # noqa: E402
+from fastema import schedules  # noqa: E402
+from fastema.keras import ExponentialMovingAverage  # noqa: E402
 
 every_kind = pytest.mark.parametrize("kind", laws.KINDS.values(), ids=laws.KINDS)
 

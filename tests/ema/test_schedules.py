@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,7 +42,7 @@ STEPS = [1, 2, 3, 4, 5, 100, 8992, 8993, 10**9]
 @pytest.mark.parametrize(
     "schedule", [schedules.dynamic(0.999, 3), schedules.constant(0.999, 3), schedules.equal_weights(3)]
 )
-def test_a_tensor_gives_the_bits_of_a_number(schedule):
+def test_a_tensor_gives_the_bits_of_a_number(tf, schedule):
     @tf.function
     def at(step):
         return schedules.compound(schedule.at(tf.cast(step, tf.float64), tf), 7)
@@ -71,7 +70,7 @@ def test_a_number_gives_the_bits_of_numpys(step):
 
 
 @pytest.mark.parametrize("schedule", RAISED_TO_A_POWER)
-def test_a_tensor_gives_the_decay_of_a_number(schedule):
+def test_a_tensor_gives_the_decay_of_a_number(tf, schedule):
     at = tf.function(lambda step: schedule.at(tf.cast(step, tf.float64), tf))
     for step in STEPS:
         tolerances.assert_close(at(tf.constant(step)).numpy(), schedule(step), tolerances.POWERS)
@@ -430,7 +429,7 @@ def test_a_long_span_is_many_short_ones(kind):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 64, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tensor_gives_the_decay_over_a_span(kind, steps):
+def test_a_tensor_gives_the_decay_over_a_span(tf, kind, steps):
     jax = pytest.importorskip("jax")
     traced = tf.function(lambda step: kind().at_once(tf.cast(step, tf.float64), steps, tf))
     for step in (steps, 2 * steps, 50 * steps):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import build_config
+from . import __version__, build_config
 from ._commands import average, posthoc
 
 
@@ -33,6 +33,7 @@ def measure(quick: bool, samples: int, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastema", description="Averages of model weights.")
+    parser.add_argument("--version", action="version", version=f"fastema {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print what this build is and what it finds on this machine")
     average.add_to(commands)

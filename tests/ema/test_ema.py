@@ -380,6 +380,15 @@ def test_what_cannot_be_copied_says_what_can(copied):
         copied(fastema.EMA([np.ones(2)]))
 
 
+def test_an_average_says_of_how_many_arrays_and_updates_it_is():
+    ema = fastema.EMA({"w": np.ones(2), "b": np.ones(1)})
+    ema.update()
+    assert repr(ema) == "<fastema.EMA of 2 arrays, step 1>"
+    with ema.swapped():
+        assert repr(ema) == "<fastema.EMA of 2 arrays, step 1, in the place of the weights>"
+    assert repr(fastema.Window(np.ones(2), 3)) == "<fastema.Window of 1 array, step 0>"
+
+
 def test_values_that_are_no_arrays_are_refused_by_name():
     with pytest.raises(TypeError, match=r"values\['a.1'\] must be an array, .* got str"):
         fastema.EMA({"a": [np.ones(2), "relu"]})

@@ -357,6 +357,12 @@ def test_the_command_writes_the_mean_and_says_what_was_not_averaged(paths, outpu
     assert progress.splitlines()[-1] == "100 %"
 
 
+def test_the_command_shows_an_order_of_arguments_that_works(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["average", "--weights", "1", "a.safetensors"])
+    assert "usage: python -m fastema average FILE [FILE ...] -o FILE [options]" in capsys.readouterr().err
+
+
 def test_the_command_says_what_is_wrong_and_fails(paths, output, capsys):
     write_all(paths[:2], [W, W.T])
     assert command.main(["average", str(paths[0]), str(paths[1]), "-o", str(output)]) == 1

@@ -19,7 +19,7 @@ from tolerances import assert_close
 tf_keras = pytest.importorskip("tf_keras", reason="tf_keras, for optimizers of Keras 2, is not installed")
 
 biased = pytest.mark.filterwarnings("ignore:with dynamic_decay=False")
-old_names = pytest.mark.filterwarnings("ignore:lr and decay are old names:DeprecationWarning")
+old_names = pytest.mark.filterwarnings("ignore:lr and decay are old names:FutureWarning")
 legacy_format = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 
 

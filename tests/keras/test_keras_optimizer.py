@@ -94,7 +94,7 @@ def test_clipping_is_honoured(clipping, expected):
 
 
 def test_lr_and_decay_are_honoured():
-    with pytest.warns(DeprecationWarning, match="lr and decay are old names"):
+    with pytest.warns(FutureWarning, match="average_decay"):
         optimizer = wrap(keras.optimizers.SGD(1.0), lr=0.5, decay=1.0)
     weight = keras.Variable(0.0)
     for _ in range(3):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import fastema
 from fastema import __main__ as command
 from fastema import demo
 from processes import output_of
@@ -13,6 +14,12 @@ def test_info_prints_the_build_configuration(capsys):
     printed = capsys.readouterr().out
     assert "instruction set" in printed
     assert "openmp" in printed
+
+
+def test_the_command_line_tells_its_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["--version"])
+    assert capsys.readouterr().out == f"fastema {fastema.__version__}\n"
 
 
 def test_demo_prints_its_table_and_writes_its_picture(tmp_path, capsys):

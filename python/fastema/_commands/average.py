@@ -18,6 +18,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "average",
         help="average checkpoints on disk (safetensors)",
+        usage="%(prog)s FILE [FILE ...] -o FILE [options]",  # or --weights would take the files, too
         description="Write the mean of checkpoints: safetensors files, or folders with such files as Hugging "
         "Face lays them out. It is computed in float64, rounded once, in little memory. Tensors of integers "
         "and booleans, and the other files of a folder, come from the newest checkpoint.",

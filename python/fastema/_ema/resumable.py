@@ -41,6 +41,12 @@ class Resumable(ABC):
     def _followed(self) -> Parts:
         """Return the parts for what holds the values by now."""
 
+    def __repr__(self) -> str:
+        arrays = len(self._parts.values.leaves)
+        swapped = ", in the place of the weights" if self._parts.exchange.swapped is not None else ""
+        name = type(self).__name__
+        return f"<fastema.{name} of {arrays} array{'s'[: arrays != 1]}, step {self._settled().step}{swapped}>"
+
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "an EMA cannot be copied or pickled: a copy would not know its values; use state_dict()"

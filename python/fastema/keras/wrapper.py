@@ -382,8 +382,9 @@ def _check_keywords(inner: Optimizer, keywords: dict[str, Any]) -> dict[str, Any
         raise ValueError(f"only one of {', '.join(_CLIPPING)} can be set, got {clipping}")
     if "lr" in given or "decay" in given:
         warnings.warn(
-            "lr and decay are old names: set learning_rate of the wrapped optimizer, to a rate or a schedule",
-            DeprecationWarning,
+            "lr and decay are old names of the learning rate and its decay: set learning_rate of the wrapped "
+            "optimizer, to a rate or a schedule; the decay of averages is average_decay",
+            FutureWarning,
             stacklevel=4,
         )
     return given

@@ -16,7 +16,7 @@ from .lists import LISTS, Shapes, arrays
 from .report import report
 
 DECAY = 0.999
-RIVALS = ("torch AveragedModel", "timm ModelEmaV3")
+RIVALS = ("torch AveragedModel", "as timm ModelEmaV3")
 
 
 def torch_list(name: str, shapes: Shapes, samples: int) -> harness.Result:

@@ -1,6 +1,6 @@
-"""Write the page of benchmarks from the records.
+"""Write the page of benchmarks from the records, and a picture for each.
 
-python -m fastema.bench.page [--results FOLDER] [--page FILE]
+python -m fastema.bench.page [--results FOLDER] [--page FILE] [--pictures FOLDER]
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import record
-from .report import LEGEND, tables
+from .report import LEGEND, across_moments, tables
 
 HEAD = f"""# Benchmarks
 
@@ -29,6 +29,10 @@ moments of a training loop, which calls once a step:
 
 `a <- b` are averages of one type and values of another. But for back to back, Python's own code is cold, too:
 it is most of what ten arrays of ten cost."""
+ALT = (
+    "Time of an update over fastema's, for each list and rival: from the best to the worst of the moments, "
+    "on a logarithmic axis."
+)
 SECTIONS = {
     "update": "Updates",
     "threads": "Updates by one thread and by all",
@@ -54,6 +58,21 @@ def _software(said: dict[str, Any]) -> str:
     return ", ".join([said["kernel"], f"Python {said['python']}", *libraries, ours])
 
 
+def _picture(file: Path) -> str:
+    return f"updates-{file.stem}.svg"
+
+
+def draw(folder: Path, pictures: Path) -> list[Path]:
+    """Draw the updates of each record that has them; return the files."""
+    drawn = []
+    for file in sorted(folder.glob("*.json")):
+        content = record.read(file)
+        if (kept := content["sections"].get("update")) is not None:
+            drawn.append(pictures / _picture(file))
+            across_moments(record.results_of(kept), content["processor"]["name"], drawn[-1])
+    return drawn
+
+
 def text(folder: Path) -> str:
     """Return the page that a folder of records makes.
 
@@ -61,7 +80,8 @@ def text(folder: Path) -> str:
         ValueError: A file is no record.
     """
     parts = [HEAD]
-    for content in map(record.read, sorted(folder.glob("*.json"))):
+    for file in sorted(folder.glob("*.json")):
+        content = record.read(file)
         described = content["processor"]
         parts += [f"## {described['name']}", _processor(described)]
         for section, title in SECTIONS.items():
@@ -71,6 +91,8 @@ def text(folder: Path) -> str:
                 f"### {title} on {described['name']}",
                 f"{kept['date']}: {_software(kept['software'])}.",
             ]
+            if section == "update":
+                parts.append(f"![{ALT}](pictures/{_picture(file)})")
             parts += [table.markdown() for table in tables(record.results_of(kept))]
     return "\n\n".join(parts) + "\n"
 
@@ -82,9 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of records")
     parser.add_argument("--page", type=Path, default=Path("python/docs/benchmarks.md"), help="what to write")
+    parser.add_argument("--pictures", type=Path, default=Path("python/docs/pictures"), help="where to draw")
     options = parser.parse_args(arguments)
     options.page.write_text(text(options.results), encoding="utf-8")
     print(f"Page: {options.page}")
+    for picture in draw(options.results, options.pictures):
+        print(f"Picture: {picture}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class Table:
     def markdown(self) -> str:
         """Return it for a page."""
         lines = [(self.head, self.columns), ("---", ["---"] * len(self.columns)), *self.rows]
-        return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in lines)
+        text = "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in lines)
+        return text.replace("_", r"\_")  # or it would be emphasis
 
 
 def _time(result: Result, name: str) -> str:
@@ -125,6 +126,42 @@ def chart(results: list[Result], title: str, path: Path) -> None:
             axes.axvline(result.of_ceiling, color="tab:red", lw=1, ls="--")
     figure.suptitle(f"{title}: time / fastema's time (dashed: this machine's ceiling)", fontsize=10)
     figure.savefig(path, dpi=130)
+
+
+def across_moments(results: list[Result], title: str, path: Path) -> None:
+    """Draw a panel for each list that has rivals: each one's ratios from the best to the worst moment."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    lists = [part for part in _by_list(results) if len(part[0].timings) > 2]
+    down = -(-len(lists) // 2)
+    figure = Figure(figsize=(10, 0.6 + 2.7 * down), layout="constrained")
+    panels = list(figure.subplots(down, 2, squeeze=False).flat)
+    for axes, part in zip(panels, lists, strict=False):
+        names = [name for name in part[0].timings if name != "fastema"]
+        for at, name in enumerate(names):
+            ratios = [result.ratio(name) for result in part]
+            axes.plot([min(ratios), max(ratios)], [at, at], color="tab:gray", lw=3, solid_capstyle="round")
+            for result, marker in zip(part, "o^sDv", strict=False):
+                axes.plot(result.ratio(name), at, marker, color="black", ms=4, label=result.moment)
+        axes.axvline(1, color="tab:blue", lw=2)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(part[0].title, fontsize=10, loc="left")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="x", alpha=0.3)
+    for axes in panels[len(lists) :]:
+        axes.remove()
+    handles, labels = panels[0].get_legend_handles_labels()
+    legend = dict(zip(labels, handles, strict=True))
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend), fontsize=8)
+    figure.suptitle(f"Update on {title}: time / fastema's time (blue: fastema)", fontsize=11)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastema"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def report(results: list[Result], section: str, title: str, options: argparse.Namespace) -> None:

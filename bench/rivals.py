@@ -234,7 +234,7 @@ RIVALS: dict[str, Callable[[Arrays, Arrays, float], Call]] = {
     "torch _foreach_lerp_": torch_foreach,
     "torch lerp_": torch_lerp,
     "torch AveragedModel": torch_averaged_model,
-    "timm ModelEmaV3": timm_v3,
+    "as timm ModelEmaV3": timm_v3,
     "TensorFlow function": tf_function,
     "TensorFlow jit_compile": tf_jit,
     "Keras use_ema, function": keras_use_ema,
@@ -247,7 +247,7 @@ FEW = (  # for a look
     "numba parallel",
     "torch _foreach_lerp_",
     "torch AveragedModel",
-    "timm ModelEmaV3",
+    "as timm ModelEmaV3",
     "TensorFlow function",
     "JAX jit, donated",
 )

@@ -177,6 +177,18 @@ def test_lists_with_rivals_have_a_table_each_and_all_others_one():
     assert [name for name, _ in made[1].rows] == ["x", "y"]
 
 
+def test_the_page_shows_a_picture_for_each_record_of_updates(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    recorded(tmp_path, "a.json", result(), result(moment="warm"), result(title="short"))
+    record.add(tmp_path / "b.json", "swap", [result()])
+    (picture,) = page.draw(tmp_path, tmp_path)
+    assert f"(pictures/{picture.name})" in page.text(tmp_path)
+    drawn = picture.read_text(encoding="utf-8")
+    assert all(text in drawn for text in ("list", "short", "one", "other", "cold", "warm"))
+    page.draw(tmp_path, tmp_path)
+    assert picture.read_text(encoding="utf-8") == drawn
+
+
 @pytest.mark.skipif(not KEPT, reason="there are no records: python -m fastema.bench.bench_update --record")
 def test_the_page_is_what_the_records_say():
     """And all of them are records."""

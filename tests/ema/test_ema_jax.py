@@ -53,6 +53,19 @@ def test_jax_arrays_are_given_to_each_update(jnp):
         ema.swap()
 
 
+def test_averages_of_numpy_s_arrays_may_be_given_jax_arrays(jnp):
+    first, given = (
+        {k: np.asarray(v) for k, v in jax_values(jnp, 0).items() if k != "half"} for _ in range(2)
+    )
+    ema = fastema.EMA(given, 0.9)
+    values = {k: v for k, v in jax_values(jnp, 1).items() if k != "half"}
+    ema.update(values)
+    assert oracle.same_bits(ema.averages["w"], oracle.update(first["w"], np.asarray(values["w"]), 0.9))
+    assert ema.averages["steps"] == 1
+    with pytest.raises(RuntimeError, match="of another library"):
+        ema.swap()
+
+
 @pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "w"), ("float16", "w"), ("float64", "half")])
 def test_averages_of_jax_arrays_may_have_fewer_bits_or_twice_more(jnp, dtype, name):
     def values(seed):

@@ -12,6 +12,7 @@ from .._types import AnyArray
 from .base import CPU, CUDA, Carried, Descriptor, Leaf, Library, Location, is_loaded, unmasked
 from .dispatch import cast
 from .interfaces import c_strides
+from .numpy import HostStorage
 from .shards import Block, Shards
 
 
@@ -125,7 +126,16 @@ def _block_of(shard: AnyArray, shape: tuple[int, ...]) -> Block:
     return Block(shape, tuple(begin), shard.data.shape)
 
 
+class _Storage(HostStorage):
+    """Arrays in CPU memory that averages of another library's are given: they are only read."""
+
+    def describe(self, array: AnyArray) -> Descriptor:
+        return super().describe(np.asarray(array))
+
+
 class _Jax(Library):
+    storage = _Storage()
+
     def owns(self, value: object) -> bool:
         return is_loaded(value, "jax", "Array")
 

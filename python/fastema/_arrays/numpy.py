@@ -51,7 +51,9 @@ class HostLeaf(Leaf):
         return arrays[0]
 
 
-class _Storage(Storage):
+class HostStorage(Storage):
+    """Memory that NumPy views."""
+
     def describe(self, array: np.ndarray) -> Descriptor:
         return Descriptor(array.dtype, array.shape, array.strides, array.ctypes.data, array.flags.writeable)
 
@@ -75,7 +77,7 @@ class _Storage(Storage):
 
 
 class _NumPy(Library):
-    storage: Storage = _Storage()
+    storage: Storage = HostStorage()
 
     def owns(self, value: object) -> bool:
         return isinstance(value, np.ndarray)

@@ -30,6 +30,34 @@ def measure(quick: bool, samples: int, folder: Path) -> None:
     bench_memory.main(flags)
 
 
+def demonstrate(options: argparse.Namespace) -> int:
+    """Run the demo; return the exit status."""
+    try:
+        if options.methods:
+            from ._comparison import report  # noqa: PLC0415 - loads scikit-learn
+
+            report.main(options.seeds, options.picture or Path("fastema-methods.png"), options.quick)
+        else:
+            from . import demo  # noqa: PLC0415 - loads Keras
+
+            demo.main(options.epochs, options.seed, options.picture or Path("fastema-demo.png"))
+    except ModuleNotFoundError as missing:
+        print(
+            f"the demo needs {missing.name}: pip install 'fastema[demo]' brings Keras, TensorFlow, "
+            "scikit-learn and matplotlib",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _seeds(text: str) -> int:
+    seeds = int(text)
+    if seeds < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, as differences have a spread, got {seeds}")
+    return seeds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastema", description="Averages of model weights.")
@@ -41,7 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="train on handwritten digits: raw against averaged weights")
     demo.add_argument("--epochs", type=int, default=20)
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--picture", type=Path, default=Path("fastema-demo.png"), help="where to write it")
+    demo.add_argument(
+        "--picture",
+        type=Path,
+        help="where to write it (default: fastema-demo.png; of methods, fastema-methods.png)",
+    )
+    demo.add_argument("--methods", action="store_true", help="compare all methods on three trainings instead")
+    demo.add_argument("--seeds", type=_seeds, default=5, help="how many, of methods (default: 5)")
+    demo.add_argument("--quick", action="store_true", help="hardly train, of methods: for tests")
     bench = commands.add_parser("bench", help="time updates and swaps against this machine and all rivals")
     bench.add_argument("--quick", action="store_true", help="small lists only")
     bench.add_argument("--samples", type=int, default=9, help="of each contestant, in turns")
@@ -57,17 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "bench":
         measure(options.quick, options.samples, options.folder)
         return 0
-    try:
-        from . import demo as demonstration  # noqa: PLC0415 - loads Keras
-    except ModuleNotFoundError as missing:
-        print(
-            f"the demo needs {missing.name}: pip install 'fastema[demo]' brings Keras, TensorFlow, "
-            "scikit-learn and matplotlib",
-            file=sys.stderr,
-        )
-        return 1
-    demonstration.main(options.epochs, options.seed, options.picture)
-    return 0
+    return demonstrate(options)
 
 
 if __name__ == "__main__":

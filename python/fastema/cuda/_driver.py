@@ -7,8 +7,9 @@ which does the same on host memory (tests/support/fake_cuda.py).
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -58,12 +59,35 @@ class Allocation:
 Launch = Callable[[int, Stream], None]  # takes the number of blocks
 
 
+class _Current:
+    """Makes a context the thread's current one for a while; a class, as each call of ours enters one.
+
+    `cudaSetDevice` would make a context, half a gigabyte of it, on the device that a thread has by default.
+    """
+
+    __slots__ = ("_before", "_context", "_cuda")
+
+    def __init__(self, cuda: Any, context: int) -> None:
+        self._cuda, self._context = cuda, context
+
+    def __enter__(self) -> None:
+        self._before = self._cuda.ctxGetCurrent()
+        if self._before != self._context:
+            self._cuda.ctxSetCurrent(self._context)
+
+    def __exit__(self, *_raised: object) -> None:
+        if self._before != self._context:
+            self._cuda.ctxSetCurrent(self._before)
+
+
 class Driver:
     """CUDA through CuPy."""
 
     def __init__(self, cupy: ModuleType) -> None:
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
+        self._cuda = cupy.cuda.driver
+        self._contexts: dict[int, int] = {}
         self._functions: dict[tuple[str, int], Handle] = {}
 
     # --- arrays -----------------------------------------------------------------------------------
@@ -84,17 +108,21 @@ class Driver:
 
     # --- devices and streams ----------------------------------------------------------------------
 
-    @contextmanager
-    def on(self, device: int) -> Iterator[None]:
-        """Make a device the current one."""
-        before = self._runtime.getDevice()
-        # also where it is so already: a new thread has no context yet, and a launch needs one
-        self._runtime.setDevice(device)
-        try:
-            yield
-        finally:
-            if before != device:
-                self._runtime.setDevice(before)
+    def on(self, device: int) -> AbstractContextManager[None]:
+        """Make a device the current one, in a thread that has no context yet as well."""
+        context = self._contexts.get(device)
+        return _Current(self._cuda, self._context(device) if context is None else context)
+
+    def _context(self, device: int) -> int:
+        """Return the context that all libraries share on a device, made where there is none."""
+
+        def found() -> int:
+            self._runtime.setDevice(device)
+            return int(self._cuda.ctxGetCurrent())
+
+        with ThreadPoolExecutor(1) as thread:  # whose current device nobody has to get back
+            self._contexts[device] = thread.submit(found).result()
+        return self._contexts[device]
 
     def multiprocessors(self, device: int) -> int:
         """Tell how many multiprocessors a device has."""
@@ -191,7 +219,7 @@ class Driver:
         begins = [arguments.ctypes.data + int(offset) for _, offset, *_ in fields]
         parameters = (ctypes.c_void_p * len(begins))(*begins)
         function, address = self._function(expression, device), ctypes.addressof(parameters)
-        launch_kernel = self._cupy.cuda.driver.launchKernel
+        launch_kernel = self._cuda.launchKernel
 
         # the default argument keeps them alive
         def launch(blocks: int, stream: Stream, _kept: object = (arguments, parameters)) -> None:

@@ -182,8 +182,8 @@ class EMA(Resumable):
         Raises:
             FloatingPointError: A value is not finite, and `non_finite` is ``"raise"``. Nothing has changed.
             RuntimeError: Averages are in the place of the weights, these or another EMA's; what was given has
-                values that do not fit any more; or this update or the one before failed in host memory beside
-                the device, and some averages may have moved.
+                values that do not fit any more; a CUDA graph is being captured; or this update or the one
+                before failed in host memory beside the device, and some averages may have moved.
             ValueError: The values do not fit those given at first; or `non_finite` is to look at values on a
                 device, or sharded over processes. Nothing has changed then.
         """

@@ -71,6 +71,7 @@ def update(
 
     Raises:
         ImportError: Arrays lie on a CUDA device, and CuPy is not installed.
+        RuntimeError: A CUDA graph is being captured, which needs `Pairs` that were made before.
         TypeError: An array is none, its type is not offered, its memory cannot be viewed, or it lies
             elsewhere than the first average.
         ValueError: Sizes, shapes or orders differ, an average is read-only, overlaps another array
@@ -105,6 +106,7 @@ def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
 
     Raises:
         ImportError: As for `update`.
+        RuntimeError: As for `update`.
         TypeError: As for `update`.
         ValueError: Sizes, shapes or orders differ, or an array is read-only, overlaps another or
             has holes. Nothing has changed then.
@@ -371,6 +373,11 @@ class Pairs:
         if self._watched is not None:
             self._check_unmoved()
         self._native.swap(threads, then)
+
+    def _check_counted(self) -> None:
+        """Raise if a step that is counted now is to be part of a CUDA graph."""
+        if not isinstance(self._native, _core.Pairs) and self._native.engine == "cuda":
+            self._native.check_counted()
 
     def _copy(self, threads: int = 0) -> None:
         """Make averages what their values are, bit for bit; of pairs that were made for it."""

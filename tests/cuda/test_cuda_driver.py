@@ -65,3 +65,26 @@ def test_a_thread_that_never_asked_for_anything_can_launch(cupy, driver):
     with ThreadPoolExecutor(1) as other:
         other.submit(work).result()
     assert cupy.log == [("launch", 0)]
+
+
+# --- graphs -------------------------------------------------------------------------------------------
+
+
+def test_only_a_stream_that_may_be_captured_is_asked(cupy, driver):
+    """CUDA takes it for an error to ask of the default stream while others are captured."""
+    cupy.capturing = {9}
+    assert driver.is_capturing(Stream(9))
+    assert not driver.is_capturing(Stream(8))
+    assert not driver.is_capturing(Stream(0))
+
+
+def test_nothing_is_copied_from_host_memory_in_a_capture(cupy, driver):
+    cupy.capturing = {9}
+    with driver.on(0):
+        for call in (
+            lambda: driver.upload(np.zeros(4), Stream(9)),
+            lambda: driver.write(4096, np.zeros(4), Stream(9)),
+        ):
+            with pytest.raises(RuntimeError, match="copied from host memory that is gone by then"):
+                call()
+    assert cupy.log == []

@@ -36,7 +36,7 @@ def fake():
 def test_the_fake_device_has_the_face_of_the_real_one():
     for name, method in vars(_driver.Driver).items():
         if not name.startswith("_"):
-            other = vars(fake_cuda.Driver)[name]
+            other = getattr(fake_cuda.Driver, name)
             assert list(inspect.signature(other).parameters) == list(inspect.signature(method).parameters)
 
 
@@ -53,6 +53,7 @@ def test_cupy_has_what_the_driver_asks_of_it():
     module.get_function.return_value.kernel = mock.MagicMock(spec=cupy.cuda.function.Function)
     driver, stream = _driver.Driver(from_cupy), _driver.Stream(7)
     from_cupy.cuda.runtime.getDevice.return_value = 1
+    from_cupy.cuda.runtime.streamIsCapturing.return_value = False
     with driver.on(1):
         driver.device_of(4096)
         driver.multiprocessors(1)
@@ -570,6 +571,96 @@ def test_a_schedule_fits_its_pairs():
     assert counted.step == 1
     with pytest.raises(TypeError, match="decay must be a number from 0 to 1, got Schedule"):
         fastema.update(f32(3), f32(3), counted)
+
+
+# --- graphs -------------------------------------------------------------------------------------------
+
+
+def replay(graph):
+    for action in graph:
+        action()
+
+
+def test_a_graph_replays_with_the_decay_of_each_step(fake):
+    average, value = np.zeros(100), np.zeros(100)
+    schedule = schedules.dynamic(0.99)
+    pairs, counted = fastema.Pairs(Array(average), Array(value)), cuda.Schedule(schedule)
+    pairs.update(counted)
+    with fake.capture(fake.current["cupy"]) as graph:
+        pairs.update(counted, check=False)
+    expected = average.copy()
+    for step in range(2, 6):
+        value += 1
+        replay(graph)
+        expected = oracle.update(expected, value, schedule(step))
+        assert oracle.same_bits(average, expected)
+    assert counted.step == 5
+
+
+def test_a_graph_of_a_constant_decay_replays(fake):
+    average = np.zeros(3)
+    pairs = fastema.Pairs(Array(average), Array(np.ones(3)))
+    pairs.update(0.5)
+    with fake.capture(fake.current["cupy"]) as graph:
+        pairs.update(0.5, check=False)
+    replay(graph)
+    assert (average == 0.75).all()
+
+
+def captured_calls(torch):
+    """Yield calls whose replays would do something else than each call would."""
+    new = lambda: fastema.Pairs(Array(f32(3)), Array(f32(3)))  # noqa: E731
+    warm, unused, half = new(), new(), Array(np.zeros(3, np.float16))
+    warm.update(0.5)
+    host_memory = "copied from host memory that is gone by then"
+    yield lambda: fastema.update(Array(f32(3)), Array(f32(3)), 0.5), host_memory
+    yield lambda: fastema.swap(Array(f32(3)), Array(f32(3))), host_memory
+    yield lambda: warm.update(cuda.Schedule(0.5)), host_memory
+    yield new, host_memory
+    yield lambda: unused.update(0.5), "a kernel that is not compiled yet"
+    rounded = fastema.Pairs(half, Array(np.ones(3, np.float16)))
+    rounded.update(0.5, rounding="stochastic", step=1)
+    yield (
+        lambda: rounded.update(0.5, rounding="stochastic", step=2),
+        "the step, decay and seed of this one update",
+    )
+    moved = fake_cuda.tensor(torch.zeros(4))
+    pairs = fastema.Pairs(moved, fake_cuda.tensor(torch.ones(4)))
+    pairs.update(0.5)
+    moved.data = fake_cuda.tensor(torch.zeros(4))
+    yield lambda: pairs.update(0.5), host_memory
+    ema, seldom = fastema.EMA(Array(f32(3)), 0.5), fastema.EMA(Array(f32(3)), 0.5, every=3)
+    ema.update()
+    yield ema.update, "the step, decay and seed of this one update"
+    yield seldom.update, "a step that the host has counted once"
+    yield ema.swap, host_memory
+    beside = fastema.EMA(Array(f32(3)), 0.5, device="cpu")
+    yield beside.update, "no average in host memory move"
+
+
+def test_what_a_graph_would_freeze_is_refused_and_nothing_has_changed(fake, torch):
+    for call, seen in captured_calls(torch):
+        cupys, torchs = fake.current["cupy"], fake.current["torch"]
+        with fake.capture(cupys) as graph, fake.capture(torchs) as other:
+            with pytest.raises(RuntimeError, match=f"a CUDA graph is being captured, and .*{seen}") as caught:
+                call()
+            assert "before the capture make fastema.Pairs" in str(caught.value)
+            assert not graph
+            assert not other
+
+
+def test_an_ema_that_was_refused_in_a_graph_has_counted_nothing(fake):
+    weight = np.ones(3)
+    ema = fastema.EMA(Array(weight), 0.5)
+    ema.update()
+    with fake.capture(fake.current["cupy"]), pytest.raises(RuntimeError, match="is being captured"):
+        ema.update()
+    with fake.capture(fake.current["cupy"]), pytest.raises(RuntimeError, match="is being captured"):
+        ema.swap()
+    assert ema.step == 1
+    assert not ema.is_swapped
+    ema.update()
+    assert ema.step == 2
 
 
 # --- Keras on torch -----------------------------------------------------------------------------------

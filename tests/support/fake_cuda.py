@@ -121,10 +121,12 @@ class Driver(_driver.Driver):
         lazy: The handles of streams that do nothing before they must; new streams count from 100.
         current: The streams of the libraries.
         broken: A word of the log at which the device fails.
+        captured: By the handles of streams, the graph that what they are asked for becomes.
     """
 
     def __init__(self):
         self.log, self.lazy, self.broken = [], set(), None
+        self.captured = {}
         self.sms = 4
         self.current = {"torch": Stream(1), "cupy": Stream(2)}
         self.entered, self.freed, self.launches = [], [], []
@@ -165,6 +167,9 @@ class Driver(_driver.Driver):
             if name == self.broken:
                 raise RuntimeError("the device is on fire")
             self.log.append((name, stream.handle, *details))
+            if stream.handle in self.captured:
+                self.captured[stream.handle].append(action)
+                return
             queue = self._queues.setdefault(stream.handle, deque())
             queue.append(action)
             if stream.handle not in self.lazy:
@@ -187,6 +192,18 @@ class Driver(_driver.Driver):
             for handle in list(self._queues):
                 self._drain(handle, lambda handle=handle: not self._queues[handle])
 
+    def is_capturing(self, stream):
+        return stream.handle in self.captured
+
+    @contextmanager
+    def capture(self, stream):
+        """Have a stream do nothing but become a graph, which is a list of calls."""
+        graph = self.captured[stream.handle] = []
+        try:
+            yield graph
+        finally:
+            del self.captured[stream.handle]
+
     def record(self, stream):
         event = Event(stream.handle)
         self.enqueue(stream, "record", lambda: setattr(event, "done", True))
@@ -202,11 +219,10 @@ class Driver(_driver.Driver):
 
     # --- memory -----------------------------------------------------------------------------------
 
-    def upload(self, contents, stream):
-        memory = np.zeros(max(contents.nbytes, 1), np.uint8)
+    def allocate(self, size, stream):
+        memory = np.zeros(size, np.uint8)
         address = memory.ctypes.data
         self._memory[address] = memory
-        self.write(address, contents, stream)
         return _driver.Allocation(address, self._free, stream)
 
     def _free(self, address, stream):
@@ -214,7 +230,7 @@ class Driver(_driver.Driver):
         memory = self._memory.pop(address)
         self.enqueue(stream, "free", lambda: memory.fill(0xFF))
 
-    def write(self, address, contents, stream):
+    def put(self, address, contents, stream):
         staged = ctypes.string_at(contents.ctypes.data, contents.nbytes)
         self.enqueue(stream, "write", lambda: ctypes.memmove(address, staged, len(staged)), len(staged))
 

@@ -64,6 +64,11 @@ class CuPy:
             raise CudaError("CUDA_ERROR_INVALID_CONTEXT")
         self.log.append(("launch", self.getDevice(), *arguments))
 
+    def streamIsCapturing(self, stream):  # noqa: N802
+        if stream == 0 and self.capturing:
+            raise CudaError("cudaErrorStreamCaptureImplicit")
+        return stream in self.capturing
+
     # --- memory -----------------------------------------------------------------------------------
 
     memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice = range(1, 4)  # noqa: N815

@@ -242,6 +242,9 @@ class Passes:
             count: The count after the step.
             now: As for `move`.
         """
+        if self.engine == "cuda" and self._stable is not None:
+            for pairs in self._stable.pairs:
+                pairs._check_counted()
         if over is not None:
             self._views.follow(self._values, self._averages)
             now[0] = Rest(self, over, count, len(over.pairs) + len(over.offloads))

@@ -59,6 +59,18 @@ class Allocation:
 Launch = Callable[[int, Stream], None]  # takes the number of blocks
 
 
+def not_in_graph(what: str) -> RuntimeError:
+    """Return the error of a call that cannot be part of a CUDA graph.
+
+    Args:
+        what: What each replay would do again.
+    """
+    return RuntimeError(
+        f"a CUDA graph is being captured, and its replays would see {what}: before the capture make "
+        "fastema.Pairs and update them once by a fastema.cuda.Schedule; capture update(schedule, check=False)"
+    )
+
+
 class _Current:
     """Makes a context the thread's current one for a while; a class, as each call of ours enters one.
 
@@ -144,6 +156,11 @@ class Driver:
         stream = self._cupy.cuda.Stream(non_blocking=True)
         return Stream(stream.ptr, stream)
 
+    def is_capturing(self, stream: Stream) -> bool:
+        """Tell whether what a stream is asked for is not done, but becomes a CUDA graph."""
+        # the default stream never is; asked of while others are captured, it is an error
+        return stream.handle != 0 and bool(self._runtime.streamIsCapturing(stream.handle))
+
     def record(self, stream: Stream) -> Handle:
         """Return an event: all that was asked of a stream so far is done."""
         event: Handle = self._cupy.cuda.Event(block=True, disable_timing=True)  # a waiting host thread sleeps
@@ -165,21 +182,42 @@ class Driver:
     # --- memory -----------------------------------------------------------------------------------
 
     def upload(self, contents: np.ndarray, stream: Stream) -> Allocation:
-        """Copy to new device memory."""
-        address = self._runtime.mallocAsync(max(contents.nbytes, 1), stream.handle)
+        """Copy to new device memory.
+
+        Raises:
+            RuntimeError: As `write` does.
+        """
+        self._check_host_memory(stream)
+        memory = self.allocate(max(contents.nbytes, 1), stream)
+        memory.contents = contents
+        self.put(memory.address, contents, stream)
+        return memory
+
+    def write(self, address: int, contents: np.ndarray, stream: Stream) -> None:
+        """Copy to device memory; `contents` may be changed afterwards.
+
+        Raises:
+            RuntimeError: A graph is captured, which would read host memory at each replay.
+        """
+        self._check_host_memory(stream)
+        self.put(address, contents, stream)
+
+    def _check_host_memory(self, stream: Stream) -> None:
+        if self.is_capturing(stream):
+            raise not_in_graph("what is paired or moved now, copied from host memory that is gone by then")
+
+    def allocate(self, size: int, stream: Stream) -> Allocation:
+        """Return new device memory, for what a stream does from now on."""
         device = self._runtime.getDevice()
 
         def free(address: int, stream: Stream) -> None:
             with self.on(device):  # the default stream is the current device's
                 self._runtime.freeAsync(address, stream.handle)
 
-        memory = Allocation(address, free, stream)
-        memory.contents = contents
-        self.write(address, contents, stream)
-        return memory
+        return Allocation(self._runtime.mallocAsync(size, stream.handle), free, stream)
 
-    def write(self, address: int, contents: np.ndarray, stream: Stream) -> None:
-        """Copy to device memory; `contents` may be changed afterwards."""
+    def put(self, address: int, contents: np.ndarray, stream: Stream) -> None:
+        """Copy as `write` does, in no capture."""
         if contents.nbytes:
             to_device = self._runtime.memcpyHostToDevice
             # of pageable memory, which is staged before the call returns

@@ -13,6 +13,7 @@ from .._types import Arrays
 from ..functional import as_lists
 from . import _driver
 from ._arrays import Group
+from ._driver import not_in_graph
 
 SLOTS = 4  # chunks on their way at once: one being averaged, the others being copied
 SLOT = 64 << 20  # bytes of one
@@ -157,7 +158,7 @@ class Offload:
             threads: As for `fastema.update`.
 
         Raises:
-            RuntimeError: The update before failed.
+            RuntimeError: The update before failed, or a CUDA graph is being captured.
             TypeError: As for `fastema.update`.
             ValueError: As for `fastema.update`.
         """
@@ -166,6 +167,8 @@ class Offload:
         self._follow()
         driver, group = self._driver, self._group
         with driver.on(group.device):
+            if any(map(driver.is_capturing, group.streams())):
+                raise not_in_graph("no average in host memory move")
             ready = [driver.record(stream) for stream in (*group.streams(), *group.producers)]
         self._read = Future()
         asked = decays[0] if self._lists == 1 else decays

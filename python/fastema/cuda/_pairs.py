@@ -10,6 +10,7 @@ from .. import _core
 from .._types import Terms
 from . import _driver, _plan
 from ._arrays import Group
+from ._driver import not_in_graph
 from ._schedule import Schedule
 from ._source import DECAYS, LISTS, ROUNDINGS, SWAP, update_name
 
@@ -134,11 +135,13 @@ class DevicePairs:
         """As `_core.Pairs.update`; `decay` may be a `Schedule`."""
         assert copies is None
         with self._lock:
-            self._update(decay, threads, stochastic, seed, step)
+            self._update(decay, threads, stochastic, seed, step, counted=done is not None)
             if done is not None:
                 done[0] = now
 
-    def _update(self, decay: Any, threads: int, stochastic: bool, seed: int, step: int) -> None:
+    def _update(
+        self, decay: Any, threads: int, stochastic: bool, seed: int, step: int, *, counted: bool
+    ) -> None:
         lists = self._lists
         schedule = decay if isinstance(decay, Schedule) else None
         if schedule is None:
@@ -148,11 +151,23 @@ class DevicePairs:
             _core.check_numbers(0.0, threads, seed, step)
         self._seed[0], self._step[0] = seed, step
         rounding = "compensated" if self._group.arrays[2] else "stochastic" if stochastic else "nearest"
-        self._launch(self._entries[rounding], self._update_arguments, schedule)
+        frozen = "the step, decay and seed of this one update"
+        once = frozen if counted or (schedule is None and rounding == "stochastic") else None
+        self._launch(self._entries[rounding], self._update_arguments, schedule, once)
 
     def copy(self, threads: int = 0) -> None:
         """As `_core.Pairs.copy`, of types that are averaged."""
         self.update(0.0, threads)
+
+    def check_counted(self) -> None:
+        """Raise if a CUDA graph is being captured, by which a step would be counted now and never again.
+
+        Raises:
+            RuntimeError: It is.
+        """
+        with self._driver.on(self._group.device):
+            if any(map(self._driver.is_capturing, self._group.streams())):
+                raise not_in_graph("a step that the host has counted once")
 
     def swap(self, threads: int = 0, then: tuple[Callable[..., object], object] | None = None) -> None:
         """As `_core.Pairs.swap`; calls a function when that is asked for."""
@@ -162,16 +177,33 @@ class DevicePairs:
                 swap: Terms = {**self._terms, "verb": "swap", "only_floats": True}
                 _core.check(*self._group.arrays, **swap)
                 self._swappable = True
-            self._launch(SWAP, self._swap_arguments, None)
+            once = None if then is None else "averages where the host believes weights to be, or the reverse"
+            self._launch(SWAP, self._swap_arguments, None, once)
             if then is not None:
                 then[0](then[1])
 
-    def _launch(self, expression: str, arguments: np.ndarray, schedule: Schedule | None) -> None:
+    def _launch(
+        self, expression: str, arguments: np.ndarray, schedule: Schedule | None, once: str | None
+    ) -> None:
+        """Launch a kernel.
+
+        Args:
+            expression: Which.
+            arguments: As it takes them.
+            schedule: What computes its decays on the device, if anything does.
+            once: What would be wrong if it were replayed, if anything were.
+        """
         if self._blocks == 0:
             return
         driver, group = self._driver, self._group
         with driver.on(group.device):
-            stream, *others = group.streams()
+            streams = group.streams()
+            if any(map(driver.is_capturing, streams)):
+                if once is None and expression not in self._launches:
+                    once = "a kernel that is not compiled yet"
+                if once is not None:
+                    raise not_in_graph(once)
+            stream, *others = streams
             for other in (*others, *group.producers):
                 driver.wait(stream, driver.record(other))
             if schedule is not None:

@@ -98,10 +98,11 @@ class Schedule:
             raise ValueError(f"averages and decay must have one length, got {lists} and {len(self)}")
         if self._memory is None:
             driver, state = _driver.load(), np.zeros(1, STATE)
-            self._launch = driver.kernel(ADVANCE, self._arguments, device)
             state["step"] = self._start
-            self._memory, self._device = driver.upload(state, stream), device
-            self._arguments["state"] = self._memory.address
+            memory = driver.upload(state, stream)
+            self._launch = driver.kernel(ADVANCE, self._arguments, device)
+            self._memory, self._device = memory, device
+            self._arguments["state"] = memory.address
         elif device != self._device:
             raise ValueError(
                 f"decay must count on cuda:{device}, not cuda:{self._device}, as the averages lie there"

@@ -336,6 +336,13 @@ def test_work_goes_to_the_current_stream_of_the_arrays_library(fake, torch):
     fake.current["torch"] = _driver.Stream(9)
     fake.log.clear()
     pairs.update(0.5)
+    assert [(name[:6], *rest) for name, *rest in fake.log] == [
+        ("record", 1),
+        ("wait", 9, 1),
+        ("fastem", 9, 1),
+    ]
+    fake.log.clear()
+    pairs.update(0.5)
     assert [stream for _, stream, *_ in fake.log] == [9]
 
 
@@ -356,8 +363,8 @@ def test_libraries_wait_for_each_other(fake, torch):
 
 
 def test_libraries_on_one_stream_do_not_wait(fake, torch):
-    pairs = fastema.Pairs([fake_cuda.tensor(torch.zeros(3))], [Array(np.ones(3, np.float32))])
     fake.current = dict.fromkeys(fake.current, _driver.Stream(0))
+    pairs = fastema.Pairs([fake_cuda.tensor(torch.zeros(3))], [Array(np.ones(3, np.float32))])
     fake.log.clear()
     pairs.update(0.5)
     assert len(fake.log) == 1
@@ -379,6 +386,48 @@ def test_a_launch_has_the_decay_of_its_call_however_late_it_runs(fake):
 def test_the_arrays_device_is_the_current_one(fake):
     fastema.update(Array(f32(3), device=3), Array(f32(3), device=3), 0.5)
     assert set(fake.entered) == {3}
+
+
+def test_tables_made_in_one_stream_are_there_in_another(fake):
+    average = f32(3)
+    fake.lazy = {2}
+    pairs = fastema.Pairs(Array(average), Array(np.ones(3, np.float32)))
+    counted = cuda.Schedule(0.5)
+    fake.current["cupy"] = _driver.Stream(9)
+    pairs.update(0.5)
+    assert (average == 0.5).all()
+    fake.lazy = {9}
+    pairs.update(counted)
+    fake.current["cupy"] = _driver.Stream(12)
+    pairs.update(counted)
+    assert (average == 0.875).all()
+    assert counted.step == 2
+
+
+def test_tables_that_moved_in_one_stream_are_read_by_another_before(fake, torch):
+    average, value = fake_cuda.tensor(torch.zeros(4)), fake_cuda.tensor(torch.ones(4))
+    pairs, first = fastema.Pairs(average, value), average.data
+    fake.lazy = {1}
+    pairs.update(0.5)
+    average.data = fake_cuda.tensor(torch.zeros(4))
+    fake.current["torch"] = _driver.Stream(9)
+    pairs.update(0.5)
+    fake.synchronize()
+    assert (first == 0.5).all()
+    assert (average == 0.5).all()
+
+
+def test_tables_are_not_given_back_while_another_stream_reads_them(fake):
+    average = f32(3)
+    pairs = fastema.Pairs(Array(average), Array(np.ones(3, np.float32)))
+    fake.lazy = {9}
+    fake.current["cupy"] = _driver.Stream(9)
+    pairs.update(0.5)
+    fake.current["cupy"] = _driver.Stream(12)
+    pairs.update(0.5)
+    del pairs
+    fake.synchronize()
+    assert (average == 0.75).all()
 
 
 def test_tables_are_given_back_on_the_stream_that_used_them_last(fake):

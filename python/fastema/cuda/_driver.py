@@ -216,6 +216,12 @@ class Driver:
 
         return Allocation(self._runtime.mallocAsync(size, stream.handle), free, stream)
 
+    def use(self, memory: Allocation, stream: Stream) -> None:
+        """Order what a stream is asked to do with memory after what others were."""
+        if stream.handle != memory.stream.handle and not self.is_capturing(stream):
+            self.wait(stream, self.record(memory.stream))
+            memory.stream = stream
+
     def put(self, address: int, contents: np.ndarray, stream: Stream) -> None:
         """Copy as `write` does, in no capture."""
         if contents.nbytes:

@@ -112,6 +112,7 @@ class DevicePairs:
         tables = _tables(group)
         with self._driver.on(group.device):
             stream, address = group.streams()[0], self._memory.address
+            self._driver.use(self._memory, stream)
             for old, new in zip(self._tables, tables, strict=True):
                 for row in np.flatnonzero(old != new):
                     self._driver.write(address + int(row) * old.itemsize, new[row : row + 1], stream)
@@ -206,6 +207,7 @@ class DevicePairs:
             stream, *others = streams
             for other in (*others, *group.producers):
                 driver.wait(stream, driver.record(other))
+            driver.use(self._memory, stream)
             if schedule is not None:
                 self._state[0] = schedule.settle(group.device, self._lists, stream)
             if expression not in self._launches:
@@ -213,7 +215,6 @@ class DevicePairs:
             if schedule is not None:
                 schedule.advance(stream)
             self._launches[expression](self._blocks, stream)
-            self._memory.stream = stream
             for other in others:
                 driver.wait(other, driver.record(stream))
 

@@ -112,8 +112,8 @@ class Schedule:
     def advance(self, stream: Stream) -> None:
         """Count a step and compute its decay, in the order of a stream."""
         if self._launch is not None and self._memory is not None:
+            _driver.load().use(self._memory, stream)
             self._launch(1, stream)
-            self._memory.stream = stream
 
 
 # Of each kind: start_step, decay, scale, power and least, as schedules.cuh reads them.

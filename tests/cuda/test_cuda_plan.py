@@ -646,6 +646,19 @@ def test_a_graph_replays_with_the_decay_of_each_step(fake):
     assert counted.step == 5
 
 
+def test_what_a_graph_works_with_outlives_the_pairs(fake):
+    """It may be replayed as they are dropped, or later."""
+    average = np.zeros(3)
+    pairs, counted = fastema.Pairs(Array(average), Array(np.ones(3))), cuda.Schedule(0.5)
+    pairs.update(counted)
+    with fake.capture(fake.current["cupy"]) as graph:
+        pairs.update(counted, check=False)
+    del pairs, counted
+    assert not fake.freed
+    replay(graph)
+    assert (average == 0.75).all()
+
+
 def test_a_graph_of_a_constant_decay_replays(fake):
     average = np.zeros(3)
     pairs = fastema.Pairs(Array(average), Array(np.ones(3)))

@@ -126,7 +126,7 @@ class Driver(_driver.Driver):
 
     def __init__(self):
         self.log, self.lazy, self.broken = [], set(), None
-        self.captured = {}
+        self.captured, self._in_graphs = {}, {}
         self.sms = 4
         self.current = {"torch": Stream(1), "cupy": Stream(2)}
         self.entered, self.freed, self.launches = [], [], []

@@ -101,6 +101,7 @@ class Driver:
         self._cuda = cupy.cuda.driver
         self._contexts: dict[int, int] = {}
         self._functions: dict[tuple[str, int], Handle] = {}
+        self._in_graphs: dict[int, Allocation] = {}
 
     # --- arrays -----------------------------------------------------------------------------------
 
@@ -217,8 +218,13 @@ class Driver:
         return Allocation(self._runtime.mallocAsync(size, stream.handle), free, stream)
 
     def use(self, memory: Allocation, stream: Stream) -> None:
-        """Order what a stream is asked to do with memory after what others were."""
-        if stream.handle != memory.stream.handle and not self.is_capturing(stream):
+        """Order what a stream is asked to do with memory after what others were.
+
+        What a graph works with is never given back: nobody tells when it is replayed for the last time.
+        """
+        if self.is_capturing(stream):
+            self._in_graphs[memory.address] = memory
+        elif stream.handle != memory.stream.handle:
             self.wait(stream, self.record(memory.stream))
             memory.stream = stream
 

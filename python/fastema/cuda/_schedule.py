@@ -20,7 +20,7 @@ class Schedule:
     Given as the decay of `Pairs.update`, each update counts one step and averages with that step's decay,
     without a word from the host. So an update can be captured in a CUDA graph together with a training
     step: run it once before the capture, which compiles the kernels, and pass ``check=False`` in it. The
-    pairs and the schedule must live as long as the graph.
+    arrays must live as long as the graph; what pairs and schedule keep on the device does so by itself.
 
     Args:
         schedules: One of `fastema.schedules` (none of your own) or a number; for

@@ -659,6 +659,18 @@ def test_what_a_graph_works_with_outlives_the_pairs(fake):
     assert (average == 0.75).all()
 
 
+@pytest.mark.parametrize("capturing", ["torch", "cupy"])
+def test_a_graph_of_one_library_takes_arrays_of_another(fake, torch, capturing):
+    average, value = fake_cuda.tensor(torch.zeros(3)), np.ones(3, np.float32)
+    pairs = fastema.Pairs(average, Array(value))
+    pairs.update(0.5)
+    with fake.capture(fake.current[capturing]) as graph:
+        pairs.update(0.5, check=False)
+    replay(graph)
+    fake.synchronize()
+    assert (average == 0.75).all()
+
+
 def test_a_graph_of_a_constant_decay_replays(fake):
     average = np.zeros(3)
     pairs = fastema.Pairs(Array(average), Array(np.ones(3)))

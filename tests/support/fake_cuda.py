@@ -108,8 +108,8 @@ def _tensors(device):
 class Event:
     """Something that will have happened on a stream."""
 
-    def __init__(self, handle):
-        self.handle, self.done = handle, False
+    def __init__(self, handle, captured):
+        self.handle, self.captured, self.done = handle, captured, False
 
 
 class Driver(_driver.Driver):
@@ -202,14 +202,18 @@ class Driver(_driver.Driver):
         try:
             yield graph
         finally:
-            del self.captured[stream.handle]
+            self.captured = {handle: x for handle, x in self.captured.items() if x is not graph}
 
     def record(self, stream):
-        event = Event(stream.handle)
+        event = Event(stream.handle, stream.handle in self.captured)
         self.enqueue(stream, "record", lambda: setattr(event, "done", True))
         return event
 
     def wait(self, stream, event):
+        if event.captured and stream.handle not in self.captured:  # it becomes part of the graph
+            self.captured[stream.handle] = self.captured[event.handle]
+        elif stream.handle in self.captured and not event.captured:
+            raise RuntimeError("cudaErrorStreamCaptureIsolation")
         self.enqueue(stream, "wait", lambda: self._drain(event.handle, lambda: event.done), event.handle)
 
     def finish(self, event):

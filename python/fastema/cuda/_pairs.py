@@ -199,13 +199,16 @@ class DevicePairs:
         driver, group = self._driver, self._group
         with driver.on(group.device):
             streams = group.streams()
-            if any(map(driver.is_capturing, streams)):
+            captured = [stream for stream in streams if driver.is_capturing(stream)]
+            if captured:
                 if once is None and expression not in self._launches:
                     once = "a kernel that is not compiled yet"
                 if once is not None:
                     raise not_in_graph(once)
             stream, *others = streams
-            for other in (*others, *group.producers):
+            if captured:  # a graph can wait only for its own streams
+                others = [other for other in others if other in captured]
+            for other in (*others, *([] if captured else group.producers)):
                 driver.wait(stream, driver.record(other))
             driver.use(self._memory, stream)
             if schedule is not None:
@@ -215,7 +218,7 @@ class DevicePairs:
             if schedule is not None:
                 schedule.advance(stream)
             self._launches[expression](self._blocks, stream)
-            for other in others:
+            for other in others:  # they may change values, and read averages
                 driver.wait(other, driver.record(stream))
 
 

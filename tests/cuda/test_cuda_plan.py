@@ -359,7 +359,32 @@ def test_libraries_wait_for_each_other(fake, torch):
         ("fastem", torchs, 1),
         ("record", torchs),
         ("wait", cupys, torchs),
+        ("record", torchs),
+        ("wait", 55, torchs),
     ]
+
+
+def test_a_producer_is_asked_for_its_stream_at_each_update(fake):
+    """Its last one may be destroyed."""
+    value = Array(np.ones(3, np.float32), stream=55)
+    average = f32(3)
+    pairs = fastema.Pairs(Array(average), value)
+    fake.destroyed, value.stream, fake.lazy = {55}, 56, {56}
+    fake.enqueue(_driver.Stream(56), "step", lambda: value.host.fill(3))
+    pairs.update(0.5)
+    assert (average == 1.5).all()
+    value.stream = None
+    pairs.update(0.5)
+    assert (average == 2.25).all()
+
+
+def test_a_producers_next_step_waits_until_its_values_are_read(fake):
+    value, average = Array(np.ones(3, np.float32), stream=55), f32(3)
+    fake.lazy = {2}
+    fastema.Pairs(Array(average), value).update(0.5)
+    fake.enqueue(_driver.Stream(55), "step", lambda: value.host.fill(3))
+    fake.synchronize()
+    assert (average == 0.5).all()
 
 
 def test_libraries_on_one_stream_do_not_wait(fake, torch):

@@ -47,7 +47,7 @@ class Array:
     places = {}  # noqa: RUF012 - where arrays begin, and on which device
 
     def __init__(self, host, device=0, stream=None):
-        self.host, self._stream = np.asarray(host), stream
+        self.host, self.stream = np.asarray(host), stream
         self.places[self.host.ctypes.data] = device
 
     @property
@@ -63,7 +63,7 @@ class Array:
             "strides": None if host.flags.c_contiguous else host.strides,
             "typestr": host.dtype.str,
             "data": (host.ctypes.data, not host.flags.writeable),
-            "stream": self._stream,
+            "stream": self.stream,
         }
 
 
@@ -121,11 +121,13 @@ class Driver(_driver.Driver):
         lazy: The handles of streams that do nothing before they must; new streams count from 100.
         current: The streams of the libraries.
         broken: A word of the log at which the device fails.
+        destroyed: The handles of streams that are no more.
         captured: By the handles of streams, the graph that what they are asked for becomes.
     """
 
     def __init__(self):
         self.log, self.lazy, self.broken = [], set(), None
+        self.destroyed = set()
         self.captured, self._in_graphs = {}, {}
         self.sms = 4
         self.current = {"torch": Stream(1), "cupy": Stream(2)}
@@ -164,6 +166,8 @@ class Driver(_driver.Driver):
     def enqueue(self, stream, name, action, *details):
         """Ask a stream to do something."""
         with self._lock:
+            if stream.handle in self.destroyed:
+                raise RuntimeError("cudaErrorInvalidResourceHandle")
             if name == self.broken:
                 raise RuntimeError("the device is on fire")
             self.log.append((name, stream.handle, *details))

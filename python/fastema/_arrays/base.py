@@ -3,7 +3,7 @@
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import ml_dtypes
@@ -76,15 +76,17 @@ class Location(NamedTuple):
         descriptor: Its type, layout and address.
         device: None: it has no elements, and lies nowhere.
         owner: Whose current stream it is worked on: ``"torch"`` or ``"cupy"``.
-        stream: Besides, the stream on which it is made ready.
+        stream: Besides, tells the stream on which it is made ready now, if any is named.
         holder: What keeps its memory alive.
+        unaware: Whether its library knows of no stream of ours: then the host has to wait for us.
     """
 
     descriptor: Descriptor
     device: int | None
     owner: str
-    stream: int | None
+    stream: Callable[[], int | None] | None
     holder: AnyArray
+    unaware: bool = False
 
 
 class Leaf(ABC):

@@ -136,8 +136,8 @@ def _at_work(array: AnyArray) -> Iterator[tuple["Driver", Location, "Stream"]]:
     device = place.device or 0
     with driver.on(device):
         stream = driver.current_stream(place.owner, device)
-        if place.stream is not None:
-            driver.wait(stream, driver.record(type(stream)(place.stream)))
+        if place.stream is not None and (made := place.stream()) is not None:
+            driver.wait(stream, driver.record(type(stream)(made)))
         yield driver, place, stream
 
 
@@ -191,7 +191,12 @@ class _Interfaces(Library):
         descriptor = Descriptor(dtype, shape, tuple(strides), address, not read_only)
         own = type(array).__module__.partition(".")[0] == "cupy"
         device = array.device.id if own else driver.device_of(address) if address else None
-        return Location(descriptor, device, "cupy", None if own else interface.get("stream"), array)
+
+        def stream() -> int | None:  # each time anew: the one of now may be gone by the next update
+            named: int | None = array.__cuda_array_interface__.get("stream")
+            return named
+
+        return Location(descriptor, device, "cupy", None if own else stream, array)
 
 
 library = _Interfaces()

@@ -1,5 +1,7 @@
 """Arrays on a CUDA device: do they lie on the same one, and on which streams are they worked on?"""
 
+from collections.abc import Callable
+
 from .._arrays import Descriptor, is_on_cuda, locate
 from .._types import AnyArray, DType
 from . import _driver
@@ -21,7 +23,7 @@ class Group:
         where: tuple[str, int] | None = None
         self.arrays: list[list[Descriptor]] = []
         self._owners: dict[str, None] = {}  # in order, each once
-        self.producers: list[Stream] = []  # on which arrays of no such owner are made
+        self._producers: list[Callable[[], int | None]] = []  # tell on which streams others make them ready
         self._held = []
         for argument, arrays in arguments.items():
             found = []
@@ -40,8 +42,8 @@ class Group:
                     )
                 found.append(one.descriptor)
                 self._owners[one.owner] = None
-                if one.stream is not None and Stream(one.stream) not in self.producers:
-                    self.producers.append(Stream(one.stream))
+                if one.stream is not None:
+                    self._producers.append(one.stream)
                 self._held.append(one.holder)
             self.arrays.append(found)
         self.device = 0 if where is None else where[1]
@@ -63,7 +65,13 @@ class Group:
             )
 
     def streams(self) -> list[Stream]:
-        """Return the current streams of all owners, each once, that of the first array first."""
+        """Return the streams that arrays are worked on now, each once, that of the first array first."""
         driver = _driver.load()
         found = [driver.current_stream(owner, self.device) for owner in self._owners]
-        return found if len(found) == 1 else list({stream.handle: stream for stream in found}.values())
+        if len(found) == 1 and not self._producers:
+            return found
+        named = (stream() for stream in self._producers)
+        each: dict[int, Stream] = {}
+        for one in (*found, *(Stream(handle) for handle in named if handle is not None)):
+            each.setdefault(one.handle, one)
+        return list(each.values())

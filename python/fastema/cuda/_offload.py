@@ -169,7 +169,7 @@ class Offload:
         with driver.on(group.device):
             if any(map(driver.is_capturing, group.streams())):
                 raise not_in_graph("no average in host memory move")
-            ready = [driver.record(stream) for stream in (*group.streams(), *group.producers)]
+            ready = [driver.record(stream) for stream in group.streams()]
         self._read = Future()
         asked = decays[0] if self._lists == 1 else decays
         self._job = self._worker.submit(self._work, ready, asked, threads, self._read)

@@ -208,7 +208,7 @@ class DevicePairs:
             stream, *others = streams
             if captured:  # a graph can wait only for its own streams
                 others = [other for other in others if other in captured]
-            for other in (*others, *([] if captured else group.producers)):
+            for other in others:
                 driver.wait(stream, driver.record(other))
             driver.use(self._memory, stream)
             if schedule is not None:

@@ -123,6 +123,18 @@ def test_values_may_change_after_a_fence(fake, monkeypatch, fenced):
     assert (average == (0.5 if fenced else 1.5)).all()
 
 
+def test_what_only_speaks_dlpack_may_change_after_a_fence(fake):
+    """Its library waits for no stream of ours, so the host does."""
+    average, value = np.zeros(1000), np.ones(1000)
+    offload = cuda.Offload(average, fake_cuda.Exporter(value))
+    fake.lazy = {SIDE}
+    offload.update(0.5)
+    offload.fence()
+    value.fill(3)
+    offload.wait()
+    assert (average == 0.5).all()
+
+
 def test_an_update_returns_before_its_averages_have_moved(fake):
     average = np.zeros(1000)
     offload = cuda.Offload(average, Array(np.ones(1000)))

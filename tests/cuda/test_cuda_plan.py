@@ -330,6 +330,37 @@ def test_whatever_speaks_dlpack_is_averaged():
     assert (average == 0.5).all()
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Return a function that makes an array of JAX which says it lies on a device."""
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    from fastema._arrays import jax as library
+
+    monkeypatch.setattr(library._Jax, "is_on_cuda", lambda self, array: True)  # noqa: ARG005
+    return jax.numpy.asarray
+
+
+def test_values_of_jax_are_read_when_the_call_returns(fake, on_gpu):
+    """XLA waits for no stream of ours before a step that was donated a value overwrites it."""
+    average, fake.lazy = f32(3), {2}
+    pairs = fastema.Pairs(Array(average), on_gpu(np.ones(3, np.float32)))
+    pairs.update(0.5)
+    assert (average == 0.5).all()
+    fastema.update(Array(average), on_gpu(np.ones(3, np.float32)), 0.5)
+    assert (average == 0.75).all()
+    with (
+        fake.capture(fake.current["cupy"]),
+        pytest.raises(RuntimeError, match="without waiting for a stream"),
+    ):
+        pairs.update(0.5, check=False)
+
+
+def test_what_only_speaks_dlpack_is_read_when_the_call_returns(fake):
+    average, fake.lazy = f32(3), {2}
+    fastema.update(Array(average), fake_cuda.Exporter(np.ones(3, np.float32)), 0.5)
+    assert (average == 0.5).all()
+
+
 def test_work_goes_to_the_current_stream_of_the_arrays_library(fake, torch):
     a, v = fake_cuda.tensor(torch.zeros(3)), fake_cuda.tensor(torch.ones(3))
     pairs = fastema.Pairs([a], [v])

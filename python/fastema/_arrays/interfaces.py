@@ -181,7 +181,8 @@ class _Interfaces(Library):
 
     def _locate(self, array: AnyArray) -> Location:
         driver = _driver()
-        if not hasattr(array, "__cuda_array_interface__"):
+        unaware = not hasattr(array, "__cuda_array_interface__")
+        if unaware:
             array = driver.imported(array)
         interface = array.__cuda_array_interface__
         address, read_only = interface["data"]
@@ -196,7 +197,7 @@ class _Interfaces(Library):
             named: int | None = array.__cuda_array_interface__.get("stream")
             return named
 
-        return Location(descriptor, device, "cupy", None if own else stream, array)
+        return Location(descriptor, device, "cupy", None if own else stream, array, unaware)
 
 
 library = _Interfaces()

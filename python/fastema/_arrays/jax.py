@@ -170,7 +170,7 @@ class _Jax(Library):
         dtype = np.dtype(array.dtype)
         strides = c_strides(array.shape, dtype)
         descriptor = Descriptor(dtype, array.shape, strides, array.unsafe_buffer_pointer(), False)
-        return Location(descriptor, int(array.__dlpack_device__()[1]), "cupy", None, array)
+        return Location(descriptor, int(array.__dlpack_device__()[1]), "cupy", None, array, unaware=True)
 
 
 library = _Jax()

@@ -15,6 +15,9 @@ class Group:
         arguments: Lists of arrays by the names of their arguments; the first array lies on the device.
         single: Whether each is one array, not a list.
 
+    Attributes:
+        unaware: Whether an array's library knows of no stream of ours: then the host has to wait for us.
+
     Raises:
         TypeError: An array lies elsewhere, or cannot be viewed.
     """
@@ -25,6 +28,7 @@ class Group:
         self._owners: dict[str, None] = {}  # in order, each once
         self._producers: list[Callable[[], int | None]] = []  # tell on which streams others make them ready
         self._held = []
+        self.unaware = False
         for argument, arrays in arguments.items():
             found = []
             for i, array in enumerate(arrays):
@@ -45,6 +49,7 @@ class Group:
                 if one.stream is not None:
                     self._producers.append(one.stream)
                 self._held.append(one.holder)
+                self.unaware |= one.unaware
             self.arrays.append(found)
         self.device = 0 if where is None else where[1]
 

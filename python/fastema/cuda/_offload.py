@@ -188,6 +188,8 @@ class Offload:
         with self._driver.on(self._group.device):
             for stream in self._group.streams():
                 self._driver.wait(stream, event)
+            if self._group.unaware:
+                self._driver.finish(event)
 
     def wait(self) -> None:
         """Wait until the averages are those of the last update.

@@ -33,8 +33,8 @@ _SWAP = np.dtype([("tensors", "<u8"), ("chunks", "<u8"), ("chunk", "<u4")], alig
 class DevicePairs:
     """What `fastema.Pairs` holds where its arrays lie on a CUDA device; arguments as for `_core.Pairs`.
 
-    No call allocates, copies or waits. The exceptions: the first of each kind compiles its kernel, and
-    addresses that changed are uploaded.
+    No call allocates, copies or waits. The exceptions: the first of each kind compiles its kernel, addresses
+    that changed are uploaded, and of arrays whose library waits for no stream (JAX's) it is done on return.
     """
 
     engine: Literal["cuda"] = "cuda"
@@ -201,6 +201,8 @@ class DevicePairs:
             streams = group.streams()
             captured = [stream for stream in streams if driver.is_capturing(stream)]
             if captured:
+                if group.unaware:
+                    once = "arrays whose library changes them without waiting for a stream of ours"
                 if once is None and expression not in self._launches:
                     once = "a kernel that is not compiled yet"
                 if once is not None:
@@ -220,6 +222,8 @@ class DevicePairs:
             self._launches[expression](self._blocks, stream)
             for other in others:  # they may change values, and read averages
                 driver.wait(other, driver.record(stream))
+            if group.unaware:
+                driver.finish(driver.record(stream))
 
 
 def _tables(group: Group) -> tuple[np.ndarray, np.ndarray]:

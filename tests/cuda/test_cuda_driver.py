@@ -67,6 +67,66 @@ def test_a_thread_that_never_asked_for_anything_can_launch(cupy, driver):
     assert cupy.log == [("launch", 0)]
 
 
+# --- memory -------------------------------------------------------------------------------------------
+
+
+class OfTorch:
+    """A tensor of torch's pool that says it lies on a device, and what was asked of it."""
+
+    def __init__(self, torch, monkeypatch):
+        self.used, self.made, self._empty = [], [], torch.empty
+        self.device = torch.device("cuda", 1)
+        monkeypatch.setattr(torch, "empty", self._make)
+        monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: (handle, device))
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: (0, device))
+
+    def _make(self, size, dtype, device):
+        assert device == self.device
+        self._tensor = self._empty(size, dtype=dtype)
+        self.made.append(size)
+        return self
+
+    def data_ptr(self):
+        return self._tensor.data_ptr()
+
+    def record_stream(self, stream):
+        self.used.append(stream)
+
+
+@pytest.mark.parametrize("last", [5, 0])
+def test_tables_of_torchs_arrays_lie_in_torchs_pool_which_may_hold_all_memory(
+    cupy, driver, torch, monkeypatch, last
+):
+    pool, cupy.free = OfTorch(torch, monkeypatch), 0
+    with driver.on(1):
+        memory = driver.upload(np.zeros(4), Stream(7, None, "torch"))
+        assert pool.made == [32]
+        memory.stream = Stream(last, None, "torch")
+        del memory
+        assert pool.used == [(last, pool.device)]
+        driver.upload(np.zeros(4), Stream(7, None, "torch"))
+    assert len(pool.used) == 1, "its own stream needs no word"
+
+
+def test_cupys_pool_gives_back_what_it_does_not_use(cupy, driver):
+    cupy.free, cupy.pooled = 0, 4096
+    with driver.on(0):
+        driver.upload(np.zeros(4), Stream(7))
+        assert cupy.pooled == 0
+        with pytest.raises(fake_cupy.CudaError, match="out of memory"):
+            driver.upload(np.zeros(1 << 20), Stream(7))
+
+
+def test_a_forked_child_gives_no_memory_back(cupy, driver, monkeypatch):
+    """CUDA would raise there, and a destructor print it."""
+    with driver.on(0):
+        memory = driver.upload(np.zeros(4), Stream(7))
+    monkeypatch.setattr(_driver.os, "getpid", lambda: -1)
+    cupy.log.clear()
+    del memory
+    assert cupy.log == []
+
+
 # --- graphs -------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ class CuPy:
         contexts: The devices that have a context.
         log: What was asked for, in order.
         free: How many bytes the devices have.
+        pooled: How many bytes CuPy's pool holds without a use for them.
         capturing: The handles of streams that are captured.
     """
 
@@ -31,6 +32,7 @@ class CuPy:
         self.contexts, self.log, self.free, self.capturing = set(), [], 1 << 30, set()
         self._thread, self._addresses, self._sizes = _Thread(), itertools.count(4096, 4096), {}
         self._devices = devices
+        self.pooled = 0
         self.cuda = SimpleNamespace(
             runtime=SimpleNamespace(
                 **{name: getattr(self, name) for name in dir(self) if not name.startswith("_")}
@@ -70,6 +72,12 @@ class CuPy:
         return stream in self.capturing
 
     # --- memory -----------------------------------------------------------------------------------
+
+    def get_default_memory_pool(self):
+        def free_all_blocks():
+            self.free, self.pooled = self.free + self.pooled, 0
+
+        return SimpleNamespace(free_all_blocks=free_all_blocks)
 
     memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice = range(1, 4)  # noqa: N815
 

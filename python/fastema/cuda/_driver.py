@@ -6,13 +6,14 @@ which does the same on host memory (tests/support/fake_cuda.py).
 
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,10 +21,11 @@ from ._source import OPTIONS, SOURCE, THREADS
 
 
 class Stream(NamedTuple):
-    """A CUDA stream, and what keeps it from being destroyed."""
+    """A CUDA stream, what keeps it from being destroyed, and whose it is."""
 
     handle: int
     holder: object = None
+    owner: Literal["torch", "cupy"] = "cupy"
 
 
 class Handle(Protocol):
@@ -38,7 +40,7 @@ class Handle(Protocol):
 class Allocation:
     """A piece of device memory, given back in the order of the stream that used it last.
 
-    CuPy's pool would hand it out again at once, while a kernel on torch's stream still reads it.
+    CuPy's pool would hand it out again at once, while a kernel on another stream still reads it.
 
     Attributes:
         contents: What it was made from, as long as a device that reads host memory by itself may need it.
@@ -50,9 +52,11 @@ class Allocation:
         self.address = address
         self.stream = stream
         self._free = free
+        self._process = os.getpid()
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
+        # a process that was forked cannot ask CUDA for anything, nor is the memory its own
+        if not sys.is_finalizing() and os.getpid() == self._process:
             self._free(self.address, self.stream)
 
 
@@ -69,6 +73,23 @@ def not_in_graph(what: str) -> RuntimeError:
         f"a CUDA graph is being captured, and its replays would see {what}: before the capture make "
         "fastema.Pairs and update them once by a fastema.cuda.Schedule; capture update(schedule, check=False)"
     )
+
+
+def _from_torch(size: int, stream: Stream, device: int) -> Allocation:
+    """Return memory of torch's pool, which may hold all there is on the device."""
+    import torch  # noqa: PLC0415 - loaded already: it owns the arrays
+
+    tensor = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+
+    def free(_: int, last: Stream) -> None:
+        if last.handle != stream.handle:
+            cuda: Any = torch.cuda
+            place = tensor.device
+            default = last.handle == 0  # which ExternalStream would take for a new one
+            used = cuda.default_stream(place) if default else cuda.ExternalStream(last.handle, device=place)
+            tensor.record_stream(used)  # the pool waits for it
+
+    return Allocation(tensor.data_ptr(), free, stream)
 
 
 class _Current:
@@ -148,7 +169,7 @@ class Driver:
             import torch  # noqa: PLC0415 - loaded already: it owns the arrays
 
             stream = torch.cuda.current_stream(device)
-            return Stream(stream.cuda_stream, stream)
+            return Stream(stream.cuda_stream, stream, "torch")
         stream = self._cupy.cuda.get_current_stream(device)
         return Stream(stream.ptr, stream)
 
@@ -208,14 +229,26 @@ class Driver:
             raise not_in_graph("what is paired or moved now, copied from host memory that is gone by then")
 
     def allocate(self, size: int, stream: Stream) -> Allocation:
-        """Return new device memory, for what a stream does from now on."""
-        device = self._runtime.getDevice()
+        """Return new device memory, for what a stream does from now on: of the pool of the stream's owner.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        device = int(self._runtime.getDevice())
+        if stream.owner == "torch":
+            return _from_torch(size, stream, device)
 
         def free(address: int, stream: Stream) -> None:
             with self.on(device):  # the default stream is the current device's
-                self._runtime.freeAsync(address, stream.handle)
+                if not self.is_capturing(stream):  # it would be freed by each replay
+                    self._runtime.freeAsync(address, stream.handle)
 
-        return Allocation(self._runtime.mallocAsync(size, stream.handle), free, stream)
+        try:
+            address = self._runtime.mallocAsync(size, stream.handle)
+        except RuntimeError:  # CuPy's pool may hold what is free
+            self._cupy.get_default_memory_pool().free_all_blocks()
+            address = self._runtime.mallocAsync(size, stream.handle)
+        return Allocation(address, free, stream)
 
     def use(self, memory: Allocation, stream: Stream) -> None:
         """Order what a stream is asked to do with memory after what others were.

@@ -70,7 +70,7 @@ def update(
             (exactly a float32 together). Changed in place.
 
     Raises:
-        ImportError: Arrays lie on a CUDA device, and CuPy is not installed.
+        ImportError: Arrays lie on a CUDA device, and CuPy is not installed or cannot run.
         RuntimeError: A CUDA graph is being captured, which needs `Pairs` that were made before.
         TypeError: An array is none, its type is not offered, its memory cannot be viewed, or it lies
             elsewhere than the first average.

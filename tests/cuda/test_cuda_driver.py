@@ -1,11 +1,14 @@
 """What is asked of CuPy, by a model of CUDA's rules, and of CuPy itself as far as that goes without a GPU."""
 
+import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+import fake_cuda
 import fake_cupy
 from fastema.cuda import _driver
 from fastema.cuda._driver import Stream
@@ -65,6 +68,65 @@ def test_a_thread_that_never_asked_for_anything_can_launch(cupy, driver):
     with ThreadPoolExecutor(1) as other:
         other.submit(work).result()
     assert cupy.log == [("launch", 0)]
+
+
+# --- is there any? ------------------------------------------------------------------------------------
+
+
+def cupy_that(monkeypatch, **broken):
+    """Have a CuPy imported some of whose functions fail."""
+    cupy = types.ModuleType("cupy")
+    cupy.__version__ = "14.0"
+    runtime = types.SimpleNamespace(is_hip=False, getDeviceCount=lambda: 1)
+    cupy.cuda = types.SimpleNamespace(
+        runtime=runtime, nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)), driver=None
+    )
+    for name, value in broken.items():
+        place = cupy.cuda.nvrtc if name == "getVersion" else runtime
+        setattr(place, name, value)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    _driver.load.cache_clear()
+    monkeypatch.setattr(_driver, "_succeeds", _driver._succeeds.__wrapped__)
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (
+            {"getDeviceCount": raising(RuntimeError("cudaErrorInsufficientDriver"))},
+            "cudaErrorInsufficientDriver",
+        ),
+        ({"getVersion": raising(ImportError("libnvrtc.so.13"))}, r"libnvrtc\.so\.13"),
+        ({"is_hip": True}, "it was built for ROCm"),
+    ],
+)
+def test_a_cupy_that_cannot_run_is_as_good_as_none(monkeypatch, torch, broken, reason):
+    cupy_that(monkeypatch, **broken)
+    with pytest.raises(
+        ImportError, match=f"needs a CuPy that runs, and 14.0 does not: {reason}; pip install 'fastema"
+    ):
+        _driver.load()
+    pytest.importorskip("keras", reason="keras is not installed")
+    from fastema.keras.backends import torch as backend
+
+    average, value = fake_cuda.tensor(torch.zeros(3)), fake_cuda.tensor(torch.ones(3))
+    with torch.no_grad():
+        assert backend.Torch().update([average], [value], lambda: 0.5, None, "auto") == "graph"
+    assert (average == 0.5).all()
+
+
+def test_a_cupy_that_runs_is_loaded(monkeypatch):
+    cupy_that(monkeypatch)
+    assert isinstance(_driver.load(), _driver.Driver)
+    assert _driver.runs()
+    _driver.load.cache_clear()
 
 
 # --- memory -------------------------------------------------------------------------------------------

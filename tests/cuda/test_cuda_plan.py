@@ -811,7 +811,7 @@ def test_kerass_torch_backend_averages_and_swaps_on_the_device(fake, torch, monk
     assert (value == 0.75).all()
     monkeypatch.setattr(backend, "_has_cupy", lambda: False)
     with pytest.raises(
-        RuntimeError, match=r"engine='native' cannot run here: .* needs CuPy: pip install 'fast"
+        RuntimeError, match=r"engine='native' cannot run here: .* needs a CuPy that runs: pip install 'fast"
     ):
         engine.update([average], [value], lambda: 0.5, None, "native")
 

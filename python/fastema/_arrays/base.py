@@ -320,7 +320,7 @@ class Library(ABC):
             name: What errors call it.
 
         Raises:
-            ImportError: CuPy is not installed.
+            ImportError: CuPy is not installed or cannot run.
             TypeError: Its memory cannot be viewed.
         """
         try:

@@ -113,7 +113,7 @@ def locate(array: AnyArray, name: str) -> Location:
     """Return where an array on a CUDA device lies.
 
     Raises:
-        ImportError: CuPy is not installed.
+        ImportError: CuPy is not installed or cannot run.
         TypeError: It is no array, or its memory cannot be viewed.
     """
     return _library(array, name).locate(array, name)

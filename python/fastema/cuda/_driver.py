@@ -323,13 +323,37 @@ def load() -> Driver:
     """Return the driver.
 
     Raises:
-        ImportError: CuPy is not installed.
+        ImportError: CuPy is not installed, or cannot run here.
     """
     try:
         import cupy  # noqa: PLC0415 - only where arrays lie on a device
     except ImportError as missing:
+        raise ImportError(f"averaging arrays in CUDA memory needs CuPy: {_INSTALL} ({missing})") from None
+    try:
+        if cupy.cuda.runtime.is_hip:
+            raise RuntimeError("it was built for ROCm")
+        cupy.cuda.runtime.getDeviceCount()  # makes no context
+        cupy.cuda.nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as broken:
         raise ImportError(
-            "averaging arrays in CUDA memory needs CuPy: pip install 'fastema[cuda13]', or 'fastema[cuda12]' "
-            f"for a driver of CUDA 12 ({missing})"
+            f"averaging arrays in CUDA memory needs a CuPy that runs, and {cupy.__version__} does not: "
+            f"{broken}; {_INSTALL}"
         ) from None
     return Driver(cupy)
+
+
+_INSTALL = "pip install 'fastema[cuda13]', or 'fastema[cuda12]' for a driver of CUDA 12"
+
+
+def runs() -> bool:
+    """Tell whether arrays in CUDA memory can be averaged by our kernels here."""
+    return _succeeds(load)
+
+
+@cache
+def _succeeds(load: Callable[[], Driver]) -> bool:
+    try:
+        load()
+    except ImportError:
+        return False
+    return True

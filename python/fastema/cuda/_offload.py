@@ -51,7 +51,7 @@ class Offload:
         carries: As for `fastema.update`, in CPU memory.
 
     Raises:
-        ImportError: CuPy is not installed.
+        ImportError: CuPy is not installed or cannot run.
         TypeError: As for `fastema.update`, or an array is not where it must be.
         ValueError: As for `fastema.update`.
 

@@ -1,8 +1,6 @@
 """torch: parameters and averages change in place; on CPUs and CUDA devices by native code."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -110,9 +108,10 @@ def _places(tensors: list[torch.Tensor]) -> list[str]:
     return sorted({str(x.device) for x in tensors})
 
 
-@cache
 def _has_cupy() -> bool:
-    return find_spec("cupy") is not None
+    from ...cuda import _driver  # noqa: PLC0415 - no CPU needs it
+
+    return _driver.runs()
 
 
 def _native_carrier(tensors: list[torch.Tensor]) -> Carrier:
@@ -127,7 +126,7 @@ def _native_carrier(tensors: list[torch.Tensor]) -> Carrier:
 def _reason(tensors: list[torch.Tensor]) -> str:
     places = _places(tensors)
     if len(places) == 1 and places[0].startswith("cuda"):
-        return f"weights lie on {places[0]}, which needs CuPy: pip install 'fastema[cuda13]'"
+        return f"weights lie on {places[0]}, which needs a CuPy that runs: pip install 'fastema[cuda13]'"
     return f"weights lie on {', '.join(places)}"
 
 

@@ -324,6 +324,17 @@ def test_torch_tensors_of_every_type_are_averaged_in_place(torch):
     assert (average == 0.5).all()
 
 
+def test_tensors_on_rocm_are_averaged_by_torch(fake, torch, monkeypatch):
+    """There torch calls a device "cuda" that runs none of our kernels."""
+    monkeypatch.setattr(torch.version, "hip", "6.2", raising=False)
+    average, value = fake_cuda.tensor(torch.zeros(3)), fake_cuda.tensor(torch.ones(3))
+    pairs = fastema.Pairs(average, value)
+    pairs.update(0.5)
+    assert (average == 0.5).all()
+    assert pairs._engine == "torch"
+    assert fake.log == []
+
+
 def test_whatever_speaks_dlpack_is_averaged():
     average, value = f32(5), np.ones(5, np.float32)
     fastema.update(fake_cuda.Exporter(average), fake_cuda.Exporter(value), 0.5)

@@ -105,7 +105,7 @@ class _Tensor(Leaf):
 
     def __init__(self, tensor: AnyArray, name: str) -> None:
         self._tensor, self._name = tensor, name
-        self.may_move = not tensor.is_cuda  # pairs on devices follow theirs
+        self.may_move = not is_on_cuda(tensor)  # pairs on devices follow theirs
         self.address = library.address(tensor)
         self._look()
 
@@ -377,7 +377,14 @@ def _described(tensor: AnyArray) -> Descriptor:
 
 def is_elsewhere(tensor: AnyArray) -> bool:
     """Tell whether a tensor lies where only torch itself can compute; tests have others lie there, too."""
-    return not (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
+    return not (tensor.is_cpu or tensor.is_meta or is_on_cuda(tensor))
+
+
+def is_on_cuda(tensor: AnyArray) -> bool:
+    """Tell whether a tensor lies on a device of CUDA; torch says so of ROCm's as well."""
+    import torch  # noqa: PLC0415
+
+    return bool(tensor.is_cuda) and torch.version.hip is None
 
 
 def _place_of(tensor: AnyArray) -> tuple[int, int]:
@@ -448,7 +455,7 @@ class _Torch(Library):
         return None
 
     def is_on_cuda(self, array: AnyArray) -> bool:
-        return bool(array.is_cuda)
+        return is_on_cuda(array)
 
     def is_elsewhere(self, array: AnyArray) -> bool:
         return is_elsewhere(array)

@@ -324,10 +324,28 @@ def test_torch_tensors_of_every_type_are_averaged_in_place(torch):
     assert (average == 0.5).all()
 
 
+def test_what_is_exported_as_read_only_is_read_and_not_written(fake):
+    value = np.ones(5, np.float32)
+    value.flags.writeable = False
+    average = f32(5)
+    fastema.update(Array(average), fake_cuda.Exporter(value), 0.5)
+    assert (average == 0.5).all()
+    fake.log.clear()
+    for call in (
+        lambda: fastema.update(fake_cuda.Exporter(value), Array(average), 0.5),
+        lambda: fastema.swap(Array(average), fake_cuda.Exporter(value)),
+    ):
+        with pytest.raises(ValueError, match="must be writ"):
+            call()
+    assert fake.log == []
+    assert (value == 1).all()
+
+
 def test_tensors_on_rocm_are_averaged_by_torch(fake, torch, monkeypatch):
     """There torch calls a device "cuda" that runs none of our kernels."""
     monkeypatch.setattr(torch.version, "hip", "6.2", raising=False)
     average, value = fake_cuda.tensor(torch.zeros(3)), fake_cuda.tensor(torch.ones(3))
+    monkeypatch.setattr(type(average), "is_cpu", False, raising=False)
     pairs = fastema.Pairs(average, value)
     pairs.update(0.5)
     assert (average == 0.5).all()

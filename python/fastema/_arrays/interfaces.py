@@ -4,6 +4,7 @@ Those on a device are copied byte by byte in CuPy's current stream, and what nee
 host memory: CuPy flushes subnormals to zero, and before version 14 it has no bfloat16.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -34,6 +35,32 @@ def c_strides(shape: Sequence[int], dtype: DType) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+class _Managed(ctypes.Structure):
+    """The head of DLPack's DLManagedTensorVersioned."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+_CAPSULE, _READ_ONLY = b"dltensor_versioned", 1
+
+
+def is_read_only(array: AnyArray) -> bool:
+    """Tell whether something on a device is exported by DLPack as read-only, which CuPy does not look at."""
+    try:
+        capsule = array.__dlpack__(max_version=(1, 0))
+    except TypeError:  # it speaks a version that knows no such thing
+        return False
+    is_valid, pointer = ctypes.pythonapi.PyCapsule_IsValid, ctypes.pythonapi.PyCapsule_GetPointer
+    is_valid.argtypes = pointer.argtypes = ctypes.py_object, ctypes.c_char_p
+    pointer.restype = ctypes.POINTER(_Managed)
+    return bool(is_valid(capsule, _CAPSULE) and pointer(capsule, _CAPSULE).contents.flags & _READ_ONLY)
 
 
 class _OnDevice(Leaf):
@@ -182,6 +209,7 @@ class _Interfaces(Library):
     def _locate(self, array: AnyArray) -> Location:
         driver = _driver()
         unaware = not hasattr(array, "__cuda_array_interface__")
+        sealed = unaware and is_read_only(array)
         if unaware:
             array = driver.imported(array)
         interface = array.__cuda_array_interface__
@@ -189,7 +217,7 @@ class _Interfaces(Library):
         dtype = dtype_named(getattr(array, "dtype", interface["typestr"]))
         shape = tuple(interface["shape"])
         strides = interface.get("strides") or c_strides(shape, dtype)
-        descriptor = Descriptor(dtype, shape, tuple(strides), address, not read_only)
+        descriptor = Descriptor(dtype, shape, tuple(strides), address, not (read_only or sealed))
         own = type(array).__module__.partition(".")[0] == "cupy"
         device = array.device.id if own else driver.device_of(address) if address else None
 

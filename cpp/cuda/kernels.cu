@@ -68,9 +68,8 @@ constexpr int blocks_for(uint32_t present) {
 // kRounding: 0 to nearest; 1 at random where averages have 16 bits; 2 with carries, one for each
 // row (float32 averages of all but float64: float32; bfloat16 ones: int16), where the mix has one.
 template <uint32_t kPresent, int kRounding>
-__global__ void __launch_bounds__(kThreads, blocks_for(kPresent))
-    update(const Tensor* tensors, void* const* carries, const Chunk* chunks, uint32_t chunk,
-           uint32_t lists, const __grid_constant__ Decays decays, uint64_t seed, uint64_t step) {
+inline void update(const Tensor* tensors, void* const* carries, const Chunk* chunks, uint32_t chunk,
+                   uint32_t lists, const Decays& decays, uint64_t seed, uint64_t step) {
   const Chunk part = chunks[blockIdx.x];
   if (decays.device != nullptr) step = decays.device->step;
   for (uint32_t k = 0; k < lists; ++k) {
@@ -86,8 +85,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(kPresent))
 }
 
 // Exchanges averages and values, of one type each: a block for each chunk, whose group is a row.
-__global__ void __launch_bounds__(kThreads)
-    swap(const Tensor* tensors, const Chunk* chunks, uint32_t chunk) {
+inline void swap(const Tensor* tensors, const Chunk* chunks, uint32_t chunk) {
   const Chunk part = chunks[blockIdx.x];
   const Tensor tensor = tensors[part.group];
   uint64_t first, last;
@@ -101,3 +99,30 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace fastema
+
+// The entry points. A host has one compiled at a time, by a line that it appends (_source.py): what
+// it does not launch would take as long. By names that are not mangled: CuPy before 14.2 keeps on
+// the disk only what it is not asked for by an expression of C++.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
+#define FASTEMA_CONSTANT const  // a copy in local memory
+#else
+#define FASTEMA_CONSTANT const __grid_constant__
+#endif
+#define FASTEMA_UPDATE(present, rounding)                                                       \
+  extern "C" __global__ void __launch_bounds__(fastema::kThreads, fastema::blocks_for(present)) \
+      fastema_update(const fastema::Tensor* tensors, void* const* carries,                      \
+                     const fastema::Chunk* chunks, uint32_t chunk, uint32_t lists,              \
+                     FASTEMA_CONSTANT fastema::Decays decays, uint64_t seed, uint64_t step) {   \
+    fastema::update<present, rounding>(tensors, carries, chunks, chunk, lists, decays, seed,    \
+                                       step);                                                   \
+  }
+#define FASTEMA_SWAP                                                                               \
+  extern "C" __global__ void __launch_bounds__(fastema::kThreads)                                  \
+      fastema_swap(const fastema::Tensor* tensors, const fastema::Chunk* chunks, uint32_t chunk) { \
+    fastema::swap(tensors, chunks, chunk);                                                         \
+  }
+#define FASTEMA_ADVANCE                                                                       \
+  extern "C" __global__ void fastema_advance(                                                 \
+      fastema::State* state, FASTEMA_CONSTANT fastema::Schedules schedules, uint32_t lists) { \
+    fastema::advance(state, schedules, lists);                                                \
+  }

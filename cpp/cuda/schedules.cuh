@@ -123,7 +123,7 @@ inline double decay_over(const Schedule& schedule, uint64_t step) {
 
 // Counts a step and computes its decays, one for each list: one thread of one block. A step that is
 // not due has a decay of -1.
-__global__ void advance(State* state, const __grid_constant__ Schedules schedules, uint32_t lists) {
+inline void advance(State* state, const Schedules& schedules, uint32_t lists) {
   if (threadIdx.x != 0) return;
   const uint64_t step = state->step + 1;
   state->step = step;

@@ -10,8 +10,10 @@ import pytest
 
 import fake_cuda
 import fake_cupy
+import nvrtc
 from fastema.cuda import _driver
 from fastema.cuda._driver import Stream
+from processes import SUPPORT, output_of
 
 
 @pytest.fixture
@@ -210,3 +212,61 @@ def test_nothing_is_copied_from_host_memory_in_a_capture(cupy, driver):
             with pytest.raises(RuntimeError, match="copied from host memory that is gone by then"):
                 call()
     assert cupy.log == []
+
+
+# --- kernels ------------------------------------------------------------------------------------------
+
+COMPILED = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import nvrtc
+    nvrtc.library()  # loaded, it is found by CuPy wherever it is
+    from types import SimpleNamespace
+    import cupy
+    from cupy.cuda import compiler
+    from fastema.cuda import _driver, _source
+
+    compiled, loaded = [], []
+
+    class Module:  # what CuPy gives cubins to, which needs a device
+        mapping = {}
+
+        def load(self, cubin):
+            loaded.append(bytes(cubin))
+
+        def _set_mapping(self, mapping):
+            self.mapping = mapping or {}
+
+        def get_function(self, name):
+            assert self.mapping.get(name, name).encode() in loaded[-1]
+            return SimpleNamespace(kernel=None)
+
+    compiles = compiler._NVRTCProgram.compile
+
+    def compile(self, *arguments):
+        if "fastema" in self.src:
+            compiled.append(self.src)
+        return compiles(self, *arguments)
+
+    def raw_module(code, options, name_expressions=None):  # as CuPy's does, but for asking for the device
+        return compiler._compile_module_with_cache(
+            code, options, name_expressions=name_expressions
+        )
+
+    compiler._NVRTCProgram.compile = compile
+    compiler.function.Module = Module
+    compiler._get_arch = lambda: "90"
+    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: ("-arch=sm_90", "cubin")
+    driver = _driver.Driver(SimpleNamespace(RawModule=raw_module, cuda=cupy.cuda))
+    for entry in (_source.update_name([10], 0), _source.SWAP, _source.ADVANCE):
+        driver._function(entry, 0)
+    print(len(compiled), len(loaded))
+"""
+
+
+def test_what_one_process_compiled_another_reads_from_the_disk(tmp_path):
+    """CuPy before 14.2 compiled anew what it was asked for by an expression of C++."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    nvrtc.library()
+    assert output_of(COMPILED, SUPPORT, CUPY_CACHE_DIR=str(tmp_path)) == "3 3"
+    assert output_of(COMPILED, SUPPORT, CUPY_CACHE_DIR=str(tmp_path)) == "0 3"

@@ -2,6 +2,7 @@
 // program: every mix (a bit of MIXES each), rounding and alignment in memory of just the right
 // size, for the sanitizers.
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -14,7 +15,7 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, void** arguments,
             std::index_sequence<kIndex...>) {
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < fastema::kThreads; ++threadIdx.x) {
-      kernel(*static_cast<Parameters*>(arguments[kIndex])...);
+      kernel(*static_cast<std::remove_reference_t<Parameters>*>(arguments[kIndex])...);
     }
   }
 }

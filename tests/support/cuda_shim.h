@@ -5,10 +5,6 @@
 #include <math.h>
 #include <stdint.h>
 
-#define __global__ inline
-#define __launch_bounds__(...)
-#define __grid_constant__
-
 struct Index {
   unsigned x;
 };

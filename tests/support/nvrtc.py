@@ -3,6 +3,7 @@
 import ctypes
 import ctypes.util
 import importlib.util
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ ADDED_BY_CUPY = ["-ftz=true", "--device-as-default-execution-space"]
 
 @cache
 def _library():
+    if chosen := os.environ.get("FASTEMA_NVRTC"):  # the path of another version
+        return ctypes.CDLL(chosen)
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (spec.submodule_search_locations if spec else ())]
     found = [file for folder in folders for file in sorted(folder.glob("*/lib/libnvrtc.so.*[0-9]"))]
@@ -31,12 +34,11 @@ def library():
 
 
 @cache
-def compiled(architecture, *expressions, source=_source.SOURCE):
-    """Compile entry points for an architecture as CuPy does; return the PTX, the cubin and the log."""
+def compiled(architecture, entry):
+    """Compile an entry point for an architecture as CuPy does; return the PTX, the cubin and the log."""
     nvrtc, program = library(), ctypes.c_void_p()
+    source, _ = _source.unit(entry)
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
-    for expression in expressions:
-        nvrtc.nvrtcAddNameExpression(program, expression.encode())
     options = [*_source.OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v", *ADDED_BY_CUPY]
     as_bytes = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), as_bytes)
@@ -64,4 +66,4 @@ def architectures():
 
 def entries(ptx):
     """Return the name and the instructions of each entry point."""
-    return re.findall(r"\.entry _ZN7fastema\d+([a-z]+)\w+\(.*?\n\{\n(.*?)\n\}", ptx, re.DOTALL)
+    return re.findall(r"\.entry fastema_(\w+)\(.*?\n\{\n(.*?)\n\}", ptx, re.DOTALL)

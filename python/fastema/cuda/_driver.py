@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from ._source import OPTIONS, SOURCE, THREADS
+from ._source import OPTIONS, THREADS, unit
 
 
 class Stream(NamedTuple):
@@ -313,8 +313,9 @@ class Driver:
     def _function(self, expression: str, device: int) -> Handle:
         key = expression, device
         if key not in self._functions:
-            module = self._cupy.RawModule(code=SOURCE, options=OPTIONS, name_expressions=(expression,))
-            self._functions[key] = module.get_function(expression).kernel
+            code, name = unit(expression)
+            module = self._cupy.RawModule(code=code, options=OPTIONS)
+            self._functions[key] = module.get_function(name).kernel
         return self._functions[key]
 
 

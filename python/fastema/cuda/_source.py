@@ -43,7 +43,7 @@ SCHEDULES = {  # the kinds
 }
 
 
-# Entry points, as C++ names them.
+# Entry points, as C++ names what they call.
 SWAP = "fastema::swap"
 ADVANCE = "fastema::advance"
 
@@ -51,6 +51,13 @@ ADVANCE = "fastema::advance"
 def update_name(mixes: Iterable[int], rounding: int) -> str:
     """Return the entry point that updates a list of these mixes."""
     return f"fastema::update<{bits_of(mixes)}u, {rounding}>"
+
+
+def unit(entry: str) -> tuple[str, str]:
+    """Return the text that has this entry point and no other, and its name there."""
+    name, _, arguments = entry.removeprefix("fastema::").partition("<")
+    call = f"FASTEMA_{name.upper()}" + (f"({arguments.rstrip('>')})" if arguments else "")
+    return f"{SOURCE}{call}\n", f"fastema_{name}"
 
 
 def bits_of(mixes: Iterable[int]) -> int:

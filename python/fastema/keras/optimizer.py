@@ -266,10 +266,13 @@ class ExponentialMovingAverage(
                 self.build(trainable_variables)
         with self._refusing_while_swapped("train", [*self._trainable_variables, *self._optimizer.variables]):
             self._averages.start()
-            before = self._backend.count(self.iterations)
+            before = None if self._always_advances() else self._backend.count(self.iterations)
             self._training().apply(grads, trainable_variables)
+        if before is None:
+            self._averages.update(self._backend.count_after_step(self.iterations))
+            return
         step = self._backend.count(self.iterations)
-        self._averages.update(step, None if self._always_advances() else step > before)
+        self._averages.update(step, step > before)
 
     def stateless_apply(
         self,

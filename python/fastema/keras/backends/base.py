@@ -157,6 +157,10 @@ class Backend:
         """Return what the counter says now, whatever is assigned to it later."""
         raise NotImplementedError
 
+    def count_after_step(self, iterations: Variable) -> Tensor:
+        """Return what `count` does, after a step that has counted one and assigned the counter once."""
+        return self.count(iterations)
+
     def number(self, step: Tensor) -> tuple[Tensor, ModuleType]:
         """Return a counted step as a float64, and the array library that computes with it."""
         return float(step), np

@@ -22,6 +22,11 @@ class Torch(Backend):
     def __init__(self) -> None:
         self._pairs: Pairs | None = None
         self._addresses: list[int] = []
+        self._counted: tuple[torch.Tensor | None, int, int] = (
+            None,
+            0,
+            0,
+        )  # a counter, its version, what it says
 
     def numpy(self, variable: Variable) -> np.ndarray:
         value = native(variable).detach().cpu()
@@ -59,7 +64,25 @@ class Torch(Backend):
         return context
 
     def count(self, iterations: Variable) -> Tensor:
-        return int(native(iterations))
+        return self._count(native(iterations), 0)
+
+    def count_after_step(self, iterations: Variable) -> Tensor:
+        return self._count(native(iterations), 1)
+
+    def _count(self, counter: torch.Tensor, steps: int) -> int:
+        """Return what a counter says, from memory where nothing but so many steps has assigned it.
+
+        To ask its device waits until that has done all it was asked for.
+        """
+        before, version, count = self._counted
+        if counter.is_inference():  # of which torch counts no versions
+            return int(counter)
+        if counter is before and counter._version == version + steps:
+            count += steps
+        else:
+            count = int(counter)
+        self._counted = counter, counter._version, count
+        return count
 
     def update(
         self,

@@ -1,9 +1,12 @@
 """What is asked of CuPy, by a model of CUDA's rules, and of CuPy itself as far as that goes without a GPU."""
 
+import os
+import subprocess
 import sys
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +132,21 @@ def test_a_cupy_that_runs_is_loaded(monkeypatch):
     assert isinstance(_driver.load(), _driver.Driver)
     assert _driver.runs()
     _driver.load.cache_clear()
+
+
+def test_tests_of_a_gpu_fail_where_one_must_be_and_is_not():
+    """Skipped, they would pass unseen on the very machine that is to run them."""
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-k", "subnormals"]
+    for needed, ending, code in (("0", "2 skipped", 0), ("1", "2 errors", 1)):
+        done = subprocess.run(
+            [*command, Path(__file__).with_name("test_gpu.py")],
+            env={**os.environ, "FASTEMA_GPU": needed, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ending in done.stdout, done.stdout
+        assert done.returncode == code
 
 
 # --- memory -------------------------------------------------------------------------------------------

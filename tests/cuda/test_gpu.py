@@ -1,13 +1,18 @@
 """What only a GPU can show. Each test states one law; all of them skip, and say why, where there is none.
 
-    python -m pytest -q tests/cuda/test_gpu.py
+With FASTEMA_GPU=1 they fail there.
+
+    FASTEMA_GPU=1 python -m pytest -q tests/cuda/test_gpu.py
     compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -q tests/cuda/test_gpu.py
     compute-sanitizer --tool initcheck --error-exitcode 1 python -m pytest -q tests/cuda/test_gpu.py
 
 The laws of lists, errors and streams are tested everywhere, on a fake device (test_cuda_plan.py).
 """
 
+import importlib
+import importlib.util
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -36,14 +41,33 @@ def why_not():
 
 
 REASON = why_not()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON)]
+NEEDED = os.environ.get("FASTEMA_GPU") == "1"  # where there must be one: then what cannot run has failed
+pytestmark = pytest.mark.gpu
+
+
+def cannot_run(reason):
+    """End a test."""
+    (pytest.fail if NEEDED else pytest.skip)(reason)
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    if REASON:
+        cannot_run(REASON)
+
+
+def module(name):
+    """Return a library without which a GPU is hardly used."""
+    if importlib.util.find_spec(name) is None:
+        cannot_run(f"{name} is not installed")
+    return importlib.import_module(name)
 
 
 class CuPy:
     """NumPy arrays to CuPy's and back."""
 
     def __init__(self):
-        self.module = pytest.importorskip("cupy", reason="CuPy is not installed")
+        self.module = module("cupy")
 
     def device(self, array):
         memory = self.module.empty(array.nbytes, self.module.uint8)
@@ -72,9 +96,9 @@ class Torch:
     """NumPy arrays to torch's and back."""
 
     def __init__(self):
-        self.module = pytest.importorskip("torch", reason="torch is not installed")
+        self.module = module("torch")
         if not self.module.cuda.is_available():
-            pytest.skip("torch has no CUDA here")
+            cannot_run("torch has no CUDA here")
 
     def device(self, array):
         torch = self.module

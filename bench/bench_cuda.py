@@ -155,11 +155,23 @@ def update(gpu: Gpu, report: Report, case: Case) -> None:
     pairs = fastema.Pairs(gpu.as_on_device(a), gpu.as_on_device(v))
     types = case.average if case.average == case.value else f"{case.average} <- {case.value}"
     moved = elements(shapes) * (each + itemsize(case.average))
-    result = report.run(f"{case.name}, {types}", moved, lambda: pairs.update(DECAY), rivals(gpu, a, v))
+    result = report.run(
+        f"{titled(case.name, case.shapes, shapes)}, {types}",
+        moved,
+        lambda: pairs.update(DECAY),
+        rivals(gpu, a, v),
+    )
     if case.of_copy is not None:
         report.of_copy(result, case.of_copy)
     if case.against is not None:
         report.times(result, [FOREACH, *COMPOSITIONS], case.against)
+
+
+def titled(name: str, asked: Shapes, shapes: Shapes) -> str:
+    """Return the name of a list, and how much of it there is where it was cut to fit."""
+    if list(shapes) == list(asked):
+        return name
+    return f"{name} cut to {elements(shapes):.3g} of {elements(asked):.3g} elements"
 
 
 def release(gpu: Gpu) -> None:
@@ -170,10 +182,11 @@ def release(gpu: Gpu) -> None:
 
 def swap(gpu: Gpu, report: Report, name: str, shapes: Shapes) -> None:
     """Measure swaps of a list."""
-    shapes = gpu.cut(shapes, 12)
+    asked, shapes = shapes, gpu.cut(shapes, 12)
     a, b = tensors(gpu, shapes, "f32", 1), tensors(gpu, shapes, "f32", 2)
     pairs = fastema.Pairs(gpu.as_on_device(a), gpu.as_on_device(b))
-    result = report.run(f"swap {name}", 16 * elements(shapes), pairs.swap, swap_rivals(gpu, a, b))
+    title = f"swap {titled(name, asked, shapes)}"
+    result = report.run(title, 16 * elements(shapes), pairs.swap, swap_rivals(gpu, a, b))
     report.times(result, ["torch three _foreach_copy_"], 1.5)
 
 
@@ -212,6 +225,7 @@ def offloads(gpu: Gpu, report: Report) -> None:
     """Measure averages in host memory against the slower of its two ways: the bus, and the CPU's update."""
     torch = gpu.torch
     shapes = gpu.cut(LISTS["GPT-2"], 12)
+    name = titled("GPT-2", LISTS["GPT-2"], shapes)
     v = tensors(gpu, shapes, "bf16", 2)
     averages = [np.zeros(shape, np.float32) for shape in shapes]
     offload = cuda.Offload(averages, gpu.as_on_device(v))
@@ -232,7 +246,7 @@ def offloads(gpu: Gpu, report: Report) -> None:
     timings = harness.measure(calls, report.samples, harness.Stopwatch(lambda _: gpu.synchronize(), most=1))
     bound = max(timings["bus"].median, timings["CPU"].median)
     share = bound / timings["offload"].median
-    report.goal("GPT-2, offload, f32 <- bf16", "of the bus or the CPU", share, 0.9)
+    report.goal(f"{name}, offload, f32 <- bf16", "of the bus or the CPU", share, 0.9)
 
 
 # --- the program ------------------------------------------------------------------------------------
@@ -257,10 +271,12 @@ def main(arguments: list[str] | None = None) -> None:
         for name, shapes in (("GPT-2", LISTS["GPT-2"]), ("7B", llama_7b()))[: 1 if options.quick else 2]:
             swap(gpu, report, name, shapes)
             release(gpu)
+        foreach = gpu.foreach()
         host(gpu, report)
         graphs(gpu, report)
         offloads(gpu, report)
-    print(f"\n{gpu.name}; copies at {report.rate / 1e9:.4g} GB/s\n\n{report.text()}\n")
+    versions = f"torch {gpu.torch.__version__} {foreach or ''}".strip()
+    print(f"\n{gpu.name}; copies at {report.rate / 1e9:.4g} GB/s; {versions}\n\n{report.text()}\n")
     for table in tables(report.results):
         print(f"{table.text()}\n")
     content = {
@@ -269,6 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
         "kernels": kernels_hash(),
         "build": fastema.build_config(),
         "torch": gpu.torch.__version__,
+        "foreach": foreach,
         "copy_bytes_per_second": report.rate,
         "goals": report.goals,
         "results": [plain(result) for result in report.results],

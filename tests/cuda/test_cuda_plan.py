@@ -104,6 +104,12 @@ def test_a_chunk_leaves_every_multiprocessor_eight_blocks_unless_it_would_be_tin
     assert elements // chunk >= 8 * multiprocessors or chunk == 1024
 
 
+def test_the_values_of_several_lists_chunks_stay_in_the_cache_until_the_last_has_read_them():
+    """Of float32 values with all that an H100 has under way: 132 multiprocessors, 8 blocks each."""
+    for lists in (2, 8):
+        assert _plan.chunk_size(10**9, 132, lists) * 8 * 132 * 4 < 10e6  # of 50 MB
+
+
 def test_an_update_of_any_list_is_one_launch_and_nothing_else(fake, rng):
     sizes = [0, 5, 70_000, 1, 64, 65_536, 3, 0, 17]
     averages = [of_many_magnitudes(rng, n, MIXES[i % len(MIXES)][0]) for i, n in enumerate(sizes)]

@@ -68,7 +68,7 @@ class DevicePairs:
         driver, device, lists = self._driver, self._group.device, self._lists
         self._tables = _tables(self._group)
         sizes = np.array([value.size for value in self._group.arrays[1]], np.int64)
-        chunk = _plan.chunk_size(int(sizes.sum()), driver.multiprocessors(device))
+        chunk = _plan.chunk_size(int(sizes.sum()), driver.multiprocessors(device), lists)
         chunks = _plan.chunk_table(sizes, chunk)
         self._blocks = len(chunks)
         mixes = self._tables[0]["mix"].tolist()

@@ -33,15 +33,17 @@ def _mix(average: Descriptor, value: Descriptor) -> int:
     return MIXES[mix if mix in MIXES else (f"float{8 * value.itemsize}",) * 2]
 
 
-def chunk_size(elements: int, multiprocessors: int) -> int:
+def chunk_size(elements: int, multiprocessors: int, lists: int = 1) -> int:
     """Return how many elements a block works on: enough blocks for all, but no more work than need be.
 
     Args:
         elements: Of all values together.
         multiprocessors: Of the device; each gets 8 blocks of a small list.
+        lists: How many averages each value has. Of several each reads the chunk's values anew, which all
+            blocks together must have left in the cache: 34 MB by 8,192 on an H100, whose cache has 50.
     """
     even = elements // (8 * multiprocessors) // 1024 * 1024
-    return min(8192, max(1024, even))
+    return min(8192 if lists == 1 else 2048, max(1024, even))
 
 
 def chunk_table(sizes: np.ndarray, chunk: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 
 import fake_cuda
 import fake_cupy
+import fastema
 import nvrtc
 from fastema.cuda import _driver
 from fastema.cuda._driver import Stream
@@ -207,6 +208,42 @@ def test_a_forked_child_gives_no_memory_back(cupy, driver, monkeypatch):
     cupy.log.clear()
     del memory
     assert cupy.log == []
+
+
+# --- the host's time of a call ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["_cuda_getCurrentRawStream", None])
+def test_the_current_stream_of_torch_is_known_by_its_handle(driver, torch, monkeypatch, name):
+    if name is None:
+        monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
+        stream = types.SimpleNamespace(cuda_stream=8)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device == 1 else None)
+    else:
+        monkeypatch.setattr(torch._C, name, lambda device: 7 + device, raising=False)
+    assert driver.current_stream("torch", 1) == Stream(8, None, "torch")
+    assert driver.current_stream("torch", 1) is driver.current_stream("torch", 1)
+
+
+def test_a_call_costs_the_host_the_same_few_calls_for_any_list(cupy, driver, torch, monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)  # noqa: ARG005
+    monkeypatch.setattr(_driver, "load", lambda: driver)
+    monkeypatch.setattr(
+        _driver, "_from_torch", lambda *_: _driver.Allocation(4096, lambda *_: None, Stream(7))
+    )
+    monkeypatch.setattr(driver, "_function", lambda *_: types.SimpleNamespace(ptr=1))
+    monkeypatch.setattr(driver, "multiprocessors", lambda _: 132)
+    counts = []
+    for count in (1, 500):
+        averages, values = ([fake_cuda.tensor(torch.zeros(16)) for _ in range(count)] for _ in "ab")
+        pairs, calls = fastema.Pairs(averages, values), []
+        pairs.update(0.5, check=False)
+        sys.setprofile(lambda *seen, calls=calls: calls.append(seen[1]))
+        pairs.update(0.5, check=False)
+        sys.setprofile(None)
+        counts.append(sum(event in ("call", "c_call") for event in calls))
+    assert counts[0] == counts[1] <= 30  # those of what stands in for CUDA among them
+    assert sum(name == "launch" for name, *_ in cupy.log) == 4
 
 
 # --- graphs -------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Group:
         self._owners: dict[str, None] = {}  # in order, each once
         self._producers: list[Callable[[], int | None]] = []  # tell on which streams others make them ready
         self._held = []
+        self._driver = _driver.load()
         self.unaware = False
         for argument, arrays in arguments.items():
             found = []
@@ -71,10 +72,10 @@ class Group:
 
     def streams(self) -> list[Stream]:
         """Return the streams that arrays are worked on now, each once, that of the first array first."""
-        driver = _driver.load()
-        found = [driver.current_stream(owner, self.device) for owner in self._owners]
-        if len(found) == 1 and not self._producers:
-            return found
+        if len(self._owners) == 1 and not self._producers:
+            (owner,) = self._owners
+            return [self._driver.current_stream(owner, self.device)]
+        found = [self._driver.current_stream(owner, self.device) for owner in self._owners]
         named = (stream() for stream in self._producers)
         each: dict[int, Stream] = {}
         for one in (*found, *(Stream(handle) for handle in named if handle is not None)):

@@ -199,20 +199,16 @@ class DevicePairs:
         driver, group = self._driver, self._group
         with driver.on(group.device):
             streams = group.streams()
-            captured = [stream for stream in streams if driver.is_capturing(stream)]
-            if captured:
-                if group.unaware:
-                    once = "arrays whose library changes them without waiting for a stream of ours"
-                if once is None and expression not in self._launches:
-                    once = "a kernel that is not compiled yet"
-                if once is not None:
-                    raise not_in_graph(once)
+            captured = list(filter(driver.is_capturing, streams))
             stream, *others = streams
-            if captured:  # a graph can wait only for its own streams
+            if captured:
+                self._check_replays(expression, once)
+                # a graph can wait only for its own streams
                 others = [other for other in others if other in captured]
             for other in others:
                 driver.wait(stream, driver.record(other))
-            driver.use(self._memory, stream)
+            if captured or stream.handle != self._memory.stream.handle:
+                driver.use(self._memory, stream)
             if schedule is not None:
                 self._state[0] = schedule.settle(group.device, self._lists, stream)
             if expression not in self._launches:
@@ -224,6 +220,15 @@ class DevicePairs:
                 driver.wait(other, driver.record(stream))
             if group.unaware:
                 driver.finish(driver.record(stream))
+
+    def _check_replays(self, expression: str, once: str | None) -> None:
+        """Raise if a graph would do something else than this call; arguments as for `_launch`."""
+        if self._group.unaware:
+            once = "arrays whose library changes them without waiting for a stream of ours"
+        if once is None and expression not in self._launches:
+            once = "a kernel that is not compiled yet"
+        if once is not None:
+            raise not_in_graph(once)
 
 
 def _tables(group: Group) -> tuple[np.ndarray, np.ndarray]:

@@ -40,7 +40,7 @@ struct Some {
   Words<V, N> value;
 };
 
-template <class A, class V, Rounding kRounding>
+template <class A, class V, Rounding kRounding, bool kCopy>
 struct Row {
   // Elements of an access: 16 bytes of the wider type.
   static constexpr uint32_t kWide = 16 / (sizeof(A) > sizeof(V) ? sizeof(A) : sizeof(V));
@@ -49,7 +49,6 @@ struct Row {
   A* carry;  // of the average's element size: float, or a bfloat16's lower half
   const V* value;
   Compute<A> weight;
-  bool copy;
   uint32_t place;  // of random bits: the first element's place, and the key
   uint64_t key;
 
@@ -57,8 +56,12 @@ struct Row {
   template <bool kBoth, int N>
   void read(uint32_t at, Some<A, V, N>& some) const {
     load<false, kBoth>(value + at, some.value);
-    load<true, (N > 1)>(average + at, some.average);
-    if constexpr (kRounding == kCompensated) load<true, kBoth>(carry + at, some.carry);
+    if constexpr (kCopy) {
+      some.average = {}, some.carry = {};
+    } else {
+      load<true, (N > 1)>(average + at, some.average);
+      if constexpr (kRounding == kCompensated) load<true, kBoth>(carry + at, some.carry);
+    }
   }
 
   template <bool kBoth, int N>
@@ -70,11 +73,11 @@ struct Row {
   // The random bits of neighbours, a word for two.
   template <int kCount>
   void draw(uint32_t at, uint32_t* random) const {
-    const uint32_t first = place + at;
+    const uint32_t first = place + at, shift = first % 2 * 16;
     uint32_t one = hash(first / 2, key);
     for (uint32_t i = 0; i < kCount; ++i) {
       const uint32_t next = hash(first / 2 + i + 1, key);
-      random[i] = first % 2 == 0 ? one : next << 16 | one >> 16;
+      random[i] = static_cast<uint32_t>((static_cast<uint64_t>(next) << 32 | one) >> shift);
       one = next;
     }
   }
@@ -99,12 +102,13 @@ struct Row {
     // a copy that loses bits is rounded as an update is
     constexpr bool kLossy = sizeof(A) < sizeof(V);
     const auto moved = [this](F average, F value) {
-      if constexpr (kLossy && kRounding != kNearest) {
-        if (copy) return value;
+      if constexpr (kCopy) {
+        return value;
+      } else {
+        return blend(average, value, F(weight));
       }
-      return blend(average, value, F(weight));
     };
-    if (copy && (!kLossy || kRounding == kNearest)) {
+    if constexpr (kCopy && (!kLossy || kRounding == kNearest)) {
       if constexpr (sizeof(A) == sizeof(V)) {  // also a NaN's payload
         for (int i = 0; i < some.value.kCount; ++i) some.average.word[i] = some.value.word[i];
       } else {
@@ -203,11 +207,10 @@ struct Asked {
   uint64_t seed, step;
 };
 
-template <class A, class V, Rounding kRounding>
+template <class A, class V, Rounding kRounding, bool kCopy>
 inline void update_row(const Tensor& tensor, void* carry, uint64_t first, uint64_t last,
                        const Asked& asked) {
-  Row<A, V, kRounding> row;
-  row.copy = copies(asked.decay);
+  Row<A, V, kRounding, kCopy> row;
   row.weight = weight_of<NumberOf<A>>(Double(asked.decay)).x;
   while (first < last) {
     uint64_t end = last;
@@ -262,8 +265,14 @@ inline void update_any(const Tensor& tensor, void* carry, uint64_t first, uint64
       if (tensor.mix == kMix) {
         constexpr Type kAverage = static_cast<Type>(kMix / kTypes);
         constexpr Type kValue = static_cast<Type>(kMix % kTypes);
-        update_row<typename ElementOf<kAverage>::type, typename ElementOf<kValue>::type,
-                   rounding_of(kAverage, kRounding)>(tensor, carry, first, last, asked);
+        using A = typename ElementOf<kAverage>::type;
+        using V = typename ElementOf<kValue>::type;
+        constexpr Rounding kOwn = rounding_of(kAverage, kRounding);
+        if (copies(asked.decay)) {
+          update_row<A, V, kOwn, true>(tensor, carry, first, last, asked);
+        } else {
+          update_row<A, V, kOwn, false>(tensor, carry, first, last, asked);
+        }
         return;
       }
     }

@@ -15,6 +15,7 @@ _TOKEN = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 _COMPARE = {
     "eq": np.equal,
     "ne": np.not_equal,
+    "neu": np.not_equal,  # true of NaN
     "lt": np.less,
     "le": np.less_equal,
     "gt": np.greater,

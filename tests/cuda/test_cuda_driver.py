@@ -204,7 +204,7 @@ def test_a_forked_child_gives_no_memory_back(cupy, driver, monkeypatch):
     """CUDA would raise there, and a destructor print it."""
     with driver.on(0):
         memory = driver.upload(np.zeros(4), Stream(7))
-    monkeypatch.setattr(_driver.os, "getpid", lambda: -1)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
     cupy.log.clear()
     del memory
     assert cupy.log == []

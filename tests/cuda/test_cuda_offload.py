@@ -1,5 +1,7 @@
 """Averages in host memory of values on a device: right bits, right order, errors that come up. On a fake."""
 
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -127,10 +129,18 @@ def test_what_only_speaks_dlpack_may_change_after_a_fence(fake):
     """Its library waits for no stream of ours, so the host does."""
     average, value = np.zeros(1000), np.ones(1000)
     offload = cuda.Offload(average, fake_cuda.Exporter(value))
-    fake.lazy = {SIDE}
+    fake.lazy, changed, finish = {SIDE, CUPY}, threading.Event(), fake.finish
+
+    def finish_late(event):  # in the thread that averages
+        if threading.current_thread() is not threading.main_thread():
+            changed.wait(5)
+        finish(event)
+
+    fake.finish = finish_late
     offload.update(0.5)
     offload.fence()
     value.fill(3)
+    changed.set()
     offload.wait()
     assert (average == 0.5).all()
 

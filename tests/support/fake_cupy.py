@@ -67,7 +67,7 @@ class CuPy:
         self.log.append(("launch", self.getDevice(), *arguments))
 
     def streamIsCapturing(self, stream):  # noqa: N802
-        if stream == 0 and self.capturing:
+        if stream in (0, 1) and self.capturing:
             raise CudaError("cudaErrorStreamCaptureImplicit")
         return stream in self.capturing
 

@@ -192,8 +192,8 @@ class Driver:
 
     def is_capturing(self, stream: Stream) -> bool:
         """Tell whether what a stream is asked for is not done, but becomes a CUDA graph."""
-        # the default stream never is; asked of while others are captured, it is an error
-        return stream.handle != 0 and bool(self._runtime.streamIsCapturing(stream.handle))
+        # the default stream, by both its names, never is; asked of while others are, it is an error
+        return stream.handle > 1 and bool(self._runtime.streamIsCapturing(stream.handle))
 
     def record(self, stream: Stream) -> Handle:
         """Return an event: all that was asked of a stream so far is done."""

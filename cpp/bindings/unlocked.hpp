@@ -2,7 +2,9 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <unistd.h>
+
+#include <chrono>
+#include <thread>
 
 namespace bindings {
 
@@ -19,7 +21,7 @@ class Unlocked {
     try {
       PyEval_RestoreThread(state_);
     } catch (...) {  // nothing else comes out of it
-      for (;;) pause();
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
     }
   }
 

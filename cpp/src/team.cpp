@@ -1,16 +1,8 @@
 // How helpers are woken, moved and put to sleep, and what a fork leaves of them.
 #include "team.hpp"
 
-#include <pthread.h>
-#ifdef __linux__
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <chrono>
-#include <csignal>
 #include <cstdint>
 #include <exception>
 #include <thread>
@@ -23,6 +15,7 @@
 
 #include "environment.hpp"
 #include "fastema/core.hpp"
+#include "fastema/system.hpp"
 #include "openmp.hpp"
 
 namespace fastema {
@@ -50,36 +43,6 @@ bool wait(const std::atomic<std::uint32_t>& word, std::uint32_t old) noexcept {
     }
   }
   return false;
-}
-
-// How many processors the caller may use.
-std::size_t processors() noexcept {
-#ifdef __linux__
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-    return static_cast<std::size_t>(CPU_COUNT(&allowed));
-  }
-#endif
-  return std::max(1u, std::thread::hardware_concurrency());
-}
-
-// A thread that has work for half a millisecond must not wait for one that only spins, as other
-// libraries' threads do between their own jobs. Linux, since 6.12, lets those go first who ask for
-// less at a time.
-void take_short_slices() noexcept {
-#ifdef __linux__
-  struct {  // sched_setattr(2): struct sched_attr, which not every C library declares
-    std::uint32_t size, policy;
-    std::uint64_t flags;
-    std::int32_t nice;
-    std::uint32_t priority;
-    std::uint64_t runtime, deadline, period;
-  } attributes{};
-  if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0) return;
-  if (attributes.policy != SCHED_OTHER) return;
-  attributes.runtime = 100'000;  // nanoseconds, the least there is
-  syscall(SYS_sched_setattr, 0, &attributes, 0);
-#endif
 }
 
 struct Job {
@@ -154,10 +117,7 @@ class Team {
       wanted = static_cast<std::uint32_t>(std::min<std::size_t>(wanted, useful));
     }
     while (helpers_.size() < wanted) {
-      // Signals are for the threads of the program.
-      sigset_t all, before;
-      sigfillset(&all);
-      pthread_sigmask(SIG_SETMASK, &all, &before);
+      const SignalsBlocked signals;
       try {
         helpers_.reserve(wanted);
         std::thread helper([this, thread = helpers_.size() + 1,
@@ -168,7 +128,6 @@ class Team {
       } catch (const std::exception&) {
         wanted = static_cast<std::uint32_t>(helpers_.size());  // the system gives no more
       }
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
     return wanted;
   }
@@ -176,17 +135,8 @@ class Team {
   // Linux likes to wake a thread on the processor of whoever wakes it, where it is of no help for
   // milliseconds. Helpers may use the caller's processors, but for the one the caller is on.
   void keep_off_the_callers_processor() noexcept {
-#ifdef __linux__
-    const int here = sched_getcpu();
-    if (here == avoided_) return;
-    cpu_set_t processors;
-    if (here < 0 || sched_getaffinity(0, sizeof processors, &processors) != 0) return;
-    if (CPU_COUNT(&processors) > 1) CPU_CLR(static_cast<unsigned>(here), &processors);
-    for (const auto helper : helpers_) {
-      pthread_setaffinity_np(helper, sizeof processors, &processors);
-    }
-    avoided_ = here;
-#endif
+    const int here = current_processor();
+    if (here != avoided_ && keep_off(here, helpers_)) avoided_ = here;
   }
 
   [[noreturn]] void help(std::size_t thread, std::uint32_t seen) noexcept {
@@ -209,18 +159,18 @@ class Team {
   }
 
   static std::atomic<Team*> current_;
-  [[maybe_unused]] static const int registered_;
+  [[maybe_unused]] static const bool registered_;
 
   std::atomic_flag busy_;
   std::atomic<std::uint32_t> bell_{0};
   std::atomic<std::uint32_t> state_{0};
-  std::vector<std::thread::native_handle_type> helpers_;
+  std::vector<ThreadHandle> helpers_;
   int avoided_ = -1;  // the processor on which no helper may run
   Job job_{};
 };
 
 std::atomic<Team*> Team::current_{nullptr};
-const int Team::registered_ = pthread_atfork(nullptr, nullptr, [] { current_ = nullptr; });
+const bool Team::registered_ = call_in_children([] { current_ = nullptr; });
 
 }  // namespace
 

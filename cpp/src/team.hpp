@@ -1,4 +1,4 @@
-// Pieces of work and the threads that take them: the only file that knows threads and fork.
+// Pieces of work and the threads that take them.
 #pragma once
 
 #include <algorithm>

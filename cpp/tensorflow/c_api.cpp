@@ -1,7 +1,7 @@
 // Finds TensorFlow's functions among the libraries that are loaded.
 #include "c_api.hpp"
 
-#include <dlfcn.h>
+#include "fastema/system.hpp"
 
 namespace fastema::tf {
 
@@ -13,18 +13,14 @@ FASTEMA_TF_VARIABLE_FUNCTIONS(FASTEMA_TF_DEFINE)
 namespace {
 
 void* framework() noexcept {
-#ifdef __APPLE__
-  constexpr const char* kFramework = "libtensorflow_framework.2.dylib";
-#else
-  constexpr const char* kFramework = "libtensorflow_framework.so.2";
-#endif
-  static void* const handle = dlopen(kFramework, RTLD_NOW | RTLD_NOLOAD);
+  constexpr const char* kNames[] = {"libtensorflow_framework."};  // .so.2, .2.dylib
+  static void* const handle = loaded_library_like(kNames);
   return handle;
 }
 
 template <class Function>
 bool find(Function*& function, const char* name) noexcept {
-  function = framework() ? reinterpret_cast<Function*>(dlsym(framework(), name)) : nullptr;
+  function = framework() ? reinterpret_cast<Function*>(function_in(framework(), name)) : nullptr;
   return function != nullptr;
 }
 

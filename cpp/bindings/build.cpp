@@ -47,9 +47,11 @@ std::vector<py::dict> tuned() {
 
 py::dict build_config() {
   using namespace py::literals;
+  const std::string openmp = fastema::openmp_library();
   return py::dict("version"_a = FASTEMA_VERSION, "compiler"_a = FASTEMA_COMPILER,
                   "instruction_set"_a = fastema::instruction_set(),
-                  "instruction_sets"_a = instruction_sets(), "openmp"_a = fastema::openmp_version(),
+                  "instruction_sets"_a = instruction_sets(),
+                  "openmp"_a = openmp.empty() ? py::object(py::none()) : py::str(openmp),
                   "threads"_a = fastema::default_threads());
 }
 

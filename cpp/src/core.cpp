@@ -228,7 +228,8 @@ void update(std::span<const Pair> pairs, std::span<const double> decays,
             const Options& options) noexcept {
   const Groups groups{pairs, decays.size()};
   const bool beyond_caches = count_pieces(groups) > kCached / kPiece;
-  const bool together = (options.threads > 0 ? options.threads : default_threads()) > 1;
+  const bool together =
+      beyond_caches && (options.threads > 0 ? options.threads : default_threads()) > 1;
   const std::uint32_t call = beyond_caches ? next_call() : 0;
   run(groups, options.threads,
       Updater{active(), pairs, decays, options, beyond_caches, together, call});

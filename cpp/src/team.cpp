@@ -177,7 +177,7 @@ const bool Team::registered_ = call_in_children([] { current_ = nullptr; });
 void run_pieces(std::size_t count, int threads, void (*work)(Pieces::Walk&, const void*) noexcept,
                 const void* context) noexcept {
   if (count == 0) return;
-  const int all = default_threads();
+  const int all = count > 1 ? default_threads() : 1;
   const int wanted = threads > 0 ? threads : all;
   const std::size_t team = std::min<std::size_t>(static_cast<std::size_t>(wanted), count);
   Pieces pieces(count, team);

@@ -96,8 +96,9 @@ def build_config() -> dict[str, Any]:
 
     Returns:
         A dictionary with ``version``, ``compiler``, ``instruction_set`` (in use),
-        ``instruction_sets`` (to choose from, best first), ``openmp`` (its specification's date as
-        yyyymm; 0: built without), ``threads`` (what ``threads=0`` means here and now), ``tuning`` (how far
+        ``instruction_sets`` (to choose from, best first), ``openmp`` (the path of the OpenMP library that
+        says how many threads there are, torch's where several are loaded; None: there is none),
+        ``threads`` (what ``threads=0`` means here and now), ``tuning`` (how far
         ahead of its use updates of large lists ask for memory, as this process' calls have found it to be
         fastest so far; no bit depends on it, and ``FASTEMA_TUNE=0`` in the environment turns it off at
         import), ``cupy`` and ``tensorflow`` (name and version, or None where not installed) and

@@ -76,7 +76,7 @@ class EMA(Resumable):
             the device. Averages of values on any other device lie beside these.
         background: Average in another thread, while the next step runs. Only for arrays that cannot change
             meanwhile: JAX's, which must not be donated to that step.
-        threads: How many threads to use at most; 0: as many as OpenMP would.
+        threads: How many threads to use at most; 0: as `fastema.update` chooses.
         memory: The path of a file to keep the averages in, mapped, for more averages than memory. It is made
             anew, whatever was there, and is none that is loaded from or that values are mapped from. A forked
             child cannot use them. Averages on a CUDA device need ``device="cpu"`` for it.

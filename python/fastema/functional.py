@@ -56,9 +56,9 @@ def update(
             Of the averages' types, or float16 or bfloat16 beside float32 averages, or any of these
             beside float64 ones, or float32 beside float16 or bfloat16 ones.
         decay: From 0 to 1; towards 1 is slower.
-        threads: How many threads to use at most, and never more than processors. 0: as many as OpenMP
-            would (``OMP_NUM_THREADS``, threadpoolctl). Each takes 512 KiB of averages at a time, so
-            small lists have one. Has no meaning on a CUDA device.
+        threads: How many threads to use at most, and never more than processors. 0: as many as
+            torch's OpenMP would, or another's that is loaded, or as ``OMP_NUM_THREADS`` says. Each takes
+            512 KiB of averages at a time, so small lists have one. Has no meaning on a CUDA device.
         rounding: ``"nearest"``, or ``"stochastic"``: 16-bit averages are rounded up or down at
             random, without a bias, so that they move where rounding to nearest stands still (a
             bfloat16 average does with a decay of .999).
@@ -100,9 +100,9 @@ def swap(a: Arrays, b: Arrays, *, threads: int = 0) -> None:
             ``__cuda_array_interface__``; all in CPU memory, or all on one CUDA device, or torch's on one
             other device. float16, bfloat16, float32 or float64, any shape, dense, writable.
         b: As `a`, in shapes, types and order in memory.
-        threads: How many threads to use at most, and never more than processors. 0: as many as OpenMP
-            would (``OMP_NUM_THREADS``, threadpoolctl). Each takes 512 KiB of averages at a time, so
-            small lists have one.
+        threads: How many threads to use at most, and never more than processors. 0: as many as
+            torch's OpenMP would, or another's that is loaded, or as ``OMP_NUM_THREADS`` says. Each takes
+            512 KiB of averages at a time, so small lists have one.
 
     Raises:
         ImportError: As for `update`.

@@ -11,7 +11,7 @@ import pytest
 
 import fastema
 import oracle
-from processes import output_of
+from processes import output_of, skip_without
 
 LARGE = 3_000_000
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -48,9 +48,67 @@ def test_a_forked_child_has_threads_of_its_own_and_does_not_hang(parent_uses_thr
 
 def test_omp_num_threads_is_respected():
     code = "import fastema; print(fastema.build_config()['threads'])"
-    if not fastema.build_config()["openmp"]:
-        pytest.skip("this build has no OpenMP")
-    assert [output_of(code, OMP_NUM_THREADS=str(n)) for n in (1, 3)] == ["1", "3"]
+    assert [output_of(code, OMP_NUM_THREADS=n) for n in ("1", "3", "3,2")] == ["1", "3", "3"]
+    for nonsense in ("", "-1", "many"):
+        assert output_of(code, OMP_NUM_THREADS=nonsense) == str(PROCESSORS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_no_library_of_openmp_is_brought():
+    """A wheel would have one of its own, which torch does not know."""
+    code = """
+        from pathlib import Path
+        import fastema
+
+        found = fastema.build_config()["openmp"]
+        print(found, "omp" in Path("/proc/self/maps").read_text())
+    """
+    assert output_of(code) == "None False"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "torch fastema",
+        "fastema torch",
+        "sklearn fastema torch",
+        "fastema sklearn torch",
+        "torch sklearn fastema",
+    ],
+)
+def test_torch_says_how_many_threads_whatever_is_imported_first(order):
+    """With a wheel it did only where it had been imported before fastema."""
+    for package in ("torch", *(["sklearn"] if "sklearn" in order else [])):
+        skip_without(package)
+    code = f"""
+        import importlib
+        import numpy as np
+
+        a, v = np.zeros({LARGE}), np.ones({LARGE})
+        expected, updates = a.copy(), 0
+        for name in {order.split()}:
+            importlib.import_module(name)
+            if name == "sklearn":
+                from sklearn.cluster import KMeans
+                KMeans(2, n_init=1).fit(np.random.default_rng(0).standard_normal((5000, 3)))
+            if name == "fastema":
+                import fastema
+            if "fastema" in globals():
+                fastema.update(a, v, 0.5)
+                updates += 1
+        import torch
+
+        seen = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            seen.append(fastema.build_config()["threads"])
+            torch.ones(400, 400) @ torch.ones(400, 400)
+            fastema.update(a, v, 0.5)
+            updates += 1
+        assert (a == 1 - 0.5**updates).all()
+        print(*seen)
+    """
+    assert output_of(code, OMP_NUM_THREADS="2") == "1 3"
 
 
 def test_one_thread_equals_many(rng):
@@ -131,11 +189,17 @@ def test_a_daemon_thread_within_a_call_lets_the_interpreter_end(call):
 
 
 def test_threadpoolctl_is_respected():
-    threadpoolctl = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
-    if not fastema.build_config()["openmp"]:
-        pytest.skip("this build has no OpenMP")
-    with threadpoolctl.threadpool_limits(1):
-        assert fastema.build_config()["threads"] == 1
+    """Of an OpenMP that another library has loaded."""
+    skip_without("sklearn")  # which needs threadpoolctl
+    code = """
+        import fastema
+        import sklearn.cluster
+        import threadpoolctl
+
+        with threadpoolctl.threadpool_limits(1):
+            print(fastema.build_config()["threads"])
+    """
+    assert output_of(code, OMP_NUM_THREADS="2") == "1"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

@@ -98,14 +98,14 @@ std::span<const char* const> instruction_sets() noexcept;
 const char* instruction_set() noexcept;
 bool use_instruction_set(std::string_view name) noexcept;
 
-// What 0 threads means: as many as OpenMP would take here and now; without it, as many as the
-// machine has.
+// What 0 threads means: as many as the OpenMP that is loaded would take here and now, torch's where
+// there are several; without one, OMP_NUM_THREADS, or as many as there are processors for.
 int default_threads() noexcept;
 
 // How many calls were carried out by another library's threads, as they spun anyway (openmp.hpp).
 unsigned long calls_by_openmp() noexcept;
 
-// The OpenMP this was built with (yyyymm), 0 for none.
-int openmp_version() noexcept;
+// The path of that OpenMP, "" where none is loaded.
+const char* openmp_library() noexcept;
 
 }  // namespace fastema

@@ -7,7 +7,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from . import _core
+from . import _core, _system
 
 
 def instruction_sets() -> list[str]:
@@ -76,7 +76,7 @@ def _installed(*distributions: str) -> str | None:
 
 
 # beside the extension module, which an editable install keeps elsewhere than the Python files
-OP_LIBRARY = Path(_core.__file__).parent / "lib" / "fastema_tensorflow.so"
+OP_LIBRARY = Path(_core.__file__).parent / "lib" / f"fastema_tensorflow{_system.LIBRARY_SUFFIX}"
 
 
 @cache

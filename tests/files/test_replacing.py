@@ -184,3 +184,44 @@ def test_where_there_are_no_locks_nothing_that_may_be_written_is_removed(path, m
     other.write_text("perhaps another's")
     ones(path)
     assert other.read_text() == "perhaps another's"
+
+
+@pytest.mark.parametrize(
+    "missing", ["", "O_DIRECTORY O_NOFOLLOW O_NONBLOCK O_NOCTTY O_CLOEXEC fchmod preadv"]
+)
+def test_a_system_without_locks_of_files_or_more_saves_and_loads(path, missing):
+    """`import fastema` needed the module fcntl."""
+    code = """
+        import os, sys
+        from pathlib import Path
+
+        sys.modules["fcntl"] = None
+        for name in sys.argv[2].split():
+            delattr(os, name)
+
+        import numpy as np
+        import fastema
+        from fastema import _system
+        from fastema.checkpoint import _replace
+
+        _system.OPEN_FILES_CAN_BE_MOVED = not sys.argv[2]
+        path, weights = Path(sys.argv[1]), {"w": np.ones(3)}
+        other = path.with_name(f".{path.name}.0123456789abcdef.partial")
+        other.write_text("perhaps another's")
+        for rights in (0o666, 0o640):
+            fastema.EMA(weights).save(path)
+            path.chmod(rights)
+        with _replace.replacing(path) as file:
+            file.write(path.read_bytes())
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert fastema.EMA.load(path, weights).averages["w"].tolist() == [1.0] * 3
+        folder = path.with_name("folder")
+        folder.mkdir()
+        with _replace.new_folder(folder) as begun:
+            (begun / "w").write_text("written")
+        assert (folder / "w").read_text() == "written"
+        assert other.read_text() == "perhaps another's"
+        print(sorted(os.listdir(path.parent)))
+    """
+    expected = sorted([path.name, "folder", f".{path.name}.0123456789abcdef.partial"])
+    assert output_of(code, path, missing) == str(expected)

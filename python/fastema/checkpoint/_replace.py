@@ -2,11 +2,10 @@
 
 The new one is written beside the old one, under a name of its own, flushed to the disk and renamed. Nobody
 waits: of several writers the last to rename wins, and each has written a whole file. New folders are made
-likewise. Nothing else knows of locks, flushes and renames.
+likewise. Nothing else renames.
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -18,6 +17,8 @@ from hashlib import blake2b
 from io import BufferedWriter
 from pathlib import Path
 from secrets import token_hex
+
+from .. import _system
 
 StrPath = str | os.PathLike[str]
 
@@ -50,15 +51,18 @@ def replacing(path: StrPath) -> Iterator[BufferedWriter]:
     try:
         with beside.begun(rights) as file:
             if status is not None:
-                os.fchmod(file.fileno(), rights)  # whatever the umask is
+                _system.set_rights(file.fileno(), beside.path, rights)
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if _system.OPEN_FILES_CAN_BE_MOVED:  # under its lock
+                beside.path.replace(target)
+        if not _system.OPEN_FILES_CAN_BE_MOVED:
             beside.path.replace(target)
     except BaseException:
         beside.path.unlink(missing_ok=True)  # an interrupt may come when it has its new name
         raise
-    _flush(target.parent)  # the new name; without it the old file could be back after a power failure
+    _system.flush(target.parent)  # the new name; without it the old file could be back after a power failure
 
 
 @contextmanager
@@ -82,30 +86,22 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     try:
         yield beside.path
         for entry in beside.path.iterdir():
-            _flush(entry)
-        _flush(beside.path)
-        beside.path.rename(target)
+            _system.flush(entry)
+        _system.flush(beside.path)
+        _system.move_folder(beside.path, target)
     except BaseException:
         shutil.rmtree(beside.path, ignore_errors=True)  # an interrupt may come when it has its new name
         raise
     finally:
-        os.close(descriptor)
-    _flush(target.parent)
+        if descriptor is not None:
+            os.close(descriptor)
+    _system.flush(target.parent)
 
 
 def _check_parent(target: Path) -> None:
     """Raise FileNotFoundError of the folder that a target is in, and not of a name that nobody knows."""
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
-
-
-def _flush(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prefix(target: Path) -> str:
@@ -141,13 +137,15 @@ class _Beside:
             file.close()  # another writer takes it for what a crash left
             self._choose()
 
-    def made(self) -> int:
+    def made(self) -> int | None:
         """Make the folder, which nobody else has; return a descriptor that holds its lock until closed."""
         while True:
             with suppress(FileExistsError):
                 self.path.mkdir()
+                if not _system.FOLDERS_CAN_BE_OPENED:
+                    return None
                 with suppress(FileNotFoundError):  # another writer takes it for what a crash left
-                    descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                    descriptor = _system.opened(self.path, folder=True)
                     if self._is_ours(descriptor):
                         return descriptor
                     os.close(descriptor)
@@ -160,10 +158,10 @@ class _Beside:
 def _is_locked(descriptor: int) -> bool:
     """Lock what is new; tell whether nobody else has. Where there are no locks, nobody has."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _system.lock(descriptor)
     except BlockingIOError:
         return False
-    except OSError:  # of some network file systems
+    except OSError:  # of some network file systems, and of Windows
         pass
     return True
 
@@ -192,12 +190,11 @@ def _remove_unless_locked(path: Path) -> None:
     Raises:
         OSError: Somebody is, or it is neither, or another user's.
     """
-    how = os.O_RDONLY if stat.S_ISDIR(path.lstat().st_mode) else os.O_RDWR
-    descriptor = os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = _system.opened(path, folder=stat.S_ISDIR(path.lstat().st_mode))
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _system.lock(descriptor)
             shutil.rmtree(path) if stat.S_ISDIR(mode) else path.unlink()
     finally:
         os.close(descriptor)

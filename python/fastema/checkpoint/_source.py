@@ -15,6 +15,7 @@ from io import FileIO
 import numpy as np
 import numpy.typing as npt
 
+from .. import _system
 from ._header import Tensor, read_header
 from ._replace import StrPath
 
@@ -28,9 +29,8 @@ def opened(path: StrPath) -> FileIO:
         ValueError: It is a pipe, a device or a socket. Nothing is read from it, nor waited for.
         OSError: It cannot be opened.
     """
-    file = FileIO(
-        os.fspath(path), opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
-    )
+    unwaited = _system.flags_of("O_NONBLOCK", "O_NOCTTY")
+    file = FileIO(os.fspath(path), opener=lambda name, flags: os.open(name, flags | unwaited))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{path} must be a file, and is a pipe, a device or something else")
@@ -85,7 +85,7 @@ class Source:
         """
         rest = memoryview(target.reshape(-1).view(np.uint8).data)
         with opened(self.path) if self.held is None else nullcontext(self.held) as file, _named(self.path):
-            while rest and (count := os.preadv(file.fileno(), [rest], begin)):
+            while rest and (count := _system.read_at(file, begin, rest)):
                 rest, begin = rest[count:], begin + count
             if rest or _identity(file.fileno()) != self.identity:
                 raise self._changed()

@@ -6,6 +6,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastema {
@@ -77,6 +79,8 @@ inline Words widen(Halves x) {
   return as<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, as<__m256i>(x)));
 #elif defined(__AVX2__)
   return as<Words>(_mm256_cvtepu16_epi32(as<__m128i>(x)));
+#elif defined(__aarch64__)
+  return as<Words>(vmovl_u16(as<uint16x4_t>(x)));
 #else
   return __builtin_convertvector(x, Words);
 #endif
@@ -85,6 +89,8 @@ inline Words widen(Halves x) {
 inline Halves narrow(Words x) {
 #if defined(__AVX512F__)
   return as<Halves>(_mm512_maskz_cvtepi32_epi16(0xffff, as<__m512i>(x)));
+#elif defined(__aarch64__)
+  return as<Halves>(vmovn_u32(as<uint32x4_t>(x)));
 #else
   return __builtin_convertvector(x, Halves);
 #endif
@@ -126,6 +132,8 @@ inline Words pack(Ints x, Ints y) {
       _mm256_permute4x64_epi64(_mm256_packs_epi32(as<__m256i>(x), as<__m256i>(y)), 0xd8));
 #elif defined(__SSE2__)
   return as<Words>(_mm_packs_epi32(as<__m128i>(x), as<__m128i>(y)));
+#elif defined(__aarch64__)
+  return as<Words>(vuzp1q_u16(as<uint16x8_t>(x), as<uint16x8_t>(y)));
 #else
   const Halves halves[2] = {narrow(as<Words>(x)), narrow(as<Words>(y))};
   return read<Words>(halves);
@@ -140,6 +148,8 @@ inline Floats load(const f16* from) {
   return _mm512_maskz_cvtph_ps(0xffff, read<__m256i>(from));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(read<__m128i>(from));
+#elif defined(__aarch64__)
+  return as<Floats>(vcvt_f32_f16(read<float16x4_t>(from)));
 #else
   return widen_f16<Floats>(widen(read<Halves>(from)));
 #endif
@@ -156,6 +166,9 @@ inline void widen(Floats x, Doubles& lower, Doubles& upper) {
 #elif defined(__SSE2__)
   lower = _mm_cvtps_pd(x);
   upper = _mm_cvtps_pd(_mm_movehl_ps(x, x));
+#elif defined(__aarch64__)
+  lower = as<Doubles>(vcvt_f64_f32(vget_low_f32(as<float32x4_t>(x))));
+  upper = as<Doubles>(vcvt_high_f64_f32(as<float32x4_t>(x)));
 #else
   using Half = float __attribute__((vector_size(kVector / 2)));
   Half halves[2];
@@ -172,6 +185,8 @@ inline void store(f16* to, Floats x) {
   write(to, _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   write(to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  write(to, vcvt_f16_f32(as<float32x4_t>(x)));
 #else
   write(to, narrow(narrow_f16(x)));
 #endif
@@ -185,6 +200,8 @@ inline bool any_nan([[maybe_unused]] Floats x, [[maybe_unused]] Floats y) {
   return _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_UNORD_Q)) != 0;
 #elif defined(__SSE2__)
   return _mm_movemask_ps(_mm_cmpunord_ps(x, y)) != 0;
+#elif defined(__aarch64__)
+  return vminvq_u32(as<uint32x4_t>((x == x) & (y == y))) == 0;
 #else
   return true;
 #endif
@@ -193,13 +210,15 @@ inline bool any_nan([[maybe_unused]] Floats x, [[maybe_unused]] Floats y) {
 // Whether all stay normal float16 numbers however they are rounded. Where there is no cheap way to
 // tell: not.
 inline bool all_normal_f16([[maybe_unused]] Floats x, [[maybe_unused]] Floats y) {
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__aarch64__)
   const Words x_above = (as<Words>(x) & 0x7fffffff) - kF16Normal;
   const Words y_above = (as<Words>(y) & 0x7fffffff) - kF16Normal;
   const Words above = x_above > y_above ? x_above : y_above;
   const Words limit = Words{} + (kF16Largest - kF16Normal);
 #if defined(__AVX512F__)
   return _mm512_cmpgt_epu32_mask(as<__m512i>(above), as<__m512i>(limit)) == 0;
+#elif defined(__aarch64__)
+  return vminvq_u32(as<uint32x4_t>(above <= limit)) != 0;
 #else
   return _mm256_movemask_ps(as<__m256>(above > limit)) == 0;
 #endif

@@ -1,8 +1,10 @@
 // Dictionaries and lists that are watched: do they still hold the very objects that they held?
 #include <pybind11/pybind11.h>
 
+#include <mutex>
 #include <vector>
 
+#include "alone.hpp"
 #include "module.hpp"
 #include "numbers.hpp"
 
@@ -26,7 +28,8 @@ class Contents {
   }
 
   void accept() {
-    std::vector<py::object> held;
+    std::vector<py::object> held;  // what is let go of goes when others may come in
+    const std::lock_guard alone(alone_);
     for (Container& container : containers_) {
       container.version = version(container.object.ptr());
       visit(container.object.ptr(), [&](PyObject* object) {
@@ -39,6 +42,7 @@ class Contents {
   }
 
   bool changed() {
+    const std::lock_guard alone(alone_);
     std::size_t seen = 0;
     for (Container& container : containers_) {
       PyObject* const object = container.object.ptr();
@@ -102,6 +106,7 @@ class Contents {
     return all;
   }
 
+  Alone alone_;
   std::vector<Container> containers_;
   std::vector<py::object> held_;
 };

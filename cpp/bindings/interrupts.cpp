@@ -2,6 +2,7 @@
 // here are none: what is called is Python's, the order of the calls is not.
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <utility>
 
@@ -19,8 +20,7 @@ class Scope {
   Scope(py::object enter, py::object leave) : enter_(std::move(enter)), leave_(std::move(leave)) {}
 
   void enter() {
-    if (entered_) throw std::runtime_error("a scope can be entered once");
-    entered_ = true;
+    if (entered_.exchange(true)) throw std::runtime_error("a scope can be entered once");
     try {
       enter_();
     } catch (const py::error_already_set&) {
@@ -44,7 +44,7 @@ class Scope {
   }
 
   py::object enter_, leave_;
-  bool entered_ = false;
+  std::atomic<bool> entered_{false};
 };
 
 // Returns what a call returns that is made while a lock is held.

@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <mutex>
 #include <optional>
 #include <vector>
 
+#include "alone.hpp"
 #include "module.hpp"
 #include "numbers.hpp"
 
@@ -73,10 +75,12 @@ class Layouts {
         return true;
       });
     }
+    const std::lock_guard alone(alone_);
     seen_.swap(seen);
   }
 
-  bool changed() const {
+  bool changed() {
+    const std::lock_guard alone(alone_);
     std::size_t at = 0;
     for (const Watched& one : tensors_) {
       const auto is_same = [&](int64_t number) {
@@ -108,6 +112,7 @@ class Layouts {
     return all;
   }
 
+  Alone alone_;
   std::vector<Watched> tensors_;
   std::vector<int64_t> seen_;
 };

@@ -1,11 +1,14 @@
-// Lists of arrays as Python holds them: check everything with the GIL, then run without it. A call
+// Lists of arrays as Python holds them: check everything with the GIL, if there is one, then run
+// without it. A call
 // that raises has changed nothing.
 #include <pybind11/stl.h>
 
+#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "alone.hpp"
 #include "arrays.hpp"
 #include "module.hpp"
 #include "numbers.hpp"
@@ -19,15 +22,7 @@ class Pairs {
  public:
   Pairs(const py::list& averages, const py::list& values, const py::list& carries,
         const py::dict& terms, const py::kwargs& keywords)
-      : terms_(terms, keywords), checked_(check(averages, values, carries, terms_, false)) {
-    const std::size_t each = terms_.averages_per_value;
-    held_.reserve(2 * averages.size() + carries.size());
-    for (std::size_t i = 0; i < averages.size(); ++i) {
-      hold(item(averages, i), {&terms_.averages, i}, true);
-      hold(item(values, i / each), {&terms_.values, i / each}, terms_.verb == Verb::swap);
-      if (!carries.empty()) hold(item(carries, i), {&terms_.carries, i}, true);
-    }
-  }
+      : Pairs(Lists{unshared(averages), unshared(values), unshared(carries)}, terms, keywords) {}
   Pairs(const Pairs&) = delete;  // labels point into it
   Pairs& operator=(const Pairs&) = delete;
 
@@ -96,6 +91,23 @@ class Pairs {
   }
 
  private:
+  struct Lists {
+    py::list averages, values, carries;
+  };
+
+  Pairs(const Lists& lists, const py::dict& terms, const py::kwargs& keywords)
+      : terms_(terms, keywords),
+        checked_(check(lists.averages, lists.values, lists.carries, terms_, false)) {
+    const auto& [averages, values, carries] = lists;
+    const std::size_t each = terms_.averages_per_value;
+    held_.reserve(2 * averages.size() + carries.size());
+    for (std::size_t i = 0; i < averages.size(); ++i) {
+      hold(item(averages, i), {&terms_.averages, i}, true);
+      hold(item(values, i / each), {&terms_.values, i / each}, terms_.verb == Verb::swap);
+      if (!carries.empty()) hold(item(carries, i), {&terms_.carries, i}, true);
+    }
+  }
+
   void update(std::span<const double> decays, const fastema::Options& options,
               const py::object& done, const py::object& now, const py::object& also) const {
     // pybind11 would take None for a pointer only when no overload takes it as it is
@@ -136,7 +148,11 @@ class Pairs {
   // Runs without the interpreter's lock, unless that is over sooner than the lock is back.
   template <class Body>
   static void without_lock(std::size_t bytes, const Body& body) {
-    if (bytes < kBrief) return body();
+    if (bytes < kBrief) {
+      static Alone brief_calls;  // which nobody sees half done
+      const std::lock_guard alone(brief_calls);
+      return body();
+    }
     const Unlocked unlocked;
     body();
   }
@@ -198,7 +214,7 @@ class Pairs {
 
 void check_alone(const py::list& averages, const py::list& values, const py::list& carries,
                  const py::kwargs& terms) {
-  check(averages, values, carries, Terms({}, terms), true);
+  check(unshared(averages), unshared(values), unshared(carries), Terms({}, terms), true);
 }
 
 std::vector<double> check_numbers(const py::handle& decay, const py::handle& threads,

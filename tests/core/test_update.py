@@ -121,7 +121,7 @@ def test_lists_larger_than_caches_have_the_same_bits(rng):
 def test_a_decay_of_zero_copies_every_bit(dtype):
     bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
     v = np.array([1.0, -0.0, np.inf, np.nan, 6e-8, 6e4], dtype)
-    v.view(bits)[3] |= 5  # a NaN's payload
+    v.view(bits)[3] |= bits.type(5)  # a NaN's payload
     a = np.array([1e4, 1e4, np.nan, 0.0, np.inf, 1.0], dtype)
     fastema.update(a, v, 0.0)
     assert (a.view(bits) == v.view(bits)).all()

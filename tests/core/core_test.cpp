@@ -376,8 +376,8 @@ void check_helpers() {
 // Each thread begins in a part of its own, the same one at each call, and all pieces are taken
 // once.
 void check_parts() {
-  for (const std::size_t threads : {1, 2, 3, 64, 100}) {
-    for (const std::size_t count : {100, 101, 1000}) {
+  for (const std::size_t threads : {1u, 2u, 3u, 64u, 100u}) {
+    for (const std::size_t count : {100u, 101u, 1000u}) {
       std::vector<std::size_t> first(threads), taken(count);
       Pieces pieces(count, threads);
       std::vector<Pieces::Walk> walks;
@@ -489,9 +489,9 @@ int main() {
   check_openmp();
   for (const char* name : instruction_sets()) {
     use_instruction_set(name);
-    for (const std::size_t offset : {0, 1, 5}) {
+    for (const std::size_t offset : {0u, 1u, 5u}) {
       for (std::size_t size = 0; size < 140; ++size) check_all({size, offset, 1});
-      for (const std::size_t size : {65535, 131073, 262147}) {
+      for (const std::size_t size : {65535u, 131073u, 262147u}) {
         for (const int threads : {1, 3}) check_all({size, offset, threads});
       }
     }

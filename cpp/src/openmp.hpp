@@ -1,5 +1,5 @@
-// What is asked of the OpenMP that another library has loaded: how many threads there are to be, and
-// its own threads while they are awake anyway.
+// What is asked of the OpenMP that another library has loaded: how many threads there are to be,
+// and its own threads while they are awake anyway.
 #pragma once
 
 #include <cstddef>

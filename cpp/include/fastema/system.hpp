@@ -1,5 +1,5 @@
-// What is asked of the operating system, and by no other file. Where a system cannot do a thing, the
-// answer is the harmless one.
+// What is asked of the operating system, and by no other file. Where a system cannot do a thing,
+// the answer is the harmless one.
 #pragma once
 
 #include <cstddef>

@@ -149,8 +149,7 @@ class Pairs {
   template <class Body>
   static void without_lock(std::size_t bytes, const Body& body) {
     if (bytes < kBrief) {
-      static Alone brief_calls;  // which nobody sees half done
-      const std::lock_guard alone(brief_calls);
+      const std::lock_guard alone(brief_calls_);
       return body();
     }
     const Unlocked unlocked;
@@ -210,6 +209,7 @@ class Pairs {
   std::vector<Held> held_;    // average, value and carry of each pair
   std::vector<Held> owners_;  // those that these are views of
   static constexpr std::size_t kBrief = 16 << 10;
+  static inline Alone brief_calls_;  // of all pairs: they may have arrays in common
 };
 
 void check_alone(const py::list& averages, const py::list& values, const py::list& carries,

@@ -42,6 +42,18 @@ void* torch() noexcept {
   return loaded_library_like(kNames);
 }
 
+// Walks through all libraries only where one was loaded since.
+bool torch_is_loaded() noexcept {
+  static std::atomic<bool> loaded{false};
+  static std::atomic<unsigned long long> loads_then{~0ull};
+  const unsigned long long loads = count_of_loads();
+  if (!loaded.load(std::memory_order_relaxed) &&
+      loads_then.exchange(loads, std::memory_order_relaxed) != loads) {
+    loaded.store(torch() != nullptr, std::memory_order_relaxed);
+  }
+  return loaded.load(std::memory_order_relaxed);
+}
+
 // What torch calls, where that is loaded: a library that all can see comes before its own. Else
 // any. Says whether that is settled, whatever is loaded later.
 OpenMp look(bool& settled) noexcept {
@@ -132,7 +144,7 @@ bool openmp_spins() noexcept {
 
 bool openmp_is_worth_a_look() noexcept {
   // a look from another thread might make a team that nobody needs; and training runs in this one
-  return is_main_thread() && usable() != nullptr && known.worker == 0 && torch() != nullptr;
+  return is_main_thread() && usable() != nullptr && known.worker == 0 && torch_is_loaded();
 }
 
 void run_by_openmp(void (*work)(const void*, std::size_t) noexcept, const void* context) noexcept {

@@ -10,6 +10,8 @@ from distributed import output_of
 from keras_replay import assert_same_bits, replay
 from processes import free_ports
 
+pytestmark = pytest.mark.slow  # a process for each, or several
+
 # --- MirroredStrategy: two replicas in a process ------------------------------------------------------
 
 

@@ -98,10 +98,8 @@ def assert_all_pass_but(outcomes, output, cannot_pass, at_least):
     assert passed >= at_least, f"only {passed} tests passed"
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["tensorflow", *(pytest.param(backend, marks=pytest.mark.slow) for backend in ("jax", "torch"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_optimizers_pass_their_tests_when_wrapped(tmp_path, backend):
     """Each of them, also within those that scale the loss or hold several, which are wrapped as well."""
     pytest.importorskip(backend)

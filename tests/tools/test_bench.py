@@ -125,6 +125,7 @@ def test_what_threads_bring_can_be_measured(capsys):
     assert "one thread / fastema" in printed
 
 
+@pytest.mark.slow
 def test_a_step_of_keras_can_be_measured(capsys):
     bench_keras.main(["--quick", "--samples", "1"])
     assert "200 small, tensorflow" in capsys.readouterr().out
@@ -151,6 +152,7 @@ def test_a_step_of_hugging_faces_trainer_can_be_measured(capsys):
     assert "tiny: a step without averages takes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_updates_of_tensorflow_can_be_measured(capsys):
     bench_tensorflow.main(["--quick", "--samples", "1"])
     assert "first call, fastema" in capsys.readouterr().out

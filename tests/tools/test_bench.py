@@ -187,7 +187,8 @@ def test_the_benchmark_of_gpus_runs_without_one_where_it_is_installed(tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
     installed = tmp_path / "installed" / "fastema"
     shutil.copytree(Path(fastema.__file__).parent, installed, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(bench_cuda.FOLDER, installed / "bench", ignore=shutil.ignore_patterns("results"))
+    bench = bench_cuda.FOLDER, installed / "bench"
+    shutil.copytree(*bench, ignore=shutil.ignore_patterns("results"), dirs_exist_ok=True)
     native = Path(fastema._core.__file__)
     shutil.copy(native, installed)
     shutil.copytree(native.parent / "cuda", installed / "cuda", dirs_exist_ok=True)

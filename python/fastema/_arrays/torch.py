@@ -382,9 +382,11 @@ def is_elsewhere(tensor: AnyArray) -> bool:
 
 def is_on_cuda(tensor: AnyArray) -> bool:
     """Tell whether a tensor lies on a device of CUDA; torch says so of ROCm's as well."""
+    if not tensor.is_cuda:
+        return False
     import torch  # noqa: PLC0415
 
-    return bool(tensor.is_cuda) and torch.version.hip is None
+    return torch.version.hip is None
 
 
 def _place_of(tensor: AnyArray) -> tuple[int, int]:

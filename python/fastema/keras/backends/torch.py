@@ -22,11 +22,8 @@ class Torch(Backend):
     def __init__(self) -> None:
         self._pairs: Pairs | None = None
         self._addresses: list[int] = []
-        self._counted: tuple[torch.Tensor | None, int, int] = (
-            None,
-            0,
-            0,
-        )  # a counter, its version, what it says
+        # a counter, its version, what it says
+        self._counted: tuple[torch.Tensor | None, int, int] = (None, 0, 0)
 
     def numpy(self, variable: Variable) -> np.ndarray:
         value = native(variable).detach().cpu()

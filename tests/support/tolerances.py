@@ -47,6 +47,9 @@ LEAST_SQUARES = {"rtol": 0, "atol": 1e-8}
 # A float64 rounded once to float32.
 IN_FLOAT32 = {"rtol": 2.0**-24, "atol": 0}
 
+# The loss of float32 averages, and of those that a replay computes in float64 of the same weights.
+LOSS = {"rtol": 1e-4, "atol": 0}
+
 
 def assert_close(actual, expected, tolerance):
     """Assert within one of the tolerances above."""

@@ -30,6 +30,27 @@ def test_anything_with_dlpack_is_averaged_where_it_lies(rng):
     assert oracle.same_bits(average, expected)
 
 
+def test_averages_that_only_speak_dlpack_are_written_with_numpy_before_2_2_too(monkeypatch, rng):
+    """It takes all for read-only that does not tell, as nothing could before DLPack 1.0."""
+    view = np.from_dlpack
+    monkeypatch.setattr(np, "from_dlpack", lambda array: sealed(view(array)))
+    average, value = rng.standard_normal((2, 4, 5))
+    expected = oracle.update(average, value, 0.9)
+    fastema.update([Exporter(average.T), Exporter(np.zeros((0, 3)))], [value.T, np.zeros((0, 3))], 0.9)
+    assert oracle.same_bits(average, expected)
+
+
+def test_averages_that_are_exported_as_read_only_are_refused():
+    # NumPy's own export of such an array fails before its version 2.1
+    with pytest.raises((TypeError, ValueError), match=re.escape("averages[0] must be")):
+        fastema.update([Exporter(sealed(np.zeros(3)))], [np.zeros(3)], 0.9)
+
+
+def sealed(array):
+    array.flags.writeable = False
+    return array
+
+
 def test_what_lies_on_a_device_is_refused_by_name():
     with pytest.raises(TypeError, match=re.escape("values[1] must be an array whose CPU memory")):
         fastema.update([np.zeros(3)] * 2, [np.zeros(3), Exporter(np.zeros(3), device=(2, 0))], 0.9)

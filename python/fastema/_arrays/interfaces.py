@@ -52,7 +52,7 @@ _CAPSULE, _READ_ONLY = b"dltensor_versioned", 1
 
 
 def is_read_only(array: AnyArray) -> bool:
-    """Tell whether something on a device is exported by DLPack as read-only, which CuPy does not look at."""
+    """Tell whether something is exported by DLPack as read-only, which CuPy does not look at."""
     try:
         capsule = array.__dlpack__(max_version=(1, 0))
     except TypeError:  # it speaks a version that knows no such thing
@@ -61,6 +61,14 @@ def is_read_only(array: AnyArray) -> bool:
     is_valid.argtypes = pointer.argtypes = ctypes.py_object, ctypes.c_char_p
     pointer.restype = ctypes.POINTER(_Managed)
     return bool(is_valid(capsule, _CAPSULE) and pointer(capsule, _CAPSULE).contents.flags & _READ_ONLY)
+
+
+class _Writable:
+    """A view that may be written, where NumPy (before 2.2) forbids it of all that tell no flags."""
+
+    def __init__(self, view: np.ndarray) -> None:
+        self._view = view
+        self.__array_interface__ = {**view.__array_interface__, "data": (view.ctypes.data, False)}
 
 
 class _OnDevice(Leaf):
@@ -204,7 +212,8 @@ class _Interfaces(Library):
             raise TypeError("it lies on a CUDA device")
         if int(array.__dlpack_device__()[0]) != CPU:
             raise TypeError(f"it lies on device {array.__dlpack_device__()}")
-        return np.from_dlpack(array)
+        found = np.from_dlpack(array)
+        return found if found.flags.writeable or is_read_only(array) else np.asarray(_Writable(found))
 
     def _locate(self, array: AnyArray) -> Location:
         driver = _driver()

@@ -11,11 +11,18 @@ from processes import PATIENCE, SUPPORT, output_of, skip_without
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-@pytest.mark.parametrize(("file", "least"), [("keras_everywhere.py", 25), ("keras_recipes.py", 5)])
-def test_what_holds_everywhere_holds_here(backend, file, least):
+@pytest.mark.parametrize(
+    ("file", "which", "least"),
+    [
+        ("keras_everywhere.py", "not slow", 22),
+        pytest.param("keras_everywhere.py", "slow", 3, marks=pytest.mark.slow),
+        ("keras_recipes.py", "not slow", 5),
+    ],
+)
+def test_what_holds_everywhere_holds_here(backend, file, which, least):
     skip_without(backend)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(SUPPORT / file)],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", which, SUPPORT / file],
         cwd=SUPPORT,
         env={**os.environ, "KERAS_BACKEND": backend},
         capture_output=True,

@@ -698,5 +698,6 @@ MIRRORED = """
 """
 
 
+@pytest.mark.slow
 def test_under_a_mirrored_strategy_every_replica_gets_its_weights_back():
     assert output_of(MIRRORED) == "done"

@@ -244,6 +244,7 @@ REPLICAS = """
 """
 
 
+@pytest.mark.slow
 def test_two_replicas_hold_the_same_averages_of_a_numpy_replay():
     output_of(REPLICAS)
 
@@ -624,7 +625,7 @@ CONTINUE = """
 
 
 @legacy_format
-@pytest.mark.parametrize("suffix", ["keras", "h5"])
+@pytest.mark.parametrize("suffix", ["keras", pytest.param("h5", marks=pytest.mark.slow)])
 def test_saved_loaded_in_a_new_process_and_trained_on_is_as_if_never_interrupted(tmp_path, kind, suffix):
     if suffix == "keras" and kind is tf_keras.optimizers.legacy:
         pytest.skip("tf_keras itself keeps no state of legacy optimizers in .keras files")

@@ -197,6 +197,7 @@ def test_all_averages_come_back_from_a_checkpoint_of_orbax(tmp_path):
 # --- export -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:\\s*Warning. tf.lite.Interpreter is deprecated")
 def test_a_model_of_litert_computes_with_the_averages(tmp_path):
     """As one does whose weights they are: its kernels round in other places than TensorFlow's."""

@@ -22,6 +22,7 @@ CONTINUE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [{}, {"dynamic_decay": False, "start_step": 6}, {"update_every": 3}], ids=str
 )

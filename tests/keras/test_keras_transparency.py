@@ -107,6 +107,7 @@ def test_optimizers_pass_their_tests_when_wrapped(tmp_path, backend):
     assert_all_pass_but(outcomes, output, CANNOT_PASS, at_least=150)
 
 
+@pytest.mark.slow
 def test_optimizers_that_hold_others_pass_their_tests_when_wrapped(tmp_path):
     outcomes, output = run_tests_of_keras(tmp_path, "tensorflow", "holders", HOLDERS)
     assert_all_pass_but(outcomes, output, CANNOT_PASS_HOLDERS, at_least=30)

@@ -252,7 +252,7 @@ def test_concurrent_graphs_share_one_team_of_threads():
 
 
 @LINUX_ONLY
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("eager", marks=pytest.mark.slow), "graph"])
 @pytest.mark.parametrize(
     ("engine", "bucket_bytes", "limit"),
     # gaps in the C library's heap, which freed buffers of other sizes leave, are a third of the list

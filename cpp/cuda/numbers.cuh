@@ -80,6 +80,29 @@ inline Double widen(Single from) {
 #endif
 }
 
+#if defined(__CUDA_ARCH__)
+inline Single magnitude(Single from) {
+  float to;
+  asm("abs.f32 %0, %1;" : "=f"(to) : "f"(from.x));
+  return to;
+}
+
+// Returns `then` where a >= b, which NaN is not.
+inline uint32_t select_ge(Single a, float b, uint32_t then, uint32_t otherwise) {
+  uint32_t chosen;
+  asm("{\n\t.reg .pred is_ge;\n\tsetp.ge.f32 is_ge, %1, %2;\n\tselp.b32 %0, %3, %4, is_ge;\n\t}"
+      : "=r"(chosen)
+      : "f"(a.x), "f"(b), "r"(then), "r"(otherwise));
+  return chosen;
+}
+
+inline Single add_towards_zero(Single a, Single b) {
+  float sum;
+  asm("add.rz.f32 %0, %1, %2;" : "=f"(sum) : "f"(a.x), "f"(b.x));
+  return sum;
+}
+#endif
+
 template <>
 struct Lanes<Single> {
   using Word = uint32_t;

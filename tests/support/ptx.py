@@ -81,7 +81,7 @@ class Kernel:
             line = raw.split("//")[0].strip()
             if line.endswith(":"):
                 self._labels[line[:-1]] = len(self._code)
-            elif line and not line.startswith((".reg", ".pragma")):
+            elif line not in ("", "{", "}") and not line.startswith((".reg", ".pragma")):
                 guard, instruction = re.fullmatch(r"(?:@(\S+)\s+)?(.*);", line).groups()
                 opcode, *rest = instruction.split(None, 1)
                 self._code.append((guard, opcode.split("."), _TOKEN.findall("".join(rest))))
@@ -115,7 +115,7 @@ class Kernel:
 
     def _read(self, operand, kind):
         """Return an operand for each of these threads, as an array of a type of PTX."""
-        if operand.startswith("%"):
+        if operand in self._registers:
             words = self._registers[operand][self._who]
         elif operand in self._symbols:
             words = np.full(len(self._who), self._symbols[operand])
@@ -160,6 +160,10 @@ class Kernel:
                 give(read(1))
             case ("add" | "sub" | "mul", "rn", *_) if kind[0] == "f":
                 give(_FLOAT[name](read(1), read(2)))
+            case ["add", "rz"] if kind == "f32":
+                give(added_towards_zero(read(1), read(2)))
+            case ["abs"] if kind == "f32":
+                give(np.abs(read(1)))
             case ["fma", "rn"] if kind == "f32":  # in float64: near enough to be another number
                 give((read(1).astype("f8") * read(2) + read(3)).astype("f4"))
             case ["add" | "sub" | "min" | "max" | "and" | "or" | "xor"] if kind[0] != "f":
@@ -188,10 +192,10 @@ class Kernel:
                 place, mask = int(operands[3]), np.uint64(2 ** int(operands[4]) - 1)
                 cleared = read(2) & ~np.uint64(int(mask) << place)
                 give(cleared | (read(1) & mask) << np.uint64(place))
-            case ["prmt"] if kind == "b32" and not int(operands[3], 0) & 0x8888:
+            case ["prmt"] if kind == "b32" and not (read(3) & 0x8888).any():
                 source = np.concatenate([read(i)[:, None].view("u1") for i in (1, 2)], axis=1)
-                chosen = [int(operands[3], 0) >> 4 * i & 7 for i in range(4)]
-                give(np.ascontiguousarray(source[:, chosen]).view("u4")[:, 0])
+                chosen = (read(3)[:, None] >> np.arange(0, 16, 4, dtype="u4") & 7).astype(np.int64)
+                give(np.take_along_axis(source, chosen, axis=1).view("u4")[:, 0])
             case ["cvt", *_]:
                 give(self._converted(marks, kind, read))
             case _:
@@ -230,6 +234,16 @@ class Kernel:
             loaded = self._memory.load(addresses, width * len(parts)).view(f"u{width}")
             for i, part in enumerate(parts):
                 self._write(part, loaded[:, i])
+
+
+def added_towards_zero(a, b):
+    """Return sums of float32 numbers, of which one that does not fit is the next one to zero."""
+    total = a.astype("f8") + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)  # what rounding to float64 took, exactly
+    nearest = total.astype("f4")
+    beyond = (np.abs(nearest) > np.abs(total)) | ((nearest == total) & (error * total < 0))
+    return np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
 
 
 def flushed(values, ftz):

@@ -387,7 +387,12 @@ class Pairs:
 
 
 def paired(
-    averages: list[Array], values: list[Array], carries: Sequence[Array] = (), **terms: Unpack[Terms]
+    averages: list[Array],
+    values: list[Array],
+    carries: Sequence[Array] = (),
+    *,
+    once: bool = False,
+    **terms: Unpack[Terms],
 ) -> Pairs:
     """Pair lists as the rest of the library has them.
 
@@ -395,6 +400,7 @@ def paired(
         averages: Those that share a value follow each other.
         values: One for all averages in a row that share it.
         carries: None, or one for each average.
+        once: Whether they are used at once and never again: then nobody watches for other memory.
         **terms: What will be done, and what errors call the arrays.
 
     Raises:
@@ -402,7 +408,7 @@ def paired(
         ValueError: As for `update`.
     """
     pairs = Pairs.__new__(Pairs)
-    pairs._set_up(averages, values, list(carries), terms)
+    pairs._set_up(averages, values, list(carries), terms, watched=not once)
     return pairs
 
 

@@ -196,6 +196,14 @@ class Storage(ABC):
     def describe(self, array: AnyArray) -> Descriptor:
         """Return an array's type, layout and address."""
 
+    def dtype(self, array: AnyArray) -> DType:
+        """Return NumPy's type of an array's elements."""
+        return self.describe(array).dtype
+
+    def shape(self, array: AnyArray) -> tuple[int, ...]:
+        """Return an array's shape."""
+        return self.describe(array).shape
+
     def device(self, array: AnyArray) -> Place | None:  # noqa: ARG002 - host memory is one place
         """Return the device that an array lies on; None: it lies in host memory."""
         return None

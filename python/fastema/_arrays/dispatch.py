@@ -109,14 +109,15 @@ def local_array(array: AnyArray, name: str) -> AnyArray:
     return array if type(array) is np.ndarray else _library(array, name).local_array(array, name)
 
 
-def locate(array: AnyArray, name: str) -> Location:
-    """Return where an array on a CUDA device lies.
+def locate(array: AnyArray, name: str) -> Location | None:
+    """Return where an array on a CUDA device lies; None: it is none.
 
     Raises:
         ImportError: CuPy is not installed or cannot run.
-        TypeError: It is no array, or its memory cannot be viewed.
+        TypeError: Its memory cannot be viewed.
     """
-    return _library(array, name).locate(array, name)
+    library = library_of(array)
+    return None if library is None or not library.is_on_cuda(array) else library.locate(array, name)
 
 
 def rebinds(array: AnyArray) -> bool:
@@ -183,7 +184,7 @@ def dtype_of(array: AnyArray) -> DType:
     if isinstance(array, np.ndarray):  # most are, at every update
         dtype: DType = array.dtype
         return dtype
-    return _storage(array).describe(array).dtype
+    return _storage(array).dtype(array)
 
 
 def shape_of(array: AnyArray) -> tuple[int, ...]:
@@ -191,7 +192,7 @@ def shape_of(array: AnyArray) -> tuple[int, ...]:
     if isinstance(array, np.ndarray):
         shape: tuple[int, ...] = array.shape
         return shape
-    return _storage(array).describe(array).shape
+    return _storage(array).shape(array)
 
 
 def device(array: AnyArray) -> Place | None:

@@ -315,7 +315,13 @@ class _Storage(Storage):
     """Tensors on devices, worked on by torch itself in its current stream."""
 
     def describe(self, array: AnyArray) -> Descriptor:
-        return _located(array).descriptor
+        return _described(array)
+
+    def dtype(self, array: AnyArray) -> DType:
+        return _dtype(array.dtype)
+
+    def shape(self, array: AnyArray) -> tuple[int, ...]:
+        return tuple(array.shape)
 
     def device(self, array: AnyArray) -> Place | None:
         return str(array.device) if is_elsewhere(array) else int(array.device.index or 0)
@@ -357,18 +363,17 @@ class _Storage(Storage):
         return average.to(compute).div(by).to(average.dtype)
 
 
-def _located(tensor: AnyArray) -> Location:
-    return Location(_described(tensor), tensor.device.index or 0, "torch", None, tensor)
-
-
 def _described(tensor: AnyArray) -> Descriptor:
-    dtype = _dtype(tensor.dtype)
-    strides = tuple(step * dtype.itemsize for step in tensor.stride())
+    dtype, address = _dtype(tensor.dtype), None
     if is_elsewhere(tensor):
         storage, begin = _place_of(tensor)
         address = (storage << 64) + begin * dtype.itemsize
-    else:
-        address = tensor.data_ptr()
+    return _descriptor(tensor, dtype, address)
+
+
+def _descriptor(tensor: AnyArray, dtype: DType, address: int | None = None) -> Descriptor:
+    strides = tuple([step * dtype.itemsize for step in tensor.stride()])  # a generator takes twice as long
+    address = tensor.data_ptr() if address is None else address
     return Descriptor(dtype, tuple(tensor.shape), strides, address, True)
 
 
@@ -471,7 +476,9 @@ class _Torch(Library):
         return array_of(array)
 
     def _locate(self, array: AnyArray) -> Location:
-        return _located(array)
+        return Location(
+            _descriptor(array, _dtype(array.dtype)), array.device.index or 0, "torch", None, array
+        )
 
     def _on_device(self, array: AnyArray) -> AnyArray:
         import torch  # noqa: PLC0415

@@ -337,7 +337,7 @@ class Exchange:
         for together in by_device(averages, values):
             names = [self.values.names[i] for i in together for _ in values[i]]
             pulled, towards = ([x for i in together for x in lists[i]] for lists in (values, averages))
-            acts.append((paired(pulled, towards, names=names, arguments=_PULLED), [False]))
+            acts.append((paired(pulled, towards, names=names, arguments=_PULLED, once=True), [False]))
 
         def pull() -> None:
             for pairs, done in acts:
@@ -429,7 +429,7 @@ class Exchange:
                 averages.append(self._swap_flag[0])
                 values.append(self._swap_flag[1])
                 names.append("")  # nobody's
-            pairs = paired(averages, values, names=names, verb="swap")
+            pairs = paired(averages, values, names=names, verb="swap", once=True)
             if device is None:
                 pairs.swap(self._threads)
             else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .._arrays import Descriptor, is_on_cuda, locate
+from .._arrays import Descriptor, locate
 from .._types import AnyArray, DType
 from . import _driver
 from ._driver import Stream
@@ -34,10 +34,10 @@ class Group:
             found = []
             for i, array in enumerate(arrays):
                 name = argument if single else f"{argument}[{i}]"
-                if not is_on_cuda(array):
+                one = locate(array, name)
+                if one is None:
                     beside = f"on cuda:{where[1]}, where {where[0]} lies" if where else "in CUDA memory"
                     raise TypeError(f"{name} must lie {beside}, got {type(array).__name__} elsewhere")
-                one = locate(array, name)
                 if where is None and one.device is not None:
                     where = name, one.device
                 if where is not None and one.device not in (None, where[1]):

@@ -11,8 +11,10 @@ import hashlib
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +52,19 @@ def check_exactness(gpu: Gpu) -> None:
     """
     torch = gpu.torch
     shapes = [(3,), (1_001, 7), (65_536,), (1,), (8191,)]
-    for average, value in MIXES:
-        for skew in (0, 1):
-            a = tensors(gpu, shapes, average, 1, skew)
-            v = tensors(gpu, shapes, value, 2, 3 * skew)
-            expected, values = [x.cpu().clone() for x in a], [x.cpu().clone() for x in v]
-            for decay in (DECAY, 0.5, 0.0):
-                fastema.update(gpu.as_on_device(a), gpu.as_on_device(v), decay)
-                fastema.update(expected, values, decay)
-            for x, y in zip(a, expected, strict=True):
-                assert torch.equal(x.cpu().view(torch.uint8), y.view(torch.uint8)), (average, value, skew)
+    for case in (
+        Case("", shapes, *mix, how, skew=skew) for how in HOW for mix in HOW[how] for skew in (0, 1)
+    ):
+        a = tensors(gpu, shapes, case.average, 1, case.skew)
+        v = tensors(gpu, shapes, case.value, 2, 3 * case.skew)
+        expected, values = [x.cpu().clone() for x in a], [x.cpu().clone() for x in v]
+        ours = paired(gpu, case, [a], v)
+        cores = fastema.Pairs(expected, values, carries=carries_of(gpu, expected, case))
+        for decay in (DECAY, 0.5, 0.0):
+            for pairs in (ours, cores):
+                pairs.update(decay, **case.terms())
+        for x, y in zip(a, expected, strict=True):
+            assert torch.equal(x.cpu().view(torch.uint8), y.view(torch.uint8)), case
 
 
 # --- measuring --------------------------------------------------------------------------------------
@@ -125,9 +130,38 @@ class Case:
     shapes: Shapes
     average: str
     value: str
+    rounding: str = "nearest"
+    averages: int = 1  # of each value
     of_copy: float | None = None  # goal: share of the copy rate
     against: float | None = None  # goal: times faster than the best of torch's foreach functions
     skew: int = 0  # elements by which values are misaligned
+
+    def terms(self) -> dict[str, Any]:
+        """Return how an update is to round."""
+        return {"rounding": "stochastic", "seed": 1, "step": 3} if self.rounding == "stochastic" else {}
+
+    def title(self, shapes: Shapes) -> str:
+        """Return what it is called where it was cut to these shapes."""
+        types = self.average if self.average == self.value else f"{self.average} <- {self.value}"
+        how = "" if self.rounding == "nearest" else f", {self.rounding}"
+        several = "" if self.averages == 1 else f", {self.averages} averages"
+        return f"{titled(self.name, self.shapes, shapes)}, {types}{how}{several}"
+
+
+# The mixes of each rounding. Of the others one is like another.
+HOW = {
+    "nearest": MIXES,
+    "stochastic": [("bf16", "bf16"), ("f16", "f16"), ("bf16", "f32"), ("f16", "f32")],
+    "compensated": [("f32", "f32"), ("f32", "bf16"), ("bf16", "bf16")],
+}
+
+
+def carries_of(gpu: Gpu, averages: list[Any], case: Case) -> list[Any] | None:
+    """Return carries that hold nothing, if the case has any."""
+    if case.rounding != "compensated":
+        return None
+    kind = gpu.torch.float32 if case.average == "f32" else gpu.torch.int16
+    return [gpu.torch.zeros_like(x, dtype=kind) for x in averages]
 
 
 def cases(gpu: Gpu) -> list[Case]:
@@ -135,31 +169,45 @@ def cases(gpu: Gpu) -> list[Case]:
     one = min(1 << 30, gpu.room() // 8)
     odd = [(math.prod(shape) + 1,) for shape in LISTS["GPT-2"]]
     return [
-        *(Case("1 GiB", [(one // itemsize(a),)], a, v, 0.97) for a, v in MIXES),
-        Case("7B", llama_7b(), "f32", "f32", 0.97, 1.1),
-        Case("7B", llama_7b(), "f32", "bf16", 0.97, 1.8),
-        Case("GPT-2, odd sizes", odd, "f32", "f32", None, 1.5),
-        Case("GPT-2, skewed views", LISTS["GPT-2"], "f32", "f32", None, 1.5, skew=1),
-        Case("16 x 65,536", [(65_536,)] * 16, "f32", "f32", None, 3.0),
-        Case("1,000 x 1,000", [(1000,)] * 1000, "f32", "f32", None, 4.0),
-        Case("GPT-2", LISTS["GPT-2"], "f32", "f32", 0.95, 1.1),
-        Case("GPT-2", LISTS["GPT-2"], "f32", "bf16", 0.95, 1.8),
+        *(
+            Case("1 GiB", [(one // itemsize(mix[0]),)], *mix, how, of_copy=0.97)
+            for how, mixes in HOW.items()
+            for mix in mixes
+        ),
+        *(Case("1 GiB", [(one // 4,)], "f32", "f32", averages=n, of_copy=0.97) for n in (2, 4)),
+        Case("7B", llama_7b(), "f32", "f32", of_copy=0.97, against=1.1),
+        Case("7B", llama_7b(), "f32", "bf16", of_copy=0.97, against=1.8),
+        Case("GPT-2, odd sizes", odd, "f32", "f32", against=1.5),
+        Case("GPT-2, skewed views", LISTS["GPT-2"], "f32", "f32", against=1.5, skew=1),
+        Case("16 x 65,536", [(65_536,)] * 16, "f32", "f32", against=3.0),
+        Case("1,000 x 1,000", [(1000,)] * 1000, "f32", "f32", against=4.0),
+        Case("GPT-2", LISTS["GPT-2"], "f32", "f32", of_copy=0.95, against=1.1),
+        Case("GPT-2", LISTS["GPT-2"], "f32", "bf16", of_copy=0.95, against=1.8),
     ]
+
+
+def paired(gpu: Gpu, case: Case, averages: list[list[Any]], values: list[Any]) -> fastema.Pairs:
+    """Return the pairs of a case on the device."""
+    carries = carries_of(gpu, averages[0], case)
+    return fastema.Pairs.several(
+        [gpu.as_on_device(x) for x in averages],
+        gpu.as_on_device(values),
+        carries=None if carries is None else [gpu.as_on_device(carries)],
+    )
 
 
 def update(gpu: Gpu, report: Report, case: Case) -> None:
     """Measure updates of a list: its share of the copy rate, and rivals."""
-    each = itemsize(case.average) + itemsize(case.value)
-    shapes = gpu.cut(case.shapes, each)
-    a, v = tensors(gpu, shapes, case.average, 1), tensors(gpu, shapes, case.value, 2, case.skew)
-    pairs = fastema.Pairs(gpu.as_on_device(a), gpu.as_on_device(v))
-    types = case.average if case.average == case.value else f"{case.average} <- {case.value}"
-    moved = elements(shapes) * (each + itemsize(case.average))
+    held = itemsize(case.average) * (2 if case.rounding == "compensated" else 1) * case.averages
+    shapes = gpu.cut(case.shapes, held + itemsize(case.value))
+    a = [tensors(gpu, shapes, case.average, 1) for _ in range(case.averages)]
+    v = tensors(gpu, shapes, case.value, 2, case.skew)
+    pairs, decay = paired(gpu, case, a, v), [DECAY] * case.averages if case.averages > 1 else DECAY
     result = report.run(
-        f"{titled(case.name, case.shapes, shapes)}, {types}",
-        moved,
-        lambda: pairs.update(DECAY),
-        rivals(gpu, a, v),
+        case.title(shapes),
+        elements(shapes) * (2 * held + itemsize(case.value)),
+        lambda: pairs.update(decay, **case.terms()),
+        rivals(gpu, a[0], v) if case.rounding == "nearest" and case.averages == 1 else {},
     )
     if case.of_copy is not None:
         report.of_copy(result, case.of_copy)
@@ -195,13 +243,27 @@ def host(gpu: Gpu, report: Report) -> None:
     clock = harness.Stopwatch(lambda _: gpu.synchronize(), most=1 if gpu.fake else 50)
     for count in (1, 100, 1000):
         a, v = ([gpu.torch.zeros(16, device=gpu.device) for _ in range(count)] for _ in range(2))
-        pairs = fastema.Pairs(gpu.as_on_device(a), gpu.as_on_device(v))
-        for check in (False, True):
-            calls = {"update": lambda pairs=pairs, check=check: pairs.update(DECAY, check=check)}
-            goal = 5 + (0.1 * 2 * count if check else 0)
-            how = "addresses checked" if check else "check=False"
-            value = harness.measure(calls, 20, clock)["update"].median * 1e6
+        values = gpu.as_on_device(v)
+        pairs, ema = fastema.Pairs(gpu.as_on_device(a), values), fastema.EMA(values, DECAY)
+        checked = 0.1 * 2 * count
+        calls = {
+            "check=False": (partial(pairs.update, DECAY, check=False), 5),
+            "addresses checked": (partial(pairs.update, DECAY), 5 + checked),
+            "EMA.update": (ema.update, 5 + checked),
+        }
+        for how, (call, goal) in calls.items():
+            value = harness.measure({how: call}, 20, clock)[how].median * 1e6
             report.goal(f"{count} tensors, {how}", "us of the host", value, goal, at_most=True)
+
+
+def first_call(gpu: Gpu) -> float:
+    """Return the seconds of a process' first update: its kernel is compiled, or read from the disk."""
+    a, v = tensors(gpu, [(16,)], "f32", 1), tensors(gpu, [(16,)], "f32", 2)
+    gpu.synchronize()
+    begun = time.perf_counter()
+    fastema.update(gpu.as_on_device(a), gpu.as_on_device(v), DECAY)
+    gpu.synchronize()
+    return time.perf_counter() - begun
 
 
 def graphs(gpu: Gpu, report: Report) -> None:
@@ -262,6 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", action="store_true", help="write bench/cuda-DATE.json")
     options = parser.parse_args(arguments)
     with machine(options.fake) as gpu:
+        first = first_call(gpu)
         check_exactness(gpu)
         print(f"{gpu.name}: the bits of the CPU core", file=sys.stderr)
         report = Report(gpu, copy_rate(gpu, options.samples), options.samples)
@@ -276,7 +339,8 @@ def main(arguments: list[str] | None = None) -> None:
         graphs(gpu, report)
         offloads(gpu, report)
     versions = f"torch {gpu.torch.__version__} {foreach or ''}".strip()
-    print(f"\n{gpu.name}; copies at {report.rate / 1e9:.4g} GB/s; {versions}\n\n{report.text()}\n")
+    print(f"\n{gpu.name}; copies at {report.rate / 1e9:.4g} GB/s; {versions}")
+    print(f"The first update took {first:.2g} s.\n\n{report.text()}\n")
     for table in tables(report.results):
         print(f"{table.text()}\n")
     content = {
@@ -286,6 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
         "build": fastema.build_config(),
         "torch": gpu.torch.__version__,
         "foreach": foreach,
+        "first_update_seconds": first,
         "copy_bytes_per_second": report.rate,
         "goals": report.goals,
         "results": [plain(result) for result in report.results],

@@ -66,6 +66,14 @@ def test_averages_of_numpy_s_arrays_may_be_given_jax_arrays(jnp):
         ema.swap()
 
 
+def test_complex_averages_of_numpy_s_arrays_may_be_given_jax_arrays(jnp):
+    ema = fastema.EMA([np.array([1 + 2j], np.complex64)], 0.5)
+    ema.update([jnp.array([3 - 2j])])
+    assert ema.averages[0] == 2
+    with pytest.raises(TypeError, match=r"values\['0'\] must be complex, as it was at first, got float32"):
+        ema.update([jnp.ones(1)])
+
+
 @pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "w"), ("float16", "w"), ("float64", "half")])
 def test_averages_of_jax_arrays_may_have_fewer_bits_or_twice_more(jnp, dtype, name):
     def values(seed):

@@ -99,8 +99,8 @@ class _Exporter(HostLeaf):
 
     may_move = True
 
-    def __init__(self, given: AnyArray, array: np.ndarray) -> None:
-        super().__init__(given, array)
+    def __init__(self, given: AnyArray, array: np.ndarray, name: str) -> None:
+        super().__init__(given, array, name)
         self.address = library.address(given)
 
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
@@ -197,7 +197,7 @@ class _Interfaces(Library):
 
     def leaf(self, value: AnyArray, name: str) -> Leaf:
         array = self.local_array(value, name)
-        return _Exporter(value, array) if isinstance(array, np.ndarray) else _OnDevice(array)
+        return _Exporter(value, array, name) if isinstance(array, np.ndarray) else _OnDevice(array)
 
     def is_on_cuda(self, array: AnyArray) -> bool:
         return not hasattr(array, "__dlpack_device__") or int(array.__dlpack_device__()[0]) in CUDA

@@ -6,7 +6,7 @@ import numpy as np
 
 from .._types import AnyArray, DType, compute_type
 from .base import Descriptor, Leaf, Library, Storage, unmasked
-from .dispatch import write
+from .dispatch import local_array, write
 from .packing import cast_into
 
 
@@ -28,14 +28,14 @@ def plain(array: np.ndarray, name: str) -> np.ndarray:
 class HostLeaf(Leaf):
     """A NumPy array, or something else with NumPy's view of its memory."""
 
-    def __init__(self, given: AnyArray, array: np.ndarray) -> None:
-        self._given, self._array = given, array
+    def __init__(self, given: AnyArray, array: np.ndarray, name: str) -> None:
+        self._given, self._array, self._name = given, array, name
         self._is_derived = isinstance(given, np.ndarray) and type(given) is not np.ndarray
 
     def local_arrays(self, value: AnyArray = None) -> list[AnyArray]:
         if self._is_derived:  # a view of it would stay behind where it is resized
             self._array = np.asarray(self._given)
-        return [self._array if value is None else value]
+        return [self._array if value is None else local_array(value, self._name)]
 
     def obstacle(self) -> str | None:
         return None if self.local_arrays()[0].flags.writeable else "is read-only"
@@ -83,7 +83,7 @@ class _NumPy(Library):
         return isinstance(value, np.ndarray)
 
     def leaf(self, value: AnyArray, name: str) -> Leaf:
-        return HostLeaf(value, plain(value, name))
+        return HostLeaf(value, plain(value, name), name)
 
     def view(self, array: AnyArray, name: str) -> np.ndarray:
         return plain(array, name)

@@ -130,8 +130,16 @@ def slots_of(model):
 @both
 @pytest.mark.parametrize(
     ("compiling", "fitting"),
-    [({}, {}), ({}, {"validation_freq": 2}), ({"run_eagerly": False, "steps_per_execution": 2}, {})],
-    ids=["plain", "validation_freq", "steps_per_execution"],
+    [
+        pytest.param({}, {}, id="plain"),
+        pytest.param({}, {"validation_freq": 2}, id="validation_freq"),
+        pytest.param(
+            {"run_eagerly": False, "steps_per_execution": 2},
+            {},
+            id="steps_per_execution",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_fit_trains_as_without_and_validates_averages(make, compiling, fitting, swap_on_epoch):
@@ -393,7 +401,7 @@ def test_a_checkpoint_holds_averages_and_training_is_as_without(make, tmp_path):
 
 
 @pytest.mark.parametrize("resume", ["swap_weights", "SwapEMAWeights", "AverageModelCheckpoint"])
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("statistics", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_checkpoint_trains_on_with_the_bits_of_a_run_that_never_stopped(tmp_path, resume, statistics):
     def make():
         return wrap(keras.optimizers.SGD(0.05), trainable_weights_only=not statistics)

@@ -289,12 +289,15 @@ def test_get_weights_are_iterations_state_averages_and_no_learning_rate(rate):
 @pytest.mark.parametrize(
     "inner",
     [
-        lambda: keras.optimizers.SGD(0.1),
-        lambda: keras.optimizers.Nadam(0.01),
-        lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=3),
-        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
+        pytest.param(lambda: keras.optimizers.SGD(0.1), id="SGD"),
+        pytest.param(lambda: keras.optimizers.Nadam(0.01), id="Nadam", marks=pytest.mark.slow),
+        pytest.param(
+            lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=3),
+            id="accumulating",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)), id="scaling"),
     ],
-    ids=["SGD", "Nadam", "accumulating", "scaling"],
 )
 def test_weights_set_in_another_optimizer_train_on_as_the_first(inner):
     model, optimizer = small_model(), wrap(inner())
@@ -802,7 +805,10 @@ def test_variables_that_are_overwritten_with_their_gradients_are_averaged():
         optimizer.get_slot(scale, "m")
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize(
+    "scaled",
+    [pytest.param(False, id="plain"), pytest.param(True, id="scaled", marks=pytest.mark.slow)],
+)
 def test_weights_loaded_into_a_compiled_model_keep_the_optimizers_state(tmp_path, scaled):
     """Keras drops what an optimizer has no variables for yet."""
 

@@ -49,11 +49,16 @@ def policy():
 @pytest.mark.parametrize(
     "rate",
     [
-        keras.optimizers.schedules.CosineDecay(0.1, 10, warmup_target=0.2, warmup_steps=3),
-        keras.optimizers.schedules.PiecewiseConstantDecay([3, 7], [0.1, 0.05, 0.01]),
-        lambda: 0.05,
+        pytest.param(
+            keras.optimizers.schedules.CosineDecay(0.1, 10, warmup_target=0.2, warmup_steps=3), id="cosine"
+        ),
+        pytest.param(
+            keras.optimizers.schedules.PiecewiseConstantDecay([3, 7], [0.1, 0.05, 0.01]),
+            id="piecewise",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda: 0.05, id="callable"),
     ],
-    ids=["cosine", "piecewise", "callable"],
 )
 def test_rates_that_follow_a_schedule(rate):
     _, optimizer = assert_transparent(small_model, lambda: keras.optimizers.SGD(rate, momentum=0.9))
@@ -256,7 +261,7 @@ def test_several_steps_per_execution(per_execution):
     assert_same_bits(averages_of(optimizer), replay(every))
 
 
-@pytest.mark.parametrize("initial", ["zeros", "weights"])
+@pytest.mark.parametrize("initial", ["zeros", pytest.param("weights", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "inner", [keras.optimizers.Adam, keras.optimizers.ScheduleFreeAdamW], ids=lambda inner: inner.__name__
 )
@@ -279,7 +284,13 @@ def test_a_model_built_by_its_first_step(inner, initial):
 
 
 @pytest.mark.parametrize(
-    "clipping", [{"clipnorm": 0.1}, {"clipvalue": 0.01}, {"global_clipnorm": 0.1}], ids=str
+    "clipping",
+    [
+        pytest.param({"clipnorm": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"clipvalue": 0.01}, marks=pytest.mark.slow),
+        {"global_clipnorm": 0.1},
+    ],
+    ids=str,
 )
 def test_accumulated_and_clipped_gradients(clipping):
     inner = lambda: keras.optimizers.SGD(0.5, gradient_accumulation_steps=2, **clipping)  # noqa: E731

@@ -294,6 +294,26 @@ def test_tensors_that_cannot_be_viewed_are_refused(torch):
     counts = fake_cuda.tensor(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"values must be float16, bfloat16, .* got dtype\('int64'\)"):
         fastema.update(here, counts, 0.5)
+    negated = fake_cuda.tensor(torch._neg_view(torch.ones(3)))
+    with pytest.raises(TypeError, match=r"values must be an array whose CUDA memory .* it is negated or con"):
+        fastema.update(here, negated, 0.5)
+    with pytest.raises(TypeError, match=r"values\[0\] must be a NumPy array, a torch tensor, .* got str"):
+        fastema.update([here], ["weights"], 0.5)
+
+
+def test_tensors_whose_memory_was_taken_away_are_refused(torch):
+    """As FSDP and offloading do: their address is 0, which a launch dies of, and torch with it."""
+    average, value = (fake_cuda.tensor(torch.zeros(3)) for _ in "ab")
+    pairs = fastema.Pairs(average, value)
+    pairs.update(0.5)
+    value.untyped_storage().resize_(0)
+    for call in (lambda: fastema.update(average, value, 0.5), lambda: pairs.update(0.5)):
+        with pytest.raises(TypeError, match=r"values must be .* it has no memory, or its storage is empty"):
+            call()
+    value.untyped_storage().resize_(12)
+    value.fill_(1)
+    pairs.update(0.5)
+    assert (average == 0.5).all()
 
 
 def test_without_cupy_the_error_says_how_to_install_it():

@@ -36,6 +36,15 @@ def library_of(value: object) -> Library | None:
     return None
 
 
+def check_array(value: object, name: str) -> None:
+    """Raise if something is no array.
+
+    Raises:
+        TypeError: It is none.
+    """
+    _library(value, name)
+
+
 def _library(value: AnyArray, name: str) -> Library:
     library = library_of(value)
     if library is None:

@@ -26,6 +26,7 @@ def tensor_of(array: np.ndarray) -> AnyArray:
     return torch.from_numpy(array)
 
 
+_EMPTY = "it has no memory, or its storage is empty"
 _PIECE = 64 << 20  # bytes that come from a device at once, where they are written to a file
 _BYTES = {1: "|u1", 2: "<i2"}  # for types of which NumPy itself does not know
 
@@ -69,7 +70,7 @@ def array_of(tensor: AnyArray) -> np.ndarray:
     if address == 0:
         if tensor.numel() == 0:
             return np.empty(tensor.shape, dtype)
-        raise ValueError("it has no memory, or its storage is empty")
+        raise ValueError(_EMPTY)
     _check_numbers(tensor)
     view = np.asarray(_Memory(tensor, dtype, address))
     return view if dtype.isbuiltin == 1 else view.view(dtype)
@@ -476,9 +477,11 @@ class _Torch(Library):
         return array_of(array)
 
     def _locate(self, array: AnyArray) -> Location:
-        return Location(
-            _descriptor(array, _dtype(array.dtype)), array.device.index or 0, "torch", None, array
-        )
+        _check_numbers(array)
+        found = _descriptor(array, _dtype(array.dtype))
+        if found.address == 0 and found.size:
+            raise ValueError(_EMPTY)
+        return Location(found, array.device.index or 0, "torch", None, array)
 
     def _on_device(self, array: AnyArray) -> AnyArray:
         import torch  # noqa: PLC0415

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .._arrays import Descriptor, locate
+from .._arrays import Descriptor, check_array, locate
 from .._types import AnyArray, DType
 from . import _driver
 from ._driver import Stream
@@ -36,6 +36,7 @@ class Group:
                 name = argument if single else f"{argument}[{i}]"
                 one = locate(array, name)
                 if one is None:
+                    check_array(array, name)
                     beside = f"on cuda:{where[1]}, where {where[0]} lies" if where else "in CUDA memory"
                     raise TypeError(f"{name} must lie {beside}, got {type(array).__name__} elsewhere")
                 if where is None and one.device is not None:

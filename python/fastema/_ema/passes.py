@@ -158,7 +158,7 @@ class Passes:
     def over_sources(self, sources: Sequence[Array | None], count: Count | None) -> Pass:
         """Return a pass over what `Values.sources` returned, to a count as for `over`."""
         self.wait()
-        return self._pass_over(self._values.local_arrays(sources), self._averages.moving(count), once=True)
+        return self._pass_over(self._values.local_arrays(sources), self._averages.moving(count))
 
     def average(
         self,
@@ -341,14 +341,8 @@ class Passes:
 
     # --- pairing ----------------------------------------------------------------------------------
 
-    def _pass_over(self, local_arrays: Sequence[Locals], lists: Sequence[int], *, once: bool = False) -> Pass:
-        """Pair some lists of averages with local arrays of each leaf; those of each device apart.
-
-        Args:
-            local_arrays: Of each leaf.
-            lists: Which averages.
-            once: See `paired`.
-        """
+    def _pass_over(self, local_arrays: Sequence[Locals], lists: Sequence[int]) -> Pass:
+        """Pair some lists of averages with local arrays of each leaf; those of each device apart."""
         over, kept, names = Pass(lists=lists), self._averages, self._values.names
         for leaves in by_device(kept.averaged, local_arrays):
             averages, carries = kept.rows(leaves, lists)
@@ -359,8 +353,7 @@ class Passes:
                 _core.check(averages, lying, carries, names=named, averages_per_value=len(lists))
                 over.offloads.append(_offload(kept, leaves, values, lists))
             else:
-                each = len(lists)
-                pairs = paired(averages, values, carries, once=once, names=named, averages_per_value=each)
+                pairs = paired(averages, values, carries, names=named, averages_per_value=len(lists))
                 over.pairs.append(pairs)
                 over.named.append((named, values))
         copies = kept.by_decay[0]
@@ -370,7 +363,7 @@ class Passes:
             targets = [x for i in leaves for x in copies[i]]
             values = [x for i in leaves for x in local_arrays[i]]
             named = [names[i] for i in leaves for _ in copies[i]]
-            over.copies.append(paired(targets, values, once=once, names=named, verb="copy"))
+            over.copies.append(paired(targets, values, names=named, verb="copy"))
         for i in kept.alone:
             over.copied_alone += zip(copies[i], local_arrays[i], strict=True)
         over.act = _at_once(over)

@@ -323,45 +323,45 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fake", action="store_true", help="run on a fake device; times mean nothing")
     parser.add_argument("--keep", action="store_true", help="write bench/cuda-DATE.json")
     options = parser.parse_args(arguments)
+    files = [options.json] if options.json else []
+    if options.keep:
+        if options.fake:
+            parser.error("--keep keeps results of a GPU, and --fake has none")
+        files.append(FOLDER / f"cuda-{datetime.now(UTC).date().isoformat()}.json")
     with machine(options.fake) as gpu:
         first = first_call(gpu)
         check_exactness(gpu)
         print(f"{gpu.name}: the bits of the CPU core", file=sys.stderr)
         report = Report(gpu, copy_rate(gpu, options.samples), options.samples)
-        for case in cases(gpu)[-3 if options.quick else 0 :]:
-            update(gpu, report, case)
+        about = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": gpu.name,
+            "kernels": kernels_hash(),
+            "build": fastema.build_config(),
+            "torch": gpu.torch.__version__,
+            "foreach": gpu.foreach(),
+            "first_update_seconds": first,
+            "copy_bytes_per_second": report.rate,
+        }
+        swaps = [("GPT-2", LISTS["GPT-2"]), ("7B", llama_7b())][: 1 if options.quick else 2]
+        for measured in (
+            *(partial(update, case=case) for case in cases(gpu)[-3 if options.quick else 0 :]),
+            *(partial(swap, name=name, shapes=shapes) for name, shapes in swaps),
+            host,
+            graphs,
+            offloads,
+        ):
+            measured(gpu, report)
             release(gpu)
-        for name, shapes in (("GPT-2", LISTS["GPT-2"]), ("7B", llama_7b()))[: 1 if options.quick else 2]:
-            swap(gpu, report, name, shapes)
-            release(gpu)
-        foreach = gpu.foreach()
-        host(gpu, report)
-        graphs(gpu, report)
-        offloads(gpu, report)
-    versions = f"torch {gpu.torch.__version__} {foreach or ''}".strip()
+            for file in files:  # each time: a machine that is lent may be taken back
+                content = {**about, "goals": report.goals, "results": [*map(plain, report.results)]}
+                file.write_text(json.dumps(content, indent=1) + "\n")
+    versions = f"torch {gpu.torch.__version__} {about['foreach'] or ''}".strip()
     print(f"\n{gpu.name}; copies at {report.rate / 1e9:.4g} GB/s; {versions}")
     print(f"The first update took {first:.2g} s.\n\n{report.text()}\n")
     for table in tables(report.results):
         print(f"{table.text()}\n")
-    content = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": gpu.name,
-        "kernels": kernels_hash(),
-        "build": fastema.build_config(),
-        "torch": gpu.torch.__version__,
-        "foreach": foreach,
-        "first_update_seconds": first,
-        "copy_bytes_per_second": report.rate,
-        "goals": report.goals,
-        "results": [plain(result) for result in report.results],
-    }
-    files = [options.json] if options.json else []
-    if options.keep:
-        if options.fake:
-            parser.error("--keep keeps results of a GPU, and --fake has none")
-        files.append(FOLDER / f"cuda-{content['date']}.json")
     for file in files:
-        file.write_text(json.dumps(content, indent=1) + "\n")
         print(f"JSON: {file}")
     if options.picture:
         chart(report.results, f"Updates on {gpu.name}", options.picture)

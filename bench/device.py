@@ -47,7 +47,7 @@ class Gpu:
         import torch
 
         self.torch, self.device = torch, "cuda"
-        self.stopwatch: Stopwatch = Events(_nothing, SAMPLE, 200, (torch.OutOfMemoryError,), torch)
+        self.stopwatch: Stopwatch = Events(_nothing, SAMPLE, 200, (Exception,), torch)
         properties = torch.cuda.get_device_properties(0)
         self.name = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
 

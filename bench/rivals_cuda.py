@@ -27,7 +27,8 @@ def rivals(gpu: Gpu, averages: list[Any], values: list[Any]) -> dict[str, Call]:
             torch._foreach_mul_(averages, DECAY)
             torch._foreach_add_(averages, values, alpha=weight)
 
-        wide = [torch.empty_like(average) for average in averages] if fits(gpu, averages) else None
+        # the cast needs as much as these
+        wide = [torch.empty_like(average) for average in averages] if fits(gpu, averages, 2) else None
 
         def copied() -> None:
             torch._foreach_copy_(wide, values)
@@ -48,9 +49,9 @@ def rivals(gpu: Gpu, averages: list[Any], values: list[Any]) -> dict[str, Call]:
     return calls
 
 
-def fits(gpu: Gpu, arrays: list[Any]) -> bool:
-    """Tell whether as much memory again is free."""
-    return bool(gpu.room() > 1.2 * sum(x.numel() * x.element_size() for x in arrays))
+def fits(gpu: Gpu, arrays: list[Any], times: int = 1) -> bool:
+    """Tell whether so many times as much memory again is free."""
+    return bool(gpu.room() > 1.2 * times * sum(x.numel() * x.element_size() for x in arrays))
 
 
 def cupy_elementwise(gpu: Gpu, averages: list[Any], values: list[Any]) -> Call | None:
@@ -64,8 +65,10 @@ def cupy_elementwise(gpu: Gpu, averages: list[Any], values: list[Any]) -> Call |
         (cupy.asarray(a.view(-1)), cupy.asarray(v.view(-1))) for a, v in zip(averages, values, strict=True)
     ]
 
+    stream = cupy.cuda.ExternalStream(gpu.torch.cuda.current_stream().cuda_stream)
+
     def call() -> None:
-        with cupy.cuda.ExternalStream(gpu.torch.cuda.current_stream().cuda_stream):
+        with stream:
             for a, v in flat:
                 kernel(v, 1 - DECAY, a)
 

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _average(average: Any, value: Any, size: Any, weight: Any, block: tl.constexpr) -> None:
+@triton.jit  # which takes annotations for code
+def _average(average, value, size, weight, block: tl.constexpr):  # type: ignore[no-untyped-def]
     places = tl.program_id(0) * block + tl.arange(0, block)
     inside = places < size
     a = tl.load(average + places, mask=inside)

@@ -624,8 +624,9 @@ CONTINUE = """
 """
 
 
+@pytest.mark.slow
 @legacy_format
-@pytest.mark.parametrize("suffix", ["keras", pytest.param("h5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
 def test_saved_loaded_in_a_new_process_and_trained_on_is_as_if_never_interrupted(tmp_path, kind, suffix):
     if suffix == "keras" and kind is tf_keras.optimizers.legacy:
         pytest.skip("tf_keras itself keeps no state of legacy optimizers in .keras files")

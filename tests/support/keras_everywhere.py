@@ -46,7 +46,6 @@ def test_fit_averages_as_a_numpy_replay(schedule):
 COMPILED = {"jit_compile": True} if BACKEND == "tensorflow" else {}
 
 
-@pytest.mark.slow
 def test_a_thousand_steps_of_fit_average_as_a_numpy_replay():
     optimizer = wrap()
     steps = fit(small_model(), optimizer, epochs=250, **COMPILED)
@@ -330,9 +329,7 @@ RESUME = """
 """
 
 
-@pytest.mark.parametrize(
-    "how", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("plain", "swap")), "all"]
-)
+@pytest.mark.parametrize("how", ["plain", "swap", "all"])
 def test_saved_loaded_in_a_new_process_and_trained_on_is_bit_equal_to_never_stopping(how, tmp_path):
     (x, y), model, optimizer = problem(), small_model(), wrap(trainable_weights_only=how != "all")
     if how == "all":

@@ -206,6 +206,7 @@ def test_functions_that_run_eagerly_average_as_well(lists):
     assert same(lists[0], moved(moved(a, v, 0.5), v, 0.5))
 
 
+@pytest.mark.slow
 def test_beside_other_devices_they_are_moved_natively():
     code = """
         import tensorflow as tf

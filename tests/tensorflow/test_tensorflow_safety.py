@@ -218,6 +218,7 @@ def test_readers_in_other_threads_never_see_half_an_update_or_a_swap(update, rea
 
 
 @LINUX_ONLY
+@pytest.mark.slow
 def test_concurrent_graphs_share_one_team_of_threads():
     code = """
         import os

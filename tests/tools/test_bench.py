@@ -35,6 +35,7 @@ from processes import output_of, skip_without
 CMAKE = Path(__file__).parents[2] / "CMakeLists.txt"
 
 
+@pytest.mark.slow
 def test_bench_writes_its_numbers_and_prints_its_tables(tmp_path, capsys):
     assert command.main(["bench", "--quick", "--samples", "1", "--folder", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -15,7 +15,7 @@ import oracle
 import tolerances
 from fastema import schedules
 from mixes import MIXES
-from processes import output_of
+from processes import LINUX_ONLY, output_of
 
 bfloat16 = ml_dtypes.bfloat16
 
@@ -313,6 +313,7 @@ def test_an_array_given_twice_is_averaged_once():
     assert set(ema.state_dict()["averages"][0]) == {"embedding", "other"}
 
 
+@LINUX_ONLY
 def test_averages_larger_than_memory_lie_in_a_file(tmp_path):
     """RLIMIT_DATA counts a process' own memory, and not the files that it maps."""
     program = """

